@@ -1,0 +1,57 @@
+"""OP-LoRA fine-tuning in one changed line: ``optimizer = oplora.AdamW(model, lr=1e-4)``.
+
+The names below are the whole public interface. They load on first use, so that ``python -m oplora merge`` and
+``oplora._core`` need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .errors import OPLoRAError
+
+if TYPE_CHECKING:
+    from .config import OPLoRAConfig
+    from .export import save_adapter
+    from .generators import Generators, create_oplora_optimizer
+    from .model import merge, wrap
+    from .ops import generate
+    from .optim import AdamW
+    from .stats import stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdamW",
+    "Generators",
+    "OPLoRAConfig",
+    "OPLoRAError",
+    "create_oplora_optimizer",
+    "generate",
+    "merge",
+    "save_adapter",
+    "stats",
+    "wrap",
+]
+
+_HOME = {
+    "AdamW": "optim",
+    "Generators": "generators",
+    "OPLoRAConfig": "config",
+    "create_oplora_optimizer": "generators",
+    "generate": "ops",
+    "merge": "model",
+    "save_adapter": "export",
+    "stats": "stats",
+    "wrap": "model",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'oplora' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # also over the submodule of the same name (stats) that the import has just put here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
