@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .model import merge, wrap
     from .ops import generate
     from .optim import AdamW
-    from .stats import stats
+    from .statistics import stats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +40,7 @@ _HOME = {
     "generate": "ops",
     "merge": "model",
     "save_adapter": "export",
-    "stats": "stats",
+    "stats": "statistics",
     "wrap": "model",
 }
 
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'oplora' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # also over the submodule of the same name (stats) that the import has just put here
+    globals()[name] = value
     return value
 
 

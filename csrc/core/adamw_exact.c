@@ -1,0 +1,447 @@
+/* adamw_exact: AdamW on every generator of a model, fused with the next generation of its factors.
+ *
+ * For each layer, with h and the factors' gradient g = dL/dv (N) known:
+ *
+ *     dh = W2^T g; d = dh where the unit is on, else 0           first pass over W2
+ *     AdamW on z, W1, c1 with dz = W1^T d, dW1 = d z^T, dc1 = d; then the next h
+ *     AdamW on W2 with g h^T and on c2 with g; v = W2 h + c2     second pass over W2 and its moments
+ *
+ * dW2 = g h^T is formed one register at a time and never stored. Memory-bound: an entry of a column that is on costs
+ * 4 bytes in the first pass and 24 in the second (float). The first is mostly free: layers go through both passes in
+ * batches whose W2 stays in the last-level cache. A column that has never been on (h_j = 0, moments zero) changes only
+ * by weight decay, kept as one factor until the unit wakes: it costs nothing.
+ *
+ * Work is cut into tasks of CHUNK rows of one factor, whatever the number of threads, and sums over tasks run in order. */
+#ifndef T
+
+#include "dispatch.h"
+#include "hidden.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    CHUNK = 2048,        /* rows of a task: its part of g and of v stays in the first-level cache */
+    GROUP = 64,          /* columns pointed at from the stack at a time */
+    BATCH_BYTES = 8 << 20 /* W2 of the layers that go through both passes together */
+};
+
+int64_t oplora_exact_report_size(int64_t H) { return 3 + 2 * H; }
+
+static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
+
+static int adamw_is_valid(const oplora_adamw *a) {
+    return isfinite(a->lr) && isfinite(a->hidden_lr) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 &&
+           a->beta2 < 1 && a->eps >= 0 && isfinite(a->eps) && isfinite(a->weight_decay) && a->step >= 1;
+}
+
+/* Hands out pieces of the caller's workspace; with memory NULL it only counts. */
+typedef struct {
+    char *memory;
+    int64_t used; /* -1 once the count passes 2^63 */
+} arena;
+
+static void *take(arena *a, int64_t count, int64_t size) {
+    int64_t bytes;
+    if (a->used < 0 || count < 0 || __builtin_mul_overflow(count, size, &bytes) ||
+        __builtin_add_overflow(bytes, 63, &bytes) || __builtin_add_overflow(a->used, bytes & ~(int64_t)63, &bytes)) {
+        a->used = -1;
+        return NULL;
+    }
+    void *const piece = a->memory ? a->memory + a->used : NULL;
+    a->used = bytes;
+    return piece;
+}
+
+#define OPLORA_TEMPLATE "adamw_exact.c"
+#include "each_type.h"
+
+#else
+
+/* What one layer needs during a call. */
+typedef struct {
+    const TY(oplora_exact) *layer;
+    TY(adamw_numbers) outer, hidden; /* for W2, c2 and for z, W1, c1 */
+    T *W2, *c2, *W1, *c1, *z;
+    T *h, *h_next, *d, *dz, *ones;
+    double *latent;  /* dz in double */
+    double *partial; /* (tasks, H + 2): dh, ||g||^2 and the count of non-finite entries */
+    int64_t tasks;
+} TY(plan);
+
+/* A factor's place in the list of tasks. */
+typedef struct {
+    int64_t first_task, plan, factor, row;
+} TY(span);
+
+typedef struct {
+    TY(plan) *plans;
+    TY(span) *spans; /* n_spans, and one behind the last */
+    int64_t n_spans;
+    int64_t first_task, first_plan; /* of the batch at hand */
+} TY(job);
+
+static TY(adamw_numbers) TY(numbers_of)(const oplora_adamw *a, double lr) {
+    return (TY(adamw_numbers)){.beta1_rest = (T)(1 - a->beta1),
+                               .beta2 = (T)a->beta2,
+                               .beta2_rest = (T)(1 - a->beta2),
+                               .keep = (T)(1 - lr * a->weight_decay),
+                               .rate = (T)(lr / (1 - pow(a->beta1, (double)a->step))),
+                               .eps = (T)a->eps,
+                               .inverse_root = (T)(1 / sqrt(1 - pow(a->beta2, (double)a->step)))};
+}
+
+static oplora_status TY(check)(const TY(oplora_exact) *layers, int64_t n_layers, int steps) {
+    OPLORA_RETURN_IF(n_layers < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(n_layers > 0 && !layers, OPLORA_ENULL);
+    for (const TY(oplora_exact) *l = layers; l < layers + n_layers; l++) {
+        int64_t rows = 0;
+        OPLORA_RETURN_IF(oplora_size(l->H, l->Z, l->N) < 0 || l->n_factors < 1, OPLORA_ESIZE);
+        OPLORA_RETURN_IF(!l->parameters || !l->factors, OPLORA_ENULL);
+        OPLORA_RETURN_IF(steps && (!l->exp_avg || !l->exp_avg_sq || !l->decay || !l->moving), OPLORA_ENULL);
+        OPLORA_RETURN_IF(steps && !adamw_is_valid(&l->adamw), OPLORA_EVALUE);
+        for (int64_t f = 0; f < l->n_factors; f++) {
+            OPLORA_RETURN_IF(l->factors[f].rows < 1 || l->factors[f].rows > l->N - rows, OPLORA_ESIZE);
+            rows += l->factors[f].rows;
+        }
+        OPLORA_RETURN_IF(rows != l->N, OPLORA_ESIZE);
+    }
+    return OPLORA_OK;
+}
+
+/* Lays the plans of all layers out in the workspace; the same walk counts its bytes. */
+static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers, arena *a) {
+    int64_t n_spans = 0;
+    for (int64_t i = 0; i < n_layers; i++) n_spans += layers[i].n_factors;
+    TY(job) job = {.plans = take(a, n_layers, sizeof(TY(plan))),
+                   .spans = take(a, n_spans + 1, sizeof(TY(span))),
+                   .n_spans = n_spans};
+    int64_t task = 0, s = 0;
+    for (int64_t i = 0; i < n_layers; i++) {
+        const TY(oplora_exact) *const l = &layers[i];
+        const int64_t first = task;
+        for (int64_t f = 0, row = 0; f < l->n_factors; row += l->factors[f++].rows, s++) {
+            if (a->memory) job.spans[s] = (TY(span)){task, i, f, row};
+            task += chunks(l->factors[f].rows);
+        }
+        TY(plan) p = {.layer = l, .tasks = task - first};
+        p.h = take(a, l->H, sizeof(T));
+        p.h_next = take(a, l->H, sizeof(T));
+        p.d = take(a, l->H, sizeof(T));
+        p.ones = take(a, 1, sizeof(T));
+        p.dz = take(a, l->Z, sizeof(T));
+        p.latent = take(a, l->Z, sizeof(double));
+        p.partial = take(a, p.tasks * (l->H + 2), sizeof(double));
+        if (!a->memory) continue;
+        p.W2 = l->parameters;
+        p.c2 = p.W2 + l->H * l->N;
+        p.W1 = p.c2 + l->N;
+        p.c1 = p.W1 + l->H * l->Z;
+        p.z = p.c1 + l->H;
+        p.ones[0] = 1;
+        p.outer = TY(numbers_of)(&l->adamw, l->adamw.lr);
+        p.hidden = TY(numbers_of)(&l->adamw, l->adamw.hidden_lr);
+        job.plans[i] = p;
+    }
+    if (a->memory) job.spans[n_spans] = (TY(span)){.first_task = task, .plan = n_layers};
+    return job;
+}
+
+int64_t TY(oplora_exact_workspace_bytes)(const TY(oplora_exact) *layers, int64_t n_layers) {
+    if (TY(check)(layers, n_layers, 0) != OPLORA_OK) return -1;
+    arena a = {NULL, 0};
+    TY(plan_layers)(layers, n_layers, &a);
+    return a.used;
+}
+
+/* ---- tasks: CHUNK rows of one factor ---- */
+
+typedef struct {
+    TY(plan) *plan;
+    const TY(oplora_factor) *factor;
+    double *partial;
+    int64_t row, offset, count; /* first row in W2, first entry in the factor, entries */
+} TY(task);
+
+static const TY(span) *TY(span_of)(const TY(job) *job, int64_t task) {
+    int64_t low = 0, high = job->n_spans;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (job->spans[middle].first_task <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    return &job->spans[low];
+}
+
+static TY(task) TY(task_at)(const TY(job) *job, const TY(span) *span, int64_t task) {
+    TY(plan) *const plan = &job->plans[span->plan];
+    const TY(oplora_factor) *const factor = &plan->layer->factors[span->factor];
+    const int64_t offset = (task - span->first_task) * CHUNK, left = factor->rows - offset;
+    /* the layer's own first task: its partial sums are numbered from there */
+    const int64_t first = span[-span->factor].first_task;
+    return (TY(task)){plan, factor, plan->partial + (task - first) * (plan->layer->H + 2), span->row + offset, offset,
+                      left < CHUNK ? left : CHUNK};
+}
+
+#define FOR_TASKS(job, begin, end, body) \
+    do { \
+        const TY(span) *span_ = TY(span_of)(job, (job)->first_task + (begin)); \
+        for (int64_t t_ = (job)->first_task + (begin); t_ < (job)->first_task + (end); t_++) { \
+            while (t_ >= span_[1].first_task) span_++; \
+            const TY(task) task = TY(task_at)(job, span_, t_); \
+            body(&task); \
+        } \
+    } while (0)
+
+static void TY(square_task)(const TY(task) *t) {
+    int64_t nonfinite;
+    t->partial[t->plan->layer->H] =
+        TY(oplora_dispatch)()->square_sum(t->factor->g + t->offset, t->count, &nonfinite);
+    t->partial[t->plan->layer->H + 1] = (double)nonfinite;
+}
+
+/* First pass: this task's share of dh, for units that are on. */
+static void TY(reduce_task)(const TY(task) *t) {
+    const TY(oplora_exact) *const l = t->plan->layer;
+    const T *column[GROUP];
+    int64_t unit[GROUP], k = 0;
+    double sum[GROUP];
+    for (int64_t j = 0; j < l->H; j++) {
+        t->partial[j] = 0;
+        if (t->plan->h[j] != 0) {
+            column[k] = t->plan->W2 + j * l->N + t->row;
+            unit[k++] = j;
+        }
+        if (k == GROUP || j == l->H - 1) {
+            TY(oplora_dispatch)()->dot(column, k, t->factor->g + t->offset, t->count, sum);
+            while (k > 0) k--, t->partial[unit[k]] = sum[k];
+        }
+    }
+}
+
+static void TY(write_factor)(const TY(task) *t, const T *v) {
+    T *const out = t->factor->out + t->offset;
+    const T *const base = t->factor->base ? t->factor->base + t->offset : NULL;
+    if (!base) {
+        memcpy(out, v, (size_t)t->count * sizeof(T));
+        return;
+    }
+    for (int64_t i = 0; i < t->count; i++) out[i] = base[i] + v[i];
+}
+
+/* Second pass: AdamW on c2 and on the columns that move, and v with the next h, in the order of columns. */
+static void TY(update_task)(const TY(task) *t) {
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    const TY(plan) *const p = t->plan;
+    const TY(oplora_exact) *const l = p->layer;
+    const T *const g = t->factor->g + t->offset;
+    T v[CHUNK] = {0};
+    const int64_t bias = l->H * l->N + t->row;
+    kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &p->outer);
+    for (int64_t j = 0; j < l->H; j++) {
+        const int64_t at = j * l->N + t->row;
+        T *const column = l->parameters + at;
+        if (p->h[j] != 0 || l->moving[j]) {
+            kernels->adamw(column, l->exp_avg + at, l->exp_avg_sq + at, g, p->h[j], p->h_next[j], v, t->count,
+                           &p->outer);
+        } else if (p->h_next[j] != 0) { /* it wakes: what it owes to weight decay is paid now */
+            const T owed = (T)(l->decay[j] * p->outer.keep);
+            for (int64_t i = 0; owed != 1 && i < t->count; i++) column[i] *= owed;
+            kernels->axpy((const T *const[]){column}, &p->h_next[j], 1, v, t->count);
+        }
+    }
+    TY(write_factor)(t, v);
+}
+
+static void TY(generate_task)(const TY(task) *t) {
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    const TY(plan) *const p = t->plan;
+    T v[CHUNK] = {0};
+    kernels->axpy((const T *const[]){p->c2 + t->row}, p->ones, 1, v, t->count);
+    for (int64_t j = 0; j < p->layer->H; j++)
+        if (p->h[j] != 0)
+            kernels->axpy((const T *const[]){p->W2 + j * p->layer->N + t->row}, &p->h[j], 1, v, t->count);
+    TY(write_factor)(t, v);
+}
+
+static void TY(square_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(square_task)); }
+static void TY(reduce_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(reduce_task)); }
+static void TY(update_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(update_task)); }
+static void TY(generate_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(generate_task)); }
+
+/* ---- layers: the hidden path, one layer at a time ---- */
+
+static void TY(hidden_layers)(int64_t begin, int64_t end, void *context) {
+    TY(job) *const job = context;
+    for (int64_t i = job->first_plan + begin; i < job->first_plan + end; i++) {
+        TY(plan) *const p = &job->plans[i];
+        TY(oplora_hidden)(p->z, p->W1, p->c1, p->layer->H, p->layer->Z, p->h);
+    }
+}
+
+/* The sums over a layer's tasks, into its report. */
+static void TY(report_squares)(const TY(plan) *p) {
+    const int64_t H = p->layer->H;
+    p->layer->report[0] = p->layer->report[1] = 0;
+    for (int64_t t = 0; t < p->tasks; t++)
+        for (int64_t k = 0; k < 2; k++) p->layer->report[k] += p->partial[t * (H + 2) + H + k];
+}
+
+static void TY(report_hidden)(const TY(plan) *p) {
+    const int64_t H = p->layer->H, Z = p->layer->Z;
+    double *const h = p->layer->report + 3, *const d = h + H;
+    double d2 = 0, z2 = 0, dz2 = 0;
+    for (int64_t j = 0; j < H; j++) {
+        h[j] = p->h[j];
+        d[j] = 0;
+        for (int64_t t = 0; p->h[j] != 0 && t < p->tasks; t++) d[j] += p->partial[t * (H + 2) + j];
+        d2 += d[j] * d[j];
+    }
+    TY(oplora_hidden_latent_gradient)(d, p->W1, H, Z, p->latent);
+    for (int64_t i = 0; i < Z; i++) {
+        z2 += (double)p->z[i] * p->z[i];
+        dz2 += p->latent[i] * p->latent[i];
+    }
+    p->layer->report[2] = dz2 + d2 * (z2 + 1);
+}
+
+static void TY(report_layers)(int64_t begin, int64_t end, void *context) {
+    TY(job) *const job = context;
+    for (int64_t i = job->first_plan + begin; i < job->first_plan + end; i++) TY(report_hidden)(&job->plans[i]);
+}
+
+/* AdamW on z, W1 and c1 from the report's d, and the next h. */
+static void TY(step_hidden)(TY(plan) *p) {
+    const TY(oplora_exact) *const l = p->layer;
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    const double *const d = l->report + 3 + l->H;
+    const int64_t W1 = p->W1 - l->parameters, c1 = p->c1 - l->parameters, z = p->z - l->parameters;
+    TY(oplora_hidden_latent_gradient)(d, p->W1, l->H, l->Z, p->latent);
+    for (int64_t i = 0; i < l->Z; i++) p->dz[i] = (T)p->latent[i];
+    for (int64_t j = 0; j < l->H; j++) {
+        const int64_t row = W1 + j * l->Z;
+        p->d[j] = (T)d[j];
+        kernels->adamw(l->parameters + row, l->exp_avg + row, l->exp_avg_sq + row, p->z, p->d[j], 0, NULL, l->Z,
+                       &p->hidden);
+    }
+    kernels->adamw(p->c1, l->exp_avg + c1, l->exp_avg_sq + c1, p->d, 1, 0, NULL, l->H, &p->hidden);
+    kernels->adamw(p->z, l->exp_avg + z, l->exp_avg_sq + z, p->dz, 1, 0, NULL, l->Z, &p->hidden);
+    TY(oplora_hidden)(p->z, p->W1, p->c1, l->H, l->Z, p->h_next);
+}
+
+static void TY(step_layers)(int64_t begin, int64_t end, void *context) {
+    TY(job) *const job = context;
+    for (int64_t i = job->first_plan + begin; i < job->first_plan + end; i++) {
+        TY(plan) *const p = &job->plans[i];
+        for (int64_t j = 0; j < p->layer->H; j++) p->h[j] = (T)p->layer->report[3 + j];
+        TY(step_hidden)(p);
+    }
+}
+
+/* After the second pass: which columns have moments now, and what the still ones owe. */
+static void TY(settle_columns)(const TY(plan) *p) {
+    const TY(oplora_exact) *const l = p->layer;
+    for (int64_t j = 0; j < l->H; j++) {
+        if (p->h[j] != 0)
+            l->moving[j] = 1;
+        else if (!l->moving[j])
+            l->decay[j] = p->h_next[j] != 0 ? 1 : l->decay[j] * p->outer.keep;
+    }
+}
+
+/* ---- entry points ---- */
+
+/* Calls `tasks` on all tasks of the plans [first, last), and `layers` likewise on the plans. */
+static oplora_status TY(for_tasks)(TY(job) *job, int64_t first, int64_t last, oplora_range_fn tasks,
+                                   oplora_parallel_fn par) {
+    int64_t n = 0;
+    for (int64_t i = first; i < last; i++) n += job->plans[i].tasks;
+    job->first_task = 0;
+    for (int64_t s = 0; s < job->n_spans; s++)
+        if (job->spans[s].plan == first) {
+            job->first_task = job->spans[s].first_task;
+            break;
+        }
+    return oplora_parallel(par, n, 1, tasks, job);
+}
+
+static oplora_status TY(for_layers)(TY(job) *job, int64_t first, int64_t last, oplora_range_fn layers,
+                                    oplora_parallel_fn par) {
+    job->first_plan = first;
+    return oplora_parallel(par, last - first, 1, layers, job);
+}
+
+static oplora_status TY(measure_squares)(TY(job) *job, int64_t n_layers, oplora_parallel_fn par) {
+    int finite = 1;
+    OPLORA_FORWARD(TY(for_tasks)(job, 0, n_layers, TY(square_tasks), par));
+    for (int64_t i = 0; i < n_layers; i++) {
+        TY(report_squares)(&job->plans[i]);
+        finite &= job->plans[i].layer->report[1] == 0;
+    }
+    return finite ? OPLORA_OK : OPLORA_ENONFINITE;
+}
+
+static oplora_status TY(measure_hidden)(TY(job) *job, int64_t first, int64_t last, oplora_parallel_fn par) {
+    OPLORA_FORWARD(TY(for_layers)(job, first, last, TY(hidden_layers), par));
+    OPLORA_FORWARD(TY(for_tasks)(job, first, last, TY(reduce_tasks), par));
+    return TY(for_layers)(job, first, last, TY(report_layers), par);
+}
+
+static oplora_status TY(prepare)(const TY(oplora_exact) *layers, int64_t n_layers, int steps, int gradients,
+                                 void *workspace, TY(job) *job) {
+    OPLORA_FORWARD(TY(check)(layers, n_layers, steps));
+    OPLORA_RETURN_IF(n_layers > 0 && !workspace, OPLORA_ENULL);
+    for (int64_t i = 0; i < n_layers; i++) {
+        OPLORA_RETURN_IF(gradients && !layers[i].report, OPLORA_ENULL);
+        for (int64_t f = 0; f < layers[i].n_factors; f++) {
+            OPLORA_RETURN_IF(gradients && !layers[i].factors[f].g, OPLORA_ENULL);
+            OPLORA_RETURN_IF((steps || !gradients) && !layers[i].factors[f].out, OPLORA_ENULL);
+        }
+    }
+    arena a = {workspace, 0};
+    *job = TY(plan_layers)(layers, n_layers, &a);
+    return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
+}
+
+oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                       oplora_parallel_fn par) {
+    TY(job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 1, workspace, &job));
+    OPLORA_FORWARD(TY(measure_squares)(&job, n_layers, par));
+    return TY(measure_hidden)(&job, 0, n_layers, par);
+}
+
+oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
+                                    oplora_parallel_fn par) {
+    TY(job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(prepare)(layers, n_layers, 1, 1, workspace, &job));
+    if (!measured) OPLORA_FORWARD(TY(measure_squares)(&job, n_layers, par));
+    for (int64_t i = 0; i < n_layers; i++) OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
+
+    for (int64_t first = 0, last; first < n_layers; first = last) {
+        int64_t bytes = 0;
+        for (last = first; last < n_layers && (last == first || bytes < BATCH_BYTES); last++)
+            bytes += layers[last].H * layers[last].N * (int64_t)sizeof(T);
+        if (!measured) OPLORA_FORWARD(TY(measure_hidden)(&job, first, last, par));
+        OPLORA_FORWARD(TY(for_layers)(&job, first, last, TY(step_layers), par));
+        OPLORA_FORWARD(TY(for_tasks)(&job, first, last, TY(update_tasks), par));
+        for (int64_t i = first; i < last; i++) TY(settle_columns)(&job.plans[i]);
+    }
+    return OPLORA_OK;
+}
+
+oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                        oplora_parallel_fn par) {
+    TY(job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 0, workspace, &job));
+    OPLORA_FORWARD(TY(for_layers)(&job, 0, n_layers, TY(hidden_layers), par));
+    return TY(for_tasks)(&job, 0, n_layers, TY(generate_tasks), par);
+}
+
+#undef FOR_TASKS
+#endif

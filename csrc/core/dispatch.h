@@ -1,0 +1,51 @@
+/* The table of inner loops for the processor at hand; see kernels.h for what each computes. Internal. */
+#ifndef T
+#ifndef OPLORA_DISPATCH_H
+#define OPLORA_DISPATCH_H
+
+#include "oplora_core.h"
+
+#define OPLORA_TEMPLATE "dispatch.h"
+#include "each_type.h"
+
+/* Calls fn over [0, n) on the caller's threads, in ranges of at least `grain`. */
+static inline oplora_status oplora_parallel(oplora_parallel_fn par, int64_t n, int64_t grain, oplora_range_fn fn,
+                                            void *context) {
+    if (n > 0 && (!par || n <= grain))
+        fn(0, n, context);
+    else if (n > 0 && par(0, n, grain, fn, context))
+        return OPLORA_EPARALLEL;
+    return OPLORA_OK;
+}
+
+#define OPLORA_RETURN_IF(condition, status) \
+    do { \
+        if (condition) return (status); \
+    } while (0)
+#define OPLORA_FORWARD(call) \
+    do { \
+        const oplora_status status_ = (call); \
+        if (status_ != OPLORA_OK) return status_; \
+    } while (0)
+
+#endif
+#else
+
+/* AdamW's numbers for one step, in the type of the loop: rate = lr / (1 - beta1^t), keep = 1 - lr weight_decay,
+ * inverse_root = 1 / sqrt(1 - beta2^t), *_rest = 1 - beta. */
+typedef struct {
+    T beta1_rest, beta2, beta2_rest, keep, rate, eps, inverse_root;
+} TY(adamw_numbers);
+
+typedef struct {
+    const char *name;
+    void (*axpy)(const T *const *column, const T *h, int64_t count, T *restrict v, int64_t n);
+    void (*dot)(const T *const *column, int64_t count, const T *g, int64_t n, double *out);
+    double (*dot_double)(const T *a, const T *b, int64_t n);
+    double (*square_sum)(const T *g, int64_t n, int64_t *nonfinite);
+    void (*adamw)(T *p, T *m, T *s, const T *g, T h, T h_next, T *v, int64_t n, const TY(adamw_numbers) *numbers);
+} TY(oplora_kernels);
+
+const TY(oplora_kernels) *TY(oplora_dispatch)(void);
+
+#endif

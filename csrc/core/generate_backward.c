@@ -1,0 +1,106 @@
+/* generate_backward: from g = dL/dv to the gradients of one generator.
+ *
+ *     dh  = W2^T g           W2 (N, H), g (N)
+ *     d   = dh where h > 0, else 0
+ *     dz  = W1^T d,   dW1 = d z^T,   dc1 = d
+ *     dW2 = g h^T (rank one: handed back as h, never stored),   dc2 = g
+ *
+ * Memory-bound: reads W2 once; as columns, only those of units that are on, as d is zero elsewhere. Rows are summed in
+ * fixed chunks and the chunks in order, in double: the number of threads does not matter. */
+#ifndef T
+
+#include "dispatch.h"
+#include "hidden.h"
+
+enum { CHUNK = 16384, BLOCK = 2048, GROUP = 64 };
+
+static int64_t chunks(int64_t N) { return (N + CHUNK - 1) / CHUNK; }
+
+/* One row of H partial sums for each chunk, and behind them d (H) and dz (Z). */
+int64_t oplora_generate_backward_workspace_bytes(int64_t H, int64_t Z, int64_t N) {
+    int64_t numbers;
+    if (oplora_size(H, Z, N) < 0 || __builtin_mul_overflow(chunks(N) + 1, H, &numbers) ||
+        __builtin_add_overflow(numbers, Z, &numbers) ||
+        __builtin_mul_overflow(numbers, (int64_t)sizeof(double), &numbers))
+        return -1;
+    return numbers;
+}
+
+#define OPLORA_TEMPLATE "generate_backward.c"
+#include "each_type.h"
+
+#else
+
+typedef struct {
+    const T *W2, *g, *h;
+    double *partial; /* (chunks, H) */
+    int64_t H, N;
+} TY(backward_job);
+
+static void TY(backward_rows)(const TY(backward_job) *job, int64_t begin, int64_t end, double *sum) {
+    for (int64_t j = 0; j < job->H; j++) sum[j] = 0;
+    for (int64_t n = begin; n < end; n++)
+        for (int64_t j = 0; j < job->H; j++) sum[j] += (double)job->g[n] * job->W2[n * job->H + j];
+}
+
+static void TY(backward_columns)(const TY(backward_job) *job, int64_t begin, int64_t end, double *sum) {
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    for (int64_t j = 0; j < job->H; j++) sum[j] = 0;
+    for (int64_t n = begin; n < end; n += BLOCK) {
+        const int64_t count = end - n < BLOCK ? end - n : BLOCK;
+        const T *column[GROUP];
+        int64_t unit[GROUP], k = 0;
+        double part[GROUP];
+        for (int64_t j = 0; j < job->H; j++) {
+            if (job->h[j] != 0) {
+                column[k] = job->W2 + j * job->N + n;
+                unit[k++] = j;
+            }
+            if (k == GROUP || j == job->H - 1) {
+                kernels->dot(column, k, job->g + n, count, part);
+                while (k > 0) k--, sum[unit[k]] += part[k];
+            }
+        }
+    }
+}
+
+typedef struct {
+    TY(backward_job) job;
+    oplora_layout layout;
+} TY(backward_context);
+
+static void TY(backward_chunks)(int64_t first, int64_t last, void *context) {
+    const TY(backward_context) *const c = context;
+    for (int64_t chunk = first; chunk < last; chunk++) {
+        const int64_t begin = chunk * CHUNK, end = begin + CHUNK < c->job.N ? begin + CHUNK : c->job.N;
+        double *const sum = c->job.partial + chunk * c->job.H;
+        if (c->layout == OPLORA_ROWS)
+            TY(backward_rows)(&c->job, begin, end, sum);
+        else
+            TY(backward_columns)(&c->job, begin, end, sum);
+    }
+}
+
+oplora_status TY(oplora_generate_backward)(const T *g, const T *z, const T *W1, const T *c1, const T *W2,
+                                           oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *dz, T *dW1,
+                                           T *dc1, T *h, void *workspace, oplora_parallel_fn par) {
+    OPLORA_RETURN_IF(!g || !z || !W1 || !c1 || !W2 || !dz || !dW1 || !dc1 || !h || !workspace, OPLORA_ENULL);
+    OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(layout != OPLORA_COLUMNS && layout != OPLORA_ROWS, OPLORA_EVALUE);
+    TY(oplora_hidden)(z, W1, c1, H, Z, h);
+    TY(backward_context) context = {{W2, g, h, workspace, H, N}, layout};
+    OPLORA_FORWARD(oplora_parallel(par, chunks(N), 1, TY(backward_chunks), &context));
+
+    double *const d = context.job.partial + chunks(N) * H, *const latent = d + H;
+    for (int64_t j = 0; j < H; j++) {
+        d[j] = 0;
+        for (int64_t chunk = 0; h[j] > 0 && chunk < chunks(N); chunk++) d[j] += context.job.partial[chunk * H + j];
+        dc1[j] = (T)d[j];
+        for (int64_t i = 0; i < Z; i++) dW1[j * Z + i] = (T)(d[j] * z[i]);
+    }
+    TY(oplora_hidden_latent_gradient)(d, W1, H, Z, latent);
+    for (int64_t i = 0; i < Z; i++) dz[i] = (T)latent[i];
+    return OPLORA_OK;
+}
+
+#endif

@@ -1,0 +1,30 @@
+/* hidden: h = ReLU(W1 z + c1) for z (Z), W1 (H, Z), c1 (H), and the way back to z.
+ *
+ * H Z products, a few thousand: nothing beside the N H of W2. Sums in double for both types, so h is correctly
+ * rounded but for the last step, and all operations that need h get the same bits. */
+#ifndef T
+
+#include "hidden.h"
+#include "dispatch.h"
+
+#define OPLORA_TEMPLATE "hidden.c"
+#include "each_type.h"
+
+#else
+
+void TY(oplora_hidden)(const T *z, const T *W1, const T *c1, int64_t H, int64_t Z, T *h) {
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    for (int64_t j = 0; j < H; j++) {
+        const T pre = (T)(kernels->dot_double(W1 + j * Z, z, Z) + c1[j]);
+        h[j] = pre > 0 ? pre : 0;
+    }
+}
+
+/* dz = W1^T d for d = dL/d(W1 z + c1). */
+void TY(oplora_hidden_latent_gradient)(const double *d, const T *W1, int64_t H, int64_t Z, double *dz) {
+    for (int64_t i = 0; i < Z; i++) dz[i] = 0;
+    for (int64_t j = 0; j < H; j++)
+        for (int64_t i = 0; d[j] != 0 && i < Z; i++) dz[i] += d[j] * W1[j * Z + i];
+}
+
+#endif

@@ -1,0 +1,195 @@
+/* oplora core: the generator's maths in plain C11. No torch, no Python, no allocation, no threads of its own.
+ *
+ * A layer's generator (OP-LoRA, arXiv 2412.10362) predicts the entries v of the layer's factors:
+ *
+ *     h = ReLU(W1 z + c1)     z (Z), W1 (H, Z), c1 (H)
+ *     v = W2 h + c2           W2 (N, H), c2 (N), N = the number of entries of all factors of the layer
+ *     v = [lora_A (r, in_features) | lora_B (out_features, r)], each row-major
+ *
+ * The parameters of one generator lie in one flat array of oplora_size(H, Z, N) numbers, in this order:
+ *
+ *     W2 as H contiguous columns of N: W2[n, j] at [j * N + n];  c2;  W1 row-major;  c1;  z
+ *
+ * and so do AdamW's two moments. Every function exists for float (_f32) and double (_f64), checks its arguments,
+ * returns a status and keeps no pointer. Results are the same bits for any number of threads and on every
+ * instruction set: work is cut into fixed chunks, and sums run in fixed lanes. */
+#ifndef OPLORA_CORE_H
+#define OPLORA_CORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Grouped by tens, never renumbered. */
+typedef enum {
+    OPLORA_OK = 0,
+    OPLORA_ENULL = 10,     /* a pointer that must be given is NULL */
+    OPLORA_ESIZE = 11,     /* a size is below 1, or sizes do not add up */
+    OPLORA_EOVERFLOW = 12, /* a product of sizes passes 2^63 */
+    OPLORA_EVALUE = 13,    /* a number outside its range: a step count below 1, beta outside [0, 1), ... */
+    OPLORA_EDTYPE = 14,    /* a dtype that the operation does not know */
+    OPLORA_EPARALLEL = 20, /* the caller's parallel_for failed */
+    OPLORA_ENONFINITE = 30 /* a gradient holds NaN or infinity; nothing was changed */
+} oplora_status;
+
+/* One sentence for a status. */
+const char *oplora_strerror(oplora_status status);
+
+/* Runs fn over [begin, end) in ranges of at least `grain`, on the caller's own threads, and returns 0.
+ * torch_parallel_for has exactly this type. NULL means: serially. */
+typedef void (*oplora_range_fn)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*oplora_parallel_fn)(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context);
+
+/* "base", "avx2" or "avx512": chosen once from the processor. OPLORA_ISA=base|avx2|avx512 lowers it.
+ * On aarch64 "base" is the NEON build. */
+const char *oplora_isa(void);
+
+/* ---- sizes ---- */
+
+/* Numbers in one generator: H N + N + H Z + H + Z; -1 if a size is below 1 or the sum passes 2^63 - 1. */
+int64_t oplora_size(int64_t H, int64_t Z, int64_t N);
+
+/* ---- random.c: the seeded start ---- */
+
+/* Philox 4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key. */
+void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
+
+/* Rows [begin, end) of W2 that start at random; all other rows start at zero. */
+typedef struct {
+    int64_t begin, end;
+} oplora_rows;
+
+/* Fills the flat parameters with the paper's start (appendix C.1): W1 and the uniform rows of W2 from
+ * U(-1/sqrt(fan_in), 1/sqrt(fan_in)), z from N(0, latent_std^2), everything else zero. The numbers depend on
+ * (seed, layer, tensor, row, column) alone: the same for every dtype up to rounding, and for any later state. */
+oplora_status oplora_start_f32(float *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
+                               double latent_std, const oplora_rows *uniform, int64_t n_uniform,
+                               oplora_parallel_fn par);
+oplora_status oplora_start_f64(double *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
+                               double latent_std, const oplora_rows *uniform, int64_t n_uniform,
+                               oplora_parallel_fn par);
+
+/* ---- generate.c, generate_backward.c: one generator, in pieces where the caller has them ---- */
+
+/* How W2 lies in memory: as H columns of N (as in the flat parameters), or row-major (N, H). */
+typedef enum { OPLORA_COLUMNS = 0, OPLORA_ROWS = 1 } oplora_layout;
+
+/* v = W2 h + c2, and h (H) itself, which the caller keeps or drops. Columns of units that are off are not read. */
+oplora_status oplora_generate_f32(const float *z, const float *W1, const float *c1, const float *W2, const float *c2,
+                                  oplora_layout layout, int64_t H, int64_t Z, int64_t N, float *h, float *v,
+                                  oplora_parallel_fn par);
+oplora_status oplora_generate_f64(const double *z, const double *W1, const double *c1, const double *W2,
+                                  const double *c2, oplora_layout layout, int64_t H, int64_t Z, int64_t N, double *h,
+                                  double *v, oplora_parallel_fn par);
+
+/* From g = dL/dv: dz (Z), dW1 (H, Z), dc1 (H), and h (H), with which dW2 = g h^T is rank one; dc2 = g.
+ * workspace: oplora_generate_backward_workspace_bytes(H, Z, N) bytes, aligned for double. */
+int64_t oplora_generate_backward_workspace_bytes(int64_t H, int64_t Z, int64_t N);
+oplora_status oplora_generate_backward_f32(const float *g, const float *z, const float *W1, const float *c1,
+                                           const float *W2, oplora_layout layout, int64_t H, int64_t Z, int64_t N,
+                                           float *dz, float *dW1, float *dc1, float *h, void *workspace,
+                                           oplora_parallel_fn par);
+oplora_status oplora_generate_backward_f64(const double *g, const double *z, const double *W1, const double *c1,
+                                           const double *W2, oplora_layout layout, int64_t H, int64_t Z, int64_t N,
+                                           double *dz, double *dW1, double *dc1, double *h, void *workspace,
+                                           oplora_parallel_fn par);
+
+/* ---- adamw_exact.c: AdamW on every generator of a model, fused with the next generation ---- */
+
+/* AdamW's numbers for one layer's step; `step` counts this layer's own steps from 1. `hidden_lr` is the rate of
+ * z, W1 and c1. Weight decay is decoupled, as in torch.optim.AdamW. */
+typedef struct {
+    double lr, hidden_lr, beta1, beta2, eps, weight_decay;
+    int64_t step;
+} oplora_adamw;
+
+/* One factor tensor (lora_A or lora_B): its entries are the next `rows` rows of W2. `g` is its gradient, `base`
+ * (or NULL) a kept start: the factor becomes base + v. */
+typedef struct {
+    int64_t rows;
+    const float *g, *base;
+    float *out;
+} oplora_factor_f32;
+typedef struct {
+    int64_t rows;
+    const double *g, *base;
+    double *out;
+} oplora_factor_f64;
+
+/* One layer. decay (H) and moving (H) keep what a column owes: while moving[j] is 0 column j of W2 has zero moments
+ * and its true value is decay[j] times the stored one, so weight decay on units that never fired touches no memory.
+ * Start with all decay 1 and all moving 0.
+ *
+ * report (oplora_exact_report_size(H) numbers) is filled by each call:
+ *     [0] ||g||^2   [1] how many entries of g are NaN or infinite   [2] ||dz||^2 + ||dW1||^2 + ||dc1||^2
+ *     [3, 3 + H) h before the step   [3 + H, 3 + 2H) dL/dh, zero where the unit is off */
+typedef struct {
+    int64_t H, Z, N;
+    float *parameters, *exp_avg, *exp_avg_sq;
+    double *decay;
+    uint8_t *moving;
+    const oplora_factor_f32 *factors;
+    int64_t n_factors;
+    oplora_adamw adamw;
+    double *report;
+} oplora_exact_f32;
+typedef struct {
+    int64_t H, Z, N;
+    double *parameters, *exp_avg, *exp_avg_sq;
+    double *decay;
+    uint8_t *moving;
+    const oplora_factor_f64 *factors;
+    int64_t n_factors;
+    oplora_adamw adamw;
+    double *report;
+} oplora_exact_f64;
+
+int64_t oplora_exact_report_size(int64_t H);
+
+/* Bytes of scratch, aligned for double, that the calls below need for these layers; -1 for sizes that do not fit. */
+int64_t oplora_exact_workspace_bytes_f32(const oplora_exact_f32 *layers, int64_t n_layers);
+int64_t oplora_exact_workspace_bytes_f64(const oplora_exact_f64 *layers, int64_t n_layers);
+
+/* Fills the reports and changes nothing else: what clipping and watching need. */
+oplora_status oplora_exact_measure_f32(const oplora_exact_f32 *layers, int64_t n_layers, void *workspace,
+                                       oplora_parallel_fn par);
+oplora_status oplora_exact_measure_f64(const oplora_exact_f64 *layers, int64_t n_layers, void *workspace,
+                                       oplora_parallel_fn par);
+
+/* One step of all layers: AdamW on W2 and c2 straight from g and h, on z, W1 and c1 from dh = W2^T g, and the next
+ * factors written to `out`. With `measured`, the reports hold what oplora_exact_measure found for these gradients
+ * (perhaps times a clipping factor) and are not computed again. A gradient with NaN or infinity in any layer: every
+ * report's [0] and [1] are filled, OPLORA_ENONFINITE is returned and nothing else is changed. */
+oplora_status oplora_exact_step_f32(const oplora_exact_f32 *layers, int64_t n_layers, int measured, void *workspace,
+                                    oplora_parallel_fn par);
+oplora_status oplora_exact_step_f64(const oplora_exact_f64 *layers, int64_t n_layers, int measured, void *workspace,
+                                    oplora_parallel_fn par);
+
+/* Writes the factors (base + v) from the parameters, with the bits that oplora_exact_step gave them. */
+oplora_status oplora_exact_generate_f32(const oplora_exact_f32 *layers, int64_t n_layers, void *workspace,
+                                        oplora_parallel_fn par);
+oplora_status oplora_exact_generate_f64(const oplora_exact_f64 *layers, int64_t n_layers, void *workspace,
+                                        oplora_parallel_fn par);
+
+/* ---- merge.c: W <- W + scaling B A on a checkpoint's own numbers ---- */
+
+typedef enum { OPLORA_F32 = 0, OPLORA_F16 = 1, OPLORA_BF16 = 2, OPLORA_F64 = 3 } oplora_dtype;
+
+/* W (out_features, in_features), or with `transposed` (in_features, out_features) as GPT-2's Conv1D keeps it,
+ * row-major, gets scaling * B A for A (r, in_features), B (out_features, r). Sums in float (double for OPLORA_F64),
+ * one rounding to nearest even at the end. W need not be aligned.
+ * workspace: oplora_merge_workspace_bytes(columns of W) bytes, aligned for double. */
+int64_t oplora_merge_workspace_bytes(int64_t columns);
+oplora_status oplora_merge(void *W, oplora_dtype dtype, const float *A, const float *B, double scaling,
+                           int64_t out_features, int64_t in_features, int64_t r, int transposed, void *workspace);
+
+/* values[i] rounded once to dtype, for whole tensors that an adapter replaces (biases, modules_to_save). */
+oplora_status oplora_round(const float *values, int64_t n, oplora_dtype dtype, void *out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,276 @@
+"""From a model to what is generated: each adapted layer's trainable tensors, as PEFT keeps them.
+
+A layer is found by PEFT's own attributes, and its tensors are looked up again at every step: PEFT replaces Parameter
+objects (low_cpu_mem_usage, the cast of a half-precision adapter), and one that was kept would be dead.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+
+__all__ = ["AdaptedLayer", "Factors", "find_layers", "keep_starts", "other_parameters", "warn_adopted"]
+
+
+class Start(Enum):
+    """How the rows of W2 that predict a tensor start."""
+
+    UNIFORM = "uniform"
+    ZERO = "zero"
+
+
+# PEFT's names of a layer's trainable tensors, in the order in which v holds them. Of each pair one starts at zero, so
+# that training starts at the base model. Adding an adapter type is one row.
+STARTS = {
+    "lora_A": Start.UNIFORM,
+    "lora_B": Start.ZERO,
+    "lora_embedding_A": Start.ZERO,
+    "lora_embedding_B": Start.UNIFORM,
+}
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One PEFT layer and one of its adapters.
+
+    Attributes:
+        name: the layer's name in the model and the adapter's: "model.layers.0.self_attn.q_proj.default".
+        module: PEFT's layer.
+        adapter: the adapter's name.
+        tensors: the names, of STARTS, of the trainable tensors that the layer has.
+    """
+
+    name: str
+    module: Any
+    adapter: str
+    tensors: tuple[str, ...]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors themselves, as the layer holds them now."""
+        return [_tensor(self.module, tensor, self.adapter) for tensor in self.tensors]
+
+    def refuse_if_folded(self) -> None:
+        """A step on a merged layer would make the later unmerge subtract another product than was added."""
+        if self.module.merged:
+            raise OPLoRARuntimeError(
+                f"oplora: layer {self.name} is merged into its base weight; a step now would corrupt the base at "
+                "unmerge. Call model.unmerge_adapter() before the step. Nothing was changed."
+            )
+        if self.module.disable_adapters:
+            raise OPLoRARuntimeError(
+                f"oplora: the adapters of layer {self.name} are disabled, so its gradients are not of the model that is "
+                "trained. Enable them (model.enable_adapter_layers(), or leave `with model.disable_adapter()`) before the "
+                "step. Nothing was changed."
+            )
+
+
+def _tensor(module: Any, tensor: str, adapter: str) -> nn.Parameter:
+    held = getattr(module, tensor)[adapter]
+    parameter: nn.Parameter = held.weight if isinstance(held, nn.Module) else held
+    return parameter
+
+
+def _plain_name(name: str) -> str:
+    """Without what torch.compile and DistributedDataParallel put before the names of the model's own modules."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _adapters_of(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(adapter, tensor, parameter) for every low-rank tensor of one PEFT layer."""
+    for tensor in STARTS:
+        for adapter in getattr(module, tensor, ()):
+            yield adapter, tensor, _tensor(module, tensor, adapter)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[AdaptedLayer]:
+    """Every layer of `model` with a trainable LoRA, of the adapter `adapter_name` or of all of them.
+
+    A tensor that two layers share (tied weights) belongs to the first.
+
+    Raises:
+        OPLoRAError: no such layer; factors on the meta device or of a dtype that cannot be trained.
+    """
+    if not isinstance(model, nn.Module):
+        raise OPLoRATypeError(
+            f"oplora: expected the model itself, got {type(model).__name__}. Pass the PEFT model, as in "
+            "oplora.AdamW(model, lr=1e-4), not its parameters: the layers are found in the model."
+        )
+    layers, seen, known = [], set[int](), set[str]()
+    for name, module in _lora_layers(model):
+        trained: dict[str, list[str]] = {}
+        for adapter, tensor, parameter in _adapters_of(module):
+            known.add(adapter)
+            if adapter_name not in (None, adapter) or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            full_name = f"{_plain_name(name)}.{adapter}"
+            _check_parameter(full_name, tensor, parameter)
+            trained.setdefault(adapter, []).append(tensor)
+        layers += [
+            AdaptedLayer(f"{_plain_name(name)}.{adapter}", module, adapter, tuple(tensors))
+            for adapter, tensors in trained.items()
+        ]
+    if not layers:
+        raise OPLoRAValueError(_why_none(model, adapter_name, known))
+    return layers
+
+
+def _check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
+    if parameter.is_meta:
+        raise OPLoRAValueError(
+            f"oplora: {tensor} of layer {layer} is on the meta device and has no values. Load the adapter's weights "
+            "(or build the model without init_empty_weights / low_cpu_mem_usage) before making the optimizer."
+        )
+    if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+        raise OPLoRATypeError(
+            f"oplora: {tensor} of layer {layer} is {parameter.dtype}; trainable factors are float32, float64, bfloat16 "
+            "or float16. Quantise the base model, not its adapter."
+        )
+
+
+def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> str:
+    if not known:
+        return (
+            f"oplora: {type(model).__name__} has no LoRA layer. Add an adapter first: "
+            "model = get_peft_model(model, LoraConfig(...)), or model = oplora.wrap(model, oplora.OPLoRAConfig(...))."
+        )
+    if adapter_name is not None and adapter_name not in known:
+        return f"oplora: no adapter is named {adapter_name!r}; the model has {', '.join(sorted(known))}."
+    which = "No adapter" if adapter_name is None else f"Adapter {adapter_name!r} is there, but no layer of it"
+    return (
+        f"oplora: {which} is trainable (the model has {', '.join(sorted(known))}). Call model.set_adapter(name), or load "
+        "with is_trainable=True."
+    )
+
+
+def other_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """What is trainable but no LoRA factor (biases, modules_to_save): each once, in the model's order."""
+    factors = {id(parameter) for _, module in _lora_layers(model) for _, _, parameter in _adapters_of(module)}
+    return (p for p in model.parameters() if p.requires_grad and id(p) not in factors)
+
+
+@dataclass
+class Factors:
+    """The tie between one generator's output v and its layer's tensors: what they hold, and who wrote it.
+
+    The tensors are base + v. A base (None stands for zeros) appears where they keep a start of their own, and where
+    somebody else has changed them between two steps. Edits are noticed by the tensors' version counters, so what goes
+    around autograd (`tensor.data`) is not.
+    """
+
+    layer: AdaptedLayer
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype  # of the generator: float64 for float64 tensors, float32 for all others
+    bases: list[Tensor | None]
+    _versions: list[int] = field(default_factory=list)
+    _written: list[nn.Parameter] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, layer: AdaptedLayer) -> "Factors":
+        parameters = layer.parameters()
+        double = all(p.dtype == torch.float64 for p in parameters)
+        return cls(
+            layer,
+            tuple(p.shape for p in parameters),
+            torch.float64 if double else torch.float32,
+            [None] * len(parameters),
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    def uniform_rows(self) -> list[tuple[int, int]]:
+        """[begin, end) of the rows of W2 that start at random."""
+        rows, begin = [], 0
+        for tensor, size in zip(self.layer.tensors, self.sizes, strict=True):
+            if STARTS[tensor] is Start.UNIFORM:
+                rows.append((begin, begin + size))
+            begin += size
+        return rows
+
+    def hold_a_start(self) -> bool:
+        """Whether a tensor that should start at zero does not: a trained adapter, PiSSA's or OLoRA's start."""
+        return any(
+            STARTS[tensor] is Start.ZERO and bool(parameter.detach().count_nonzero())
+            for tensor, parameter in zip(self.layer.tensors, self.layer.parameters(), strict=True)
+        )
+
+    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
+        """Contiguous, in the generator's dtype; zeros where one is missing, None where all are."""
+        if all(p.grad is None for p in parameters):
+            return None
+        return [
+            torch.zeros(p.shape, dtype=self.dtype, device=p.device)
+            if p.grad is None
+            else p.grad.to(self.dtype).contiguous()
+            for p in parameters
+        ]
+
+    def keep(self, v: Sequence[Tensor]) -> None:
+        """Takes the tensors' present values as the start that v is added to; v is what is generated now."""
+        for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
+            base = parameter.detach().to(self.dtype) - piece.view(parameter.shape)
+            self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
+        self.remember_written()
+
+    def remember_written(self) -> None:
+        self._written = self.layer.parameters()
+        self._versions = [p._version for p in self._written]
+
+    def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
+        return any(
+            p is not mine or p._version != version
+            for p, mine, version in zip(parameters, self._written, self._versions, strict=True)
+        )
+
+    def adopt_edits(self, generate: Callable[[], Sequence[Tensor]]) -> bool:
+        """After were_touched: whether values differ from base + generate(); if so they become the new base."""
+        parameters = self.layer.parameters()
+        v = [piece.view(shape) for piece, shape in zip(generate(), self.shapes, strict=True)]
+        mine = [piece if base is None else base + piece for base, piece in zip(self.bases, v, strict=True)]
+        changed = any(not torch.equal(p.detach(), m.to(p.dtype)) for p, m in zip(parameters, mine, strict=True))
+        if changed:
+            self.keep(v)
+        else:
+            self.remember_written()
+        return changed
+
+
+def keep_starts(factors: Sequence[Factors], init: str) -> list[bool]:
+    """Whether each layer keeps its values; with a warning where that was not asked for."""
+    if init not in ("paper", "keep"):
+        raise OPLoRAValueError(f"oplora: init is {init!r}, expected 'paper' or 'keep'.")
+    if init == "keep":
+        return [True] * len(factors)
+    held = [f.hold_a_start() for f in factors]
+    if any(held):
+        name = factors[held.index(True)].layer.name
+        warnings.warn(
+            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at zero "
+            "is not zero), as after earlier training, PiSSA or OLoRA. They keep their values, as with init='keep'.",
+            stacklevel=3,
+        )
+    return held
+
+
+def warn_adopted(names: Sequence[str]) -> None:
+    warnings.warn(
+        f"oplora: the factors of {len(names)} layer(s) were changed since the last step ({names[0]}"
+        f"{', ...' if len(names) > 1 else ''}); their new values are kept and the generators go on from there.",
+        stacklevel=4,
+    )

@@ -1,0 +1,215 @@
+"""The general path: the generators as an nn.Module of ordinary Parameters, under any torch optimizer, on any device.
+
+It forms the gradient of W2 in full, as autograd would: a copy of W2's size that oplora.AdamW does without.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .errors import OPLoRAValueError
+from .exact import Settings, start_parameters, views
+
+__all__ = ["Generators", "create_oplora_optimizer"]
+
+
+class Generator(nn.Module):
+    """One layer's generator: z (Z,), W1 (H, Z), c1 (H,), W2 (N, H) kept as H columns, c2 (N,)."""
+
+    def __init__(self, factors: Factors, settings: Settings, index: int) -> None:
+        super().__init__()
+        self.factors = factors
+        self.report: dict[str, Tensor] = {}  # of the last backward(), for stats
+        flat = start_parameters(factors, settings, index)
+        device = factors.layer.parameters()[0].device
+        for name, view in views(flat, settings.hidden_width, settings.latent_width).items():
+            setattr(self, name, nn.Parameter(view.to(device).clone()))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.z, self.W1, self.c1, self.W2, self.c2
+
+    def generate(self) -> list[Tensor]:
+        """v, a piece for each factor, without their bases."""
+        return list(ops.generate(*self.tensors()).detach().split(self.factors.sizes))
+
+    def refresh(self) -> None:
+        pieces = self.generate()
+        for parameter, base, piece in zip(self.factors.layer.parameters(), self.factors.bases, pieces, strict=True):
+            v = piece.view(parameter.shape)
+            parameter.detach().copy_(v if base is None else base + v)
+        self.factors.remember_written()
+
+    def backward(self) -> bool:
+        """Moves the factors' gradients into this module's; whether there were any."""
+        parameters = self.factors.layer.parameters()
+        gradients = self.factors.gradients(parameters)
+        if gradients is None:
+            return False
+        self.factors.layer.refuse_if_folded()
+        g = torch.cat([gradient.flatten() for gradient in gradients])
+        grad_z, grad_W1, grad_c1, h = torch.ops.oplora.generate_backward(g, self.z, self.W1, self.c1, self.W2)
+        grads = {"z": grad_z, "W1": grad_W1, "c1": grad_c1, "W2": torch.outer(h, g).t(), "c2": g}
+        for name, grad in grads.items():
+            parameter = getattr(self, name)
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        for parameter in parameters:
+            parameter.grad = None
+        self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
+        return True
+
+    def get_extra_state(self) -> list[Tensor | None]:
+        return [None if base is None else base.clone() for base in self.factors.bases]
+
+    def set_extra_state(self, state: list[Tensor | None]) -> None:
+        self.factors.bases = [None if base is None else base.clone() for base in state]
+
+
+class Generators(nn.Module):
+    """The generators behind a model's LoRA factors, with their parameters as ordinary Parameters.
+
+    Parameter names are the layer's name and the adapter's, then .z (Z,), .W1 (H, Z), .c1 (H,), .W2 (N, H), .c2 (N,).
+    The start is the one of oplora.AdamW with the same arguments, and so are the trajectories under torch.optim.AdamW.
+    Making it writes the start into the factors (init="paper") or leaves them as they are (init="keep").
+
+        generators = oplora.Generators(model)
+        optimizer = torch.optim.SGD(generators.parameters(), lr=0.1)
+        loss.backward()            # fills the gradients of A and B
+        generators.backward()      # moves them into the generators' parameters
+        optimizer.step()
+        generators.refresh()       # writes the next A and B
+
+    Args and errors: as of oplora.AdamW. The module is no part of the model, so nothing of it is saved with the adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        hidden_width: int = 32,
+        latent_width: int = 128,
+        latent_std: float = 0.01,
+        init: str = "paper",
+        adapter_name: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        settings = Settings(hidden_width, latent_width, latent_std, seed)
+        factors = [Factors.of(layer) for layer in find_layers(model, adapter_name)]
+        keeps = keep_starts(factors, init)
+        for index, (tie, keep) in enumerate(zip(factors, keeps, strict=True)):
+            generator = Generator(tie, settings, index)
+            self._add(tie.layer.name, generator)
+            with torch.no_grad():
+                if keep:
+                    tie.keep(generator.generate())
+                else:
+                    generator.refresh()
+
+    def _add(self, name: str, generator: Generator) -> None:
+        """Under the layer's dotted name, as nested modules: their names cannot hold dots."""
+        parent: nn.Module = self
+        *path, last = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, generator)
+
+    def __iter__(self) -> Iterator[Generator]:
+        return (module for module in self.modules() if isinstance(module, Generator))
+
+    @torch.no_grad()
+    def backward(self) -> None:
+        """Adds the gradients of all factors, pushed through their generators, to the generators' parameters.
+
+        The factors' own gradients are used up: they become None, so that none is counted twice.
+
+        Raises:
+            OPLoRAError: a layer is merged or disabled.
+        """
+        adopted = []
+        for generator in self:
+            tie = generator.factors
+            if tie.were_touched(tie.layer.parameters()) and tie.adopt_edits(generator.generate):
+                adopted.append(tie.layer.name)
+            generator.backward()
+        if adopted:
+            warn_adopted(adopted)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Writes every factor from its generator, in place."""
+        for generator in self:
+            generator.refresh()
+
+
+def create_oplora_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    hidden_width: int = 32,
+    latent_width: int = 128,
+    latent_std: float = 0.01,
+    hidden_lr_ratio: float = 1.0,
+    init: str = "paper",
+    adapter_name: str | None = None,
+    seed: int = 0,
+    **optimizer_kwargs: Any,
+) -> torch.optim.Optimizer:
+    """Any torch optimizer class over the generators of a model's LoRA factors, and over its other trainable parameters.
+
+    The optimizer's step() first moves the gradients of A and B through the generators and afterwards writes the next A
+    and B; both by hooks. Its state_dict() holds the generators too. They are `optimizer.generators`.
+
+    Args:
+        model: as for oplora.AdamW.
+        optimizer_cls: for instance torch.optim.SGD; its other arguments are passed on by name.
+        lr: learning rate of W2, c2 and of the other trainable parameters; z, W1 and c1 get lr * hidden_lr_ratio.
+        hidden_width, latent_width, latent_std, hidden_lr_ratio, init, adapter_name, seed: as in oplora.AdamW.
+
+    Gradients are clipped where they are: those of A and B before step(), or those of the generators between
+    optimizer.generators.backward() and step().
+    """
+    generators = Generators(
+        model,
+        hidden_width=hidden_width,
+        latent_width=latent_width,
+        latent_std=latent_std,
+        init=init,
+        adapter_name=adapter_name,
+        seed=seed,
+    )
+    outer = [p for g in generators for p in (g.W2, g.c2)]
+    hidden = [p for g in generators for p in (g.z, g.W1, g.c1)]
+    groups: list[dict[str, Any]] = [{"params": outer}, {"params": hidden, "lr": lr * hidden_lr_ratio}]
+    if others := list(other_parameters(model)):
+        groups.append({"params": others})
+    optimizer = optimizer_cls(groups, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
+    optimizer.generators = generators  # type: ignore[attr-defined]
+    _hook(optimizer, generators)
+    return optimizer
+
+
+def _hook(optimizer: torch.optim.Optimizer, generators: Generators) -> None:
+    def save(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "generators": generators.state_dict()}
+
+    def load(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        if "generators" not in state:
+            raise OPLoRAValueError("oplora: this state_dict has no generators; it was saved by another optimizer.")
+        try:
+            generators.load_state_dict(state["generators"])
+        except RuntimeError as error:
+            raise OPLoRAValueError(f"oplora: the saved generators do not fit this model: {error}") from error
+        generators.refresh()
+        return {key: value for key, value in state.items() if key != "generators"}
+
+    optimizer.register_step_pre_hook(lambda *_: generators.backward())
+    optimizer.register_step_post_hook(lambda *_: generators.refresh())
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)

@@ -1,0 +1,73 @@
+"""Into a model and out of it again: wrap() injects LoRA, merge() folds it in. PEFT does both."""
+
+from typing import Any
+
+from torch import nn
+
+from .config import OPLoRAConfig
+from .errors import OPLoRATypeError, OPLoRAValueError
+
+__all__ = ["merge", "wrap"]
+
+
+def wrap(model: nn.Module, config: OPLoRAConfig | None = None) -> Any:
+    """A PeftModel with LoRA in the layers that config.target_modules names, every other parameter frozen.
+
+    Args:
+        model: any nn.Module; its layers are replaced in place, as by peft.get_peft_model.
+        config: OPLoRAConfig(); by default rank 8 in every linear layer.
+
+    Raises:
+        OPLoRAError: no layer matches target_modules; the message names some that there are.
+    """
+    from peft import PeftModel, get_peft_model
+
+    config = OPLoRAConfig() if config is None else config
+    if not isinstance(model, nn.Module) or not isinstance(config, OPLoRAConfig):
+        raise OPLoRATypeError(
+            f"oplora.wrap: expected (nn.Module, OPLoRAConfig), got ({type(model).__name__}, {type(config).__name__}). "
+            "For a peft config call peft.get_peft_model(model, config)."
+        )
+    if isinstance(model, PeftModel):
+        raise OPLoRAValueError(
+            "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with "
+            "model.add_adapter(name, config)."
+        )
+    try:
+        return get_peft_model(model, config.to_peft(), adapter_name=config.adapter_name)
+    except ValueError as error:
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        there = f"linear layers are {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}" if linear else "there are no linear layers"
+        raise OPLoRAValueError(
+            f"oplora.wrap: PEFT found nothing to adapt for target_modules={config.target_modules!r} ({there}): {error}"
+        ) from error
+
+
+def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module:
+    """The base model with the adapter folded in: W + scaling B A, and plain layers again.
+
+    Args:
+        model: a PeftModel, or a model into which PEFT's layers were injected (transformers' and diffusers' add_adapter).
+        adapter_names: which to fold; by default the active ones.
+
+    Raises:
+        OPLoRAError: no adapter to fold, or NaN in a merged weight; the model is left as it was.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not layers:
+        raise OPLoRAValueError(f"oplora.merge: {type(model).__name__} has no adapter to fold in.")
+    try:
+        if isinstance(model, PeftModel):
+            merged: nn.Module = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
+            return merged
+        for _, layer in layers:
+            layer.merge(safe_merge=True, adapter_names=adapter_names)
+    except ValueError as error:
+        raise OPLoRAValueError(f"oplora.merge: {error}") from error
+    for name, layer in layers:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    return model

@@ -1,0 +1,371 @@
+"""AdamW with a generator behind every adapted layer: the one changed line."""
+
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import exact, ops  # noqa: F401  (ops loads the torch library that exact calls)
+from .adapters import AdaptedLayer, Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .exact import ExactState, Settings
+
+__all__ = ["AdamW"]
+
+STATES = {"exact": ExactState}
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW for a model with LoRA adapters, which trains each layer's factors through a generator (OP-LoRA).
+
+    Behind the factors of a layer stands h = ReLU(W1 z + c1), [A | B] = W2 h + c2. A step takes the gradients that
+    backward left in A and B, moves z, W1, c1, W2 and c2 as torch.optim.AdamW would if autograd ran through the
+    generator, and writes the next A and B in place. Nothing else changes: forward, backward, saving and loading are
+    PEFT's, and the adapter is an ordinary LoRA at every moment. Any other trainable parameter of the model (biases,
+    modules_to_save) is stepped by torch.optim.AdamW in the same call.
+
+    Args:
+        model: a PEFT model, or any nn.Module that holds PEFT's LoRA layers.
+        lr: learning rate of W2, c2 and of all other trainable parameters.
+        betas, eps, weight_decay: as in torch.optim.AdamW, for all parameters.
+        hidden_width: H, the units of a generator. The state takes 12 (H + 1) bytes a factor entry.
+        latent_width: Z, the length of z.
+        latent_std: standard deviation of z's start.
+        hidden_lr_ratio: the learning rate of z, W1 and c1 is lr times this. They move all of A and B together, and
+            below 1 they stay stable at rates at which W2 learns best.
+        state: how the generators are kept. "exact": all of W2 and both its moments.
+        init: "paper": A starts from its generator's random numbers and B at zero. "keep": every factor keeps the value
+            it has, and the generator adds to it. Layers whose B is not zero (a trained adapter, PiSSA, OLoRA) are kept
+            in either case, with a warning.
+        adapter_name: step this adapter only; by default every adapter that is trainable.
+        seed: of the generators' starts; the same on every replica.
+        skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
+
+    Raises:
+        OPLoRAError: no trainable adapter, factors without values or not on the CPU, arguments out of range.
+
+    Source: Teterwak, Saenko, Plummer, Lim: "OP-LoRA: The Blessing of Dimensionality", arXiv 2412.10362.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        hidden_width: int = 32,
+        latent_width: int = 128,
+        latent_std: float = 0.01,
+        hidden_lr_ratio: float = 1.0,
+        state: str = "exact",
+        init: str = "paper",
+        adapter_name: str | None = None,
+        seed: int = 0,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        settings = Settings(hidden_width, latent_width, latent_std, seed)
+        _check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state)
+        layers = find_layers(model, adapter_name)
+        _refuse_devices(layers)
+        self.skip_nonfinite = skip_nonfinite
+        factors = [Factors.of(layer) for layer in layers]
+        _refuse_more_than_memory(factors, settings)
+        self._states = [STATES[state](f, settings, index) for index, f in enumerate(factors)]
+        for generator, keep in zip(self._states, keep_starts(factors, init), strict=True):
+            generator.begin(keep)
+        self._measured: tuple[list[Tensor], list[int], list[Tensor]] | None = None
+
+        # one group for the factors, one for the rest; the schedulers see both
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([p for layer in layers for p in layer.parameters()], defaults)
+        self.param_groups[0]["hidden_lr_ratio"] = hidden_lr_ratio
+        others = list(other_parameters(model))
+        self._plain = torch.optim.AdamW(others, **defaults) if others else None  # type: ignore[arg-type]
+        if self._plain is not None:
+            self.param_groups += self._plain.param_groups
+
+    # ---- stepping ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step from the gradients in the factors; see the class. Layers without any gradient stay as they are.
+
+        Raises:
+            OPLoRAError: a merged or disabled layer, a NaN or infinite gradient (unless skip_nonfinite). Nothing was
+                changed then, and the message names the layer.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stepping = self._stepping()
+        reports = self._reports_of_clipping(stepping)
+        if self._refuse_nonfinite(self._nonfinite_others()):
+            return loss
+        if len(stepping) > 1 and reports is None:  # several dtypes: none may step before all are known to be finite
+            reports = self._measure(stepping)
+            if self._refuse_nonfinite(_nonfinite_layers(stepping, reports)):
+                return loss
+        for i, (states, gradients) in enumerate(stepping):
+            done, report = exact.step(states, gradients, self._numbers(), None if reports is None else reports[i])
+            if not done:
+                self._refuse_nonfinite(_nonfinite_layers([(states, gradients)], [report]))
+                return loss
+            _hand_out(states, report)
+        if self._plain is not None:
+            self._plain.param_groups, self._plain.state = self.param_groups[1:], self.state
+            self._plain.step()
+        self._measured = None
+        return loss
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scales the gradients so that the norm of all parameters' gradients, the generators' z, W1, c1, W2, c2 and the
+        other trainable ones, is at most max_norm; as torch.nn.utils.clip_grad_norm_ over them would.
+
+        The norm is exact and costs one read of W2, which the next step() then saves: ||dW2|| = ||g|| ||h||.
+
+        Returns:
+            The norm before clipping, a 0-d float64 tensor. If it is not finite the gradients are left as they are,
+            and step() refuses them.
+        """
+        stepping = self._stepping()
+        reports = self._measure(stepping)
+        others = [p.grad for p in self._others() if p.grad is not None]
+        square = sum(_report_square(states, report) for (states, _), report in zip(stepping, reports, strict=True))
+        square += sum(float(norm) ** 2 for norm in torch._foreach_norm([g.double() for g in others])) if others else 0.0
+        norm = torch.tensor(square, dtype=torch.float64).sqrt()
+        if not torch.isfinite(norm) or _nonfinite_layers(stepping, reports):
+            return norm if not torch.isfinite(norm) else torch.tensor(float("nan"), dtype=torch.float64)
+        scale = min(1.0, max_norm / (float(norm) + 1e-6))
+        if scale < 1.0:
+            factors = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+            torch._foreach_mul_(factors + others, scale)
+            for (states, _), report in zip(stepping, reports, strict=True):
+                _scale_report(states, report, scale)
+        self._remember_measured(stepping, reports)
+        return norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters that are stepped by plain AdamW."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_plain") and len(self.param_groups) > 1:
+            added = self.param_groups[-1]
+            if self._plain is None:
+                self._plain = torch.optim.AdamW([added])
+            else:
+                self._plain.add_param_group({**added, "params": list(added["params"])})
+            self.param_groups[-1] = self._plain.param_groups[-1]
+
+    def _numbers(self) -> dict[str, float]:
+        group = self.param_groups[0]
+        lr = float(group["lr"])
+        beta1, beta2 = group["betas"]
+        return {
+            "lr": lr,
+            "hidden_lr": lr * group["hidden_lr_ratio"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+        }
+
+    def _others(self) -> Iterable[nn.Parameter]:
+        return (p for group in self.param_groups[1:] for p in group["params"])
+
+    def _stepping(self) -> list[tuple[list[ExactState], list[Tensor]]]:
+        """The layers that have gradients, with them, by dtype; edits of their factors are adopted on the way."""
+        by_dtype: dict[torch.dtype, tuple[list[ExactState], list[Tensor]]] = {}
+        parameters: list[nn.Parameter] = []
+        adopted = []
+        for state in self._states:
+            current = state.factors.layer.parameters()
+            parameters += current
+            gradients = state.factors.gradients(current)
+            if gradients is None:
+                continue
+            state.factors.layer.refuse_if_folded()
+            if state.factors.were_touched(current) and state.factors.adopt_edits(state.generate):
+                adopted.append(state.name)
+            states, all_gradients = by_dtype.setdefault(state.factors.dtype, ([], []))
+            states.append(state)
+            all_gradients += gradients
+        if adopted:
+            warn_adopted(adopted)
+        self.param_groups[0]["params"] = parameters  # PEFT may have replaced some
+        return list(by_dtype.values())
+
+    # ---- what is measured before a step ----
+
+    @staticmethod
+    def _measure(stepping: list[tuple[list[ExactState], list[Tensor]]]) -> list[Tensor]:
+        return [exact.measure(states, gradients)[1] for states, gradients in stepping]
+
+    def _remember_measured(
+        self, stepping: list[tuple[list[ExactState], list[Tensor]]], reports: list[Tensor]
+    ) -> None:
+        gradients = [g for _, all_gradients in stepping for g in all_gradients]
+        self._measured = (gradients, [g._version for g in gradients], reports)
+
+    def _reports_of_clipping(self, stepping: list[tuple[list[ExactState], list[Tensor]]]) -> list[Tensor] | None:
+        """The reports of clip_grad_norm_, if the gradients are the very ones that it left."""
+        if self._measured is None:
+            return None
+        known, versions, reports = self._measured
+        gradients = [g for _, all_gradients in stepping for g in all_gradients]
+        same = len(known) == len(gradients) and all(
+            mine.data_ptr() == g.data_ptr() and g._version == version
+            for mine, g, version in zip(known, gradients, versions, strict=True)
+        )
+        return reports if same else None
+
+    def _nonfinite_others(self) -> list[str]:
+        gradients = [p.grad for p in self._others() if p.grad is not None]
+        if not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, float("inf")))).all()):
+            return []
+        return ["parameters outside the adapters (biases, modules_to_save)"]
+
+    def _refuse_nonfinite(self, where: list[str]) -> bool:
+        if where and not self.skip_nonfinite:
+            raise OPLoRARuntimeError(
+                f"oplora: the gradient of {where[0]} {f'and {len(where) - 1} more ' if len(where) > 1 else ''}"
+                "holds NaN or infinity. Nothing was changed: call zero_grad() and go on with the next batch, lower the "
+                "learning rate, or pass skip_nonfinite=True to skip such steps."
+            )
+        return bool(where)
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state_dict, and under "generators" each layer's generator by name. Resuming from it, and from the
+        model and data at the same place, continues bit for bit."""
+        saved = super().state_dict()
+        saved["generators"] = {state.name: state.state_dict() for state in self._states}
+        return saved
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the state, and writes the factors that belong to it into the model.
+
+        Raises:
+            OPLoRAError: the state is of another model, rank, width or kind; nothing was changed.
+        """
+        saved = state_dict.get("generators")
+        if saved is None:
+            raise OPLoRAValueError(
+                "oplora: this state_dict has no generators: it was saved by another optimizer. Load it there, or start "
+                "anew with init='keep', which goes on from the adapter's present values."
+            )
+        mine = {state.name: state for state in self._states}
+        if saved.keys() != mine.keys():
+            raise OPLoRAValueError(_other_layers(mine.keys(), saved.keys()))
+        for name, state in mine.items():
+            state.factors.layer.refuse_if_folded()
+            state.check_state(saved[name])
+        try:
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != "generators"})
+        except (ValueError, KeyError) as error:
+            raise OPLoRAValueError(
+                f"oplora: the state_dict's parameter groups do not fit the model: {error}. Build the model and the "
+                "optimizer as in the run that was saved."
+            ) from error
+        for name, state in mine.items():
+            state.load_state(saved[name])
+        self._measured = None
+        exact.write_factors(self._states)
+
+
+def _check_arguments(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, ratio: float, state: str
+) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("hidden_lr_ratio", ratio)):
+        if not 0 <= float(value) < float("inf"):
+            raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number of at least 0.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise OPLoRAValueError(f"oplora.AdamW: betas are {betas!r}, expected two numbers in [0, 1).")
+    if state not in STATES:
+        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, STATES))}.")
+
+
+def _refuse_devices(layers: list[AdaptedLayer]) -> None:
+    for layer in layers:
+        for parameter in layer.parameters():
+            if parameter.device.type != "cpu":
+                raise OPLoRATypeError(
+                    f"oplora.AdamW: the factors of layer {layer.name} are on {parameter.device}; the fused step runs on "
+                    "CPU tensors. Use oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...), which trains the "
+                    "same generators on any device."
+                )
+
+
+def _refuse_more_than_memory(factors: list[Factors], settings: Settings) -> None:
+    """Before anything is allocated: the system may grant more than it has and kill the process later."""
+    import os
+
+    H, Z = settings.hidden_width, settings.latent_width
+    numbers = [sum(f.sizes) * (H + 1) + H * Z + H + Z for f in factors]
+    needed = sum(3 * n * f.dtype.itemsize for n, f in zip(numbers, factors, strict=True))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise OPLoRAMemoryError(
+            f"oplora.AdamW: the generators need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB. State "
+            f"'exact' takes 12 (hidden_width + 1) bytes a factor entry: lower hidden_width (now {H}) or the rank r."
+        )
+
+
+def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:
+    mine, saved = set(mine), set(saved)
+    lacking, extra = sorted(mine - saved), sorted(saved - mine)
+    parts = [f"it lacks {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"] if lacking else []
+    parts += [f"it has {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''} besides"] if extra else []
+    return (
+        f"oplora: the saved generators are of other layers: {'; '.join(parts)}. Build the model with the adapter "
+        "(names, target_modules) of the run that was saved."
+    )
+
+
+# ---- reports: the core's numbers of each layer, one behind the other ----
+
+
+def _reports(states: list[ExactState], report: Tensor) -> list[Tensor]:
+    ends = [0]
+    for state in states:
+        ends.append(ends[-1] + state.report_size)
+    return [report[a:b] for a, b in pairwise(ends)]
+
+
+def _hand_out(states: list[ExactState], report: Tensor) -> None:
+    for state, piece in zip(states, _reports(states, report), strict=True):
+        state.report = piece
+
+
+def _nonfinite_layers(stepping: list[tuple[list[ExactState], list[Tensor]]], reports: list[Tensor]) -> list[str]:
+    return [
+        f"layer {state.name}"
+        for (states, _), report in zip(stepping, reports, strict=True)
+        for state, piece in zip(states, _reports(states, report), strict=True)
+        if piece[1] != 0
+    ]
+
+
+def _report_square(states: list[ExactState], report: Tensor) -> float:
+    """The square of the norm of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and the hidden path's."""
+    total = 0.0
+    for state, piece in zip(states, _reports(states, report), strict=True):
+        h = piece[3 : 3 + state.H]
+        total += float(piece[0]) * (float(h @ h) + 1.0) + float(piece[2])
+    return total
+
+
+def _scale_report(states: list[ExactState], report: Tensor, scale: float) -> None:
+    """What the report would have been for gradients times `scale`: everything in it but h is linear or quadratic."""
+    for state, piece in zip(states, _reports(states, report), strict=True):
+        piece[0] *= scale**2
+        piece[2] *= scale**2
+        piece[3 + state.H :] *= scale
+
+
