@@ -7,11 +7,12 @@
  *     AdamW on W2 with g h^T and on c2 with g; v = W2 h + c2     second pass over W2 and its moments
  *
  * dW2 = g h^T is formed one register at a time and never stored. Memory-bound: an entry of a column that is on costs
- * 4 bytes in the first pass and 24 in the second (float). The first is mostly free: layers go through both passes in
- * batches whose W2 stays in the last-level cache. A column that has never been on (h_j = 0, moments zero) changes only
- * by weight decay, kept as one factor until the unit wakes: it costs nothing.
+ * 4 bytes in the first pass and 24 in the second (float). A column that has never been on (h_j = 0, moments zero)
+ * changes only by weight decay, kept as one factor until the unit wakes: it costs nothing.
  *
- * Work is cut into tasks of CHUNK rows of one factor, whatever the number of threads, and sums over tasks run in order. */
+ * Work is cut into tasks of CHUNK rows of one factor, and sums over tasks run in order, so nothing depends on who does
+ * a task. Small layers are stepped whole, one a thread: no barriers, and the second pass finds W2 in the cache. Large
+ * layers are stepped one after another, their tasks spread over the threads. */
 #ifndef T
 
 #include "dispatch.h"
@@ -21,9 +22,9 @@
 #include <string.h>
 
 enum {
-    CHUNK = 2048,        /* rows of a task: its part of g and of v stays in the first-level cache */
-    GROUP = 64,          /* columns pointed at from the stack at a time */
-    BATCH_BYTES = 8 << 20 /* W2 of the layers that go through both passes together */
+    CHUNK = 2048,         /* rows of a task: its part of g and of v stays in the first-level cache */
+    GROUP = 64,           /* columns pointed at from the stack at a time */
+    SMALL_BYTES = 8 << 20 /* of W2: a layer up to this size is one thread's work */
 };
 
 int64_t oplora_exact_report_size(int64_t H) { return 3 + 2 * H; }
@@ -66,7 +67,7 @@ typedef struct {
     T *h, *h_next, *d, *dz, *ones;
     double *latent;  /* dz in double */
     double *partial; /* (tasks, H + 2): dh, ||g||^2 and the count of non-finite entries */
-    int64_t tasks;
+    int64_t first_task, tasks;
 } TY(plan);
 
 /* A factor's place in the list of tasks. */
@@ -77,8 +78,9 @@ typedef struct {
 typedef struct {
     TY(plan) *plans;
     TY(span) *spans; /* n_spans, and one behind the last */
-    int64_t n_spans;
-    int64_t first_task, first_plan; /* of the batch at hand */
+    int64_t n_plans, n_spans;
+    int64_t first_task, first_plan; /* where the ranges at hand count from */
+    int measured;
 } TY(job);
 
 static TY(adamw_numbers) TY(numbers_of)(const oplora_adamw *a, double lr) {
@@ -115,6 +117,7 @@ static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers,
     for (int64_t i = 0; i < n_layers; i++) n_spans += layers[i].n_factors;
     TY(job) job = {.plans = take(a, n_layers, sizeof(TY(plan))),
                    .spans = take(a, n_spans + 1, sizeof(TY(span))),
+                   .n_plans = n_layers,
                    .n_spans = n_spans};
     int64_t task = 0, s = 0;
     for (int64_t i = 0; i < n_layers; i++) {
@@ -124,7 +127,7 @@ static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers,
             if (a->memory) job.spans[s] = (TY(span)){task, i, f, row};
             task += chunks(l->factors[f].rows);
         }
-        TY(plan) p = {.layer = l, .tasks = task - first};
+        TY(plan) p = {.layer = l, .first_task = first, .tasks = task - first};
         p.h = take(a, l->H, sizeof(T));
         p.h_next = take(a, l->H, sizeof(T));
         p.d = take(a, l->H, sizeof(T));
@@ -179,21 +182,22 @@ static TY(task) TY(task_at)(const TY(job) *job, const TY(span) *span, int64_t ta
     TY(plan) *const plan = &job->plans[span->plan];
     const TY(oplora_factor) *const factor = &plan->layer->factors[span->factor];
     const int64_t offset = (task - span->first_task) * CHUNK, left = factor->rows - offset;
-    /* the layer's own first task: its partial sums are numbered from there */
-    const int64_t first = span[-span->factor].first_task;
-    return (TY(task)){plan, factor, plan->partial + (task - first) * (plan->layer->H + 2), span->row + offset, offset,
-                      left < CHUNK ? left : CHUNK};
+    return (TY(task)){plan,   factor, plan->partial + (task - plan->first_task) * (plan->layer->H + 2), span->row + offset,
+                      offset, left < CHUNK ? left : CHUNK};
 }
 
-#define FOR_TASKS(job, begin, end, body) \
-    do { \
-        const TY(span) *span_ = TY(span_of)(job, (job)->first_task + (begin)); \
-        for (int64_t t_ = (job)->first_task + (begin); t_ < (job)->first_task + (end); t_++) { \
-            while (t_ >= span_[1].first_task) span_++; \
-            const TY(task) task = TY(task_at)(job, span_, t_); \
-            body(&task); \
-        } \
-    } while (0)
+/* Calls body on the tasks [begin, end) of the whole job. */
+static void TY(run_tasks)(const TY(job) *job, int64_t begin, int64_t end, void (*body)(const TY(task) *)) {
+    if (begin >= end) return;
+    const uint64_t subnormals = oplora_flush_subnormals();
+    const TY(span) *span = TY(span_of)(job, begin);
+    for (int64_t t = begin; t < end; t++) {
+        while (t >= span[1].first_task) span++;
+        const TY(task) task = TY(task_at)(job, span, t);
+        body(&task);
+    }
+    oplora_restore_subnormals(subnormals);
+}
 
 static void TY(square_task)(const TY(task) *t) {
     int64_t nonfinite;
@@ -266,19 +270,22 @@ static void TY(generate_task)(const TY(task) *t) {
     TY(write_factor)(t, v);
 }
 
-static void TY(square_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(square_task)); }
-static void TY(reduce_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(reduce_task)); }
-static void TY(update_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(update_task)); }
-static void TY(generate_tasks)(int64_t begin, int64_t end, void *job) { FOR_TASKS((TY(job) *)job, begin, end, TY(generate_task)); }
+/* The same as ranges for the caller's threads, counted from the job's first task. */
+#define TASK_RANGE(name, body) \
+    static void TY(name)(int64_t begin, int64_t end, void *context) { \
+        const TY(job) *const job = context; \
+        TY(run_tasks)(job, job->first_task + begin, job->first_task + end, TY(body)); \
+    }
+TASK_RANGE(square_tasks, square_task)
+TASK_RANGE(reduce_tasks, reduce_task)
+TASK_RANGE(update_tasks, update_task)
+TASK_RANGE(generate_tasks, generate_task)
+#undef TASK_RANGE
 
 /* ---- layers: the hidden path, one layer at a time ---- */
 
-static void TY(hidden_layers)(int64_t begin, int64_t end, void *context) {
-    TY(job) *const job = context;
-    for (int64_t i = job->first_plan + begin; i < job->first_plan + end; i++) {
-        TY(plan) *const p = &job->plans[i];
-        TY(oplora_hidden)(p->z, p->W1, p->c1, p->layer->H, p->layer->Z, p->h);
-    }
+static void TY(find_hidden)(TY(plan) *p) {
+    TY(oplora_hidden)(p->z, p->W1, p->c1, p->layer->H, p->layer->Z, p->h);
 }
 
 /* The sums over a layer's tasks, into its report. */
@@ -307,11 +314,6 @@ static void TY(report_hidden)(const TY(plan) *p) {
     p->layer->report[2] = dz2 + d2 * (z2 + 1);
 }
 
-static void TY(report_layers)(int64_t begin, int64_t end, void *context) {
-    TY(job) *const job = context;
-    for (int64_t i = job->first_plan + begin; i < job->first_plan + end; i++) TY(report_hidden)(&job->plans[i]);
-}
-
 /* AdamW on z, W1 and c1 from the report's d, and the next h. */
 static void TY(step_hidden)(TY(plan) *p) {
     const TY(oplora_exact) *const l = p->layer;
@@ -320,6 +322,7 @@ static void TY(step_hidden)(TY(plan) *p) {
     const int64_t W1 = p->W1 - l->parameters, c1 = p->c1 - l->parameters, z = p->z - l->parameters;
     TY(oplora_hidden_latent_gradient)(d, p->W1, l->H, l->Z, p->latent);
     for (int64_t i = 0; i < l->Z; i++) p->dz[i] = (T)p->latent[i];
+    for (int64_t j = 0; j < l->H; j++) p->h[j] = (T)l->report[3 + j];
     for (int64_t j = 0; j < l->H; j++) {
         const int64_t row = W1 + j * l->Z;
         p->d[j] = (T)d[j];
@@ -329,15 +332,6 @@ static void TY(step_hidden)(TY(plan) *p) {
     kernels->adamw(p->c1, l->exp_avg + c1, l->exp_avg_sq + c1, p->d, 1, 0, NULL, l->H, &p->hidden);
     kernels->adamw(p->z, l->exp_avg + z, l->exp_avg_sq + z, p->dz, 1, 0, NULL, l->Z, &p->hidden);
     TY(oplora_hidden)(p->z, p->W1, p->c1, l->H, l->Z, p->h_next);
-}
-
-static void TY(step_layers)(int64_t begin, int64_t end, void *context) {
-    TY(job) *const job = context;
-    for (int64_t i = job->first_plan + begin; i < job->first_plan + end; i++) {
-        TY(plan) *const p = &job->plans[i];
-        for (int64_t j = 0; j < p->layer->H; j++) p->h[j] = (T)p->layer->report[3 + j];
-        TY(step_hidden)(p);
-    }
 }
 
 /* After the second pass: which columns have moments now, and what the still ones owe. */
@@ -351,43 +345,89 @@ static void TY(settle_columns)(const TY(plan) *p) {
     }
 }
 
-/* ---- entry points ---- */
-
-/* Calls `tasks` on all tasks of the plans [first, last), and `layers` likewise on the plans. */
-static oplora_status TY(for_tasks)(TY(job) *job, int64_t first, int64_t last, oplora_range_fn tasks,
-                                   oplora_parallel_fn par) {
-    int64_t n = 0;
-    for (int64_t i = first; i < last; i++) n += job->plans[i].tasks;
-    job->first_task = 0;
-    for (int64_t s = 0; s < job->n_spans; s++)
-        if (job->spans[s].plan == first) {
-            job->first_task = job->spans[s].first_task;
-            break;
-        }
-    return oplora_parallel(par, n, 1, tasks, job);
+/* A whole layer by one thread. */
+static void TY(measure_layer)(const TY(job) *job, TY(plan) *p) {
+    TY(find_hidden)(p);
+    TY(run_tasks)(job, p->first_task, p->first_task + p->tasks, TY(reduce_task));
+    TY(report_hidden)(p);
 }
 
-static oplora_status TY(for_layers)(TY(job) *job, int64_t first, int64_t last, oplora_range_fn layers,
-                                    oplora_parallel_fn par) {
+static void TY(step_layer)(const TY(job) *job, TY(plan) *p) {
+    if (!job->measured) TY(measure_layer)(job, p);
+    TY(step_hidden)(p);
+    TY(run_tasks)(job, p->first_task, p->first_task + p->tasks, TY(update_task));
+    TY(settle_columns)(p);
+}
+
+#define LAYER_RANGE(name, call) \
+    static void TY(name)(int64_t begin, int64_t end, void *context) { \
+        TY(job) *const job = context; \
+        const uint64_t subnormals = oplora_flush_subnormals(); \
+        for (TY(plan) *p = job->plans + job->first_plan + begin; p < job->plans + job->first_plan + end; p++) call; \
+        oplora_restore_subnormals(subnormals); \
+    }
+LAYER_RANGE(measure_layers, TY(measure_layer)(job, p))
+LAYER_RANGE(step_layers, TY(step_layer)(job, p))
+LAYER_RANGE(find_layers, TY(find_hidden)(p))
+#undef LAYER_RANGE
+
+/* ---- the job: all layers, on the caller's threads ---- */
+
+static oplora_status TY(spread_tasks)(TY(job) *job, int64_t first, int64_t count, oplora_range_fn tasks,
+                                      oplora_parallel_fn par) {
+    job->first_task = first;
+    return oplora_parallel(par, count, 1, tasks, job);
+}
+
+static oplora_status TY(spread_layers)(TY(job) *job, int64_t first, int64_t count, oplora_range_fn layers,
+                                       oplora_parallel_fn par) {
     job->first_plan = first;
-    return oplora_parallel(par, last - first, 1, layers, job);
+    return oplora_parallel(par, count, 1, layers, job);
 }
 
-static oplora_status TY(measure_squares)(TY(job) *job, int64_t n_layers, oplora_parallel_fn par) {
+static oplora_status TY(measure_large)(TY(job) *job, TY(plan) *p, oplora_parallel_fn par) {
+    TY(find_hidden)(p);
+    OPLORA_FORWARD(TY(spread_tasks)(job, p->first_task, p->tasks, TY(reduce_tasks), par));
+    TY(report_hidden)(p);
+    return OPLORA_OK;
+}
+
+static oplora_status TY(step_large)(TY(job) *job, TY(plan) *p, oplora_parallel_fn par) {
+    if (!job->measured) OPLORA_FORWARD(TY(measure_large)(job, p, par));
+    TY(step_hidden)(p);
+    OPLORA_FORWARD(TY(spread_tasks)(job, p->first_task, p->tasks, TY(update_tasks), par));
+    TY(settle_columns)(p);
+    return OPLORA_OK;
+}
+
+static int TY(is_small)(const TY(plan) *p) { return p->layer->H * p->layer->N <= SMALL_BYTES / (int64_t)sizeof(T); }
+
+/* Runs of small layers a layer a thread, large layers one at a time. */
+static oplora_status TY(for_layers)(TY(job) *job, oplora_range_fn small,
+                                    oplora_status (*large)(TY(job) *, TY(plan) *, oplora_parallel_fn),
+                                    oplora_parallel_fn par) {
+    for (int64_t first = 0, last; first < job->n_plans; first = last) {
+        for (last = first; last < job->n_plans && TY(is_small)(&job->plans[last]); last++) {}
+        if (last > first)
+            OPLORA_FORWARD(TY(spread_layers)(job, first, last - first, small, par));
+        else
+            OPLORA_FORWARD(large(job, &job->plans[last++], par));
+    }
+    return OPLORA_OK;
+}
+
+/* ||g||^2 of every layer, and whether all of them are finite. */
+static oplora_status TY(measure_squares)(TY(job) *job, oplora_parallel_fn par) {
     int finite = 1;
-    OPLORA_FORWARD(TY(for_tasks)(job, 0, n_layers, TY(square_tasks), par));
-    for (int64_t i = 0; i < n_layers; i++) {
-        TY(report_squares)(&job->plans[i]);
-        finite &= job->plans[i].layer->report[1] == 0;
+    OPLORA_FORWARD(TY(spread_tasks)(job, 0, job->spans[job->n_spans].first_task, TY(square_tasks), par));
+    for (const TY(plan) *p = job->plans; p < job->plans + job->n_plans; p++) {
+        TY(report_squares)(p);
+        finite &= p->layer->report[1] == 0;
     }
     return finite ? OPLORA_OK : OPLORA_ENONFINITE;
 }
 
-static oplora_status TY(measure_hidden)(TY(job) *job, int64_t first, int64_t last, oplora_parallel_fn par) {
-    OPLORA_FORWARD(TY(for_layers)(job, first, last, TY(hidden_layers), par));
-    OPLORA_FORWARD(TY(for_tasks)(job, first, last, TY(reduce_tasks), par));
-    return TY(for_layers)(job, first, last, TY(report_layers), par);
-}
+/* ---- entry points ---- */
 
 static oplora_status TY(prepare)(const TY(oplora_exact) *layers, int64_t n_layers, int steps, int gradients,
                                  void *workspace, TY(job) *job) {
@@ -410,8 +450,8 @@ oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 1, workspace, &job));
-    OPLORA_FORWARD(TY(measure_squares)(&job, n_layers, par));
-    return TY(measure_hidden)(&job, 0, n_layers, par);
+    OPLORA_FORWARD(TY(measure_squares)(&job, par));
+    return TY(for_layers)(&job, TY(measure_layers), TY(measure_large), par);
 }
 
 oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
@@ -419,19 +459,10 @@ oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_la
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 1, 1, workspace, &job));
-    if (!measured) OPLORA_FORWARD(TY(measure_squares)(&job, n_layers, par));
+    job.measured = measured;
+    if (!measured) OPLORA_FORWARD(TY(measure_squares)(&job, par));
     for (int64_t i = 0; i < n_layers; i++) OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
-
-    for (int64_t first = 0, last; first < n_layers; first = last) {
-        int64_t bytes = 0;
-        for (last = first; last < n_layers && (last == first || bytes < BATCH_BYTES); last++)
-            bytes += layers[last].H * layers[last].N * (int64_t)sizeof(T);
-        if (!measured) OPLORA_FORWARD(TY(measure_hidden)(&job, first, last, par));
-        OPLORA_FORWARD(TY(for_layers)(&job, first, last, TY(step_layers), par));
-        OPLORA_FORWARD(TY(for_tasks)(&job, first, last, TY(update_tasks), par));
-        for (int64_t i = first; i < last; i++) TY(settle_columns)(&job.plans[i]);
-    }
-    return OPLORA_OK;
+    return TY(for_layers)(&job, TY(step_layers), TY(step_large), par);
 }
 
 oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
@@ -439,9 +470,8 @@ oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t 
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 0, workspace, &job));
-    OPLORA_FORWARD(TY(for_layers)(&job, 0, n_layers, TY(hidden_layers), par));
-    return TY(for_tasks)(&job, 0, n_layers, TY(generate_tasks), par);
+    OPLORA_FORWARD(TY(spread_layers)(&job, 0, n_layers, TY(find_layers), par));
+    return TY(spread_tasks)(&job, 0, job.spans[job.n_spans].first_task, TY(generate_tasks), par);
 }
 
-#undef FOR_TASKS
 #endif

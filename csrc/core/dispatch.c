@@ -11,7 +11,7 @@
 #define FN_JOIN_(name, type, isa) name##_##type##_##isa
 #define FN_JOIN(name, type, isa) FN_JOIN_(name, type, isa)
 #define FN(name) FN_JOIN(name, TNAME, ISA)
-#define SQRT(x) (sizeof(x) == sizeof(float) ? sqrtf((float)(x)) : sqrt(x))
+#define SQRT(x) ((T)(sizeof(T) == sizeof(float) ? sqrtf((float)(x)) : (T)sqrt(x)))
 
 #define ISA base
 #define OPLORA_TEMPLATE "kernels.h"

@@ -4,7 +4,7 @@
 pages of moments that no step has touched (units that never fired) are not resident.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,18 @@ from . import _core
 from .adapters import Factors
 from .errors import OPLoRAMemoryError, OPLoRATypeError, OPLoRAValueError
 
-__all__ = ["ExactState", "Settings", "measure", "start_parameters", "step", "views", "write_factors"]
+__all__ = [
+    "ExactState",
+    "Layers",
+    "Settings",
+    "allocate",
+    "count_parameters",
+    "measure",
+    "start_parameters",
+    "step",
+    "views",
+    "write_factors",
+]
 
 ADAMW = ("lr", "hidden_lr", "beta1", "beta2", "eps", "weight_decay")
 
@@ -41,20 +52,26 @@ class Settings:
             raise OPLoRAValueError(f"oplora: seed is {self.seed!r}, expected a whole number in [0, 2^64).")
 
 
-def _zeros(count: int, dtype: torch.dtype, purpose: str) -> Tensor:
-    """Zeros whose pages the system hands out when they are first touched (torch.zeros would touch them all)."""
+def allocate(count: int, dtype: torch.dtype) -> Tensor:
+    """Zeros by NumPy: pages come when they are first touched, and as huge ones, with which columns stream faster."""
     try:
         return torch.from_numpy(np.zeros(count, dtype=np.float64 if dtype == torch.float64 else np.float32))
     except (MemoryError, ValueError) as error:
         raise OPLoRAMemoryError(
-            f"oplora: no memory for {purpose}: {count} numbers. Lower hidden_width or the rank r, or adapt fewer layers."
+            f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt fewer "
+            "layers."
         ) from error
 
 
-def start_parameters(factors: Factors, settings: Settings, index: int) -> Tensor:
-    """The flat parameters of the generator of the model's layer `index`, at the paper's start (on the CPU)."""
+def count_parameters(factors: Factors, settings: Settings) -> int:
+    """Numbers in one generator: W2, c2, W1, c1 and z."""
     H, Z, N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
-    flat = _zeros(H * N + N + H * Z + H + Z, factors.dtype, f"the generator of layer {factors.layer.name}")
+    return H * N + N + H * Z + H + Z
+
+
+def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: int) -> None:
+    """Writes the paper's start of the generator of the model's layer `index` into its flat parameters (on the CPU)."""
+    H, Z = settings.hidden_width, settings.latent_width
     _core.start(
         flat.numpy(),
         hidden_width=H,
@@ -64,7 +81,6 @@ def start_parameters(factors: Factors, settings: Settings, index: int) -> Tensor
         latent_std=settings.latent_std,
         uniform=factors.uniform_rows(),
     )
-    return flat
 
 
 def views(flat: Tensor, hidden_width: int, latent_width: int) -> dict[str, Tensor]:
@@ -78,17 +94,24 @@ def views(flat: Tensor, hidden_width: int, latent_width: int) -> dict[str, Tenso
 class ExactState:
     """One layer's generator with its moments, its step count, and what its still columns owe to weight decay."""
 
-    def __init__(self, factors: Factors, settings: Settings, index: int) -> None:
+    def __init__(self, factors: Factors, settings: Settings, index: int, memory: Sequence[Tensor]) -> None:
         self.factors = factors
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
         self.steps = 0
-        self.parameters = start_parameters(factors, settings, index)
-        purpose = f"the moments of layer {factors.layer.name}"
-        self.exp_avg = _zeros(self.parameters.numel(), factors.dtype, purpose)
-        self.exp_avg_sq = _zeros(self.parameters.numel(), factors.dtype, purpose)
+        self.parameters, self.exp_avg, self.exp_avg_sq = memory
+        start_parameters(self.parameters, factors, settings, index)
         self.decay = torch.ones(self.H, dtype=torch.float64)
         self.moving = torch.zeros(self.H, dtype=torch.uint8)
         self.report: Tensor | None = None  # the core's, of the last step that was measured
+
+    @classmethod
+    def make_all(cls, factors: Sequence[Factors], settings: Settings) -> list["ExactState"]:
+        """The generators of all layers; the parameters of all lie in one piece of memory, and so do their moments."""
+        pieces: dict[torch.dtype, list[Iterator[Tensor]]] = {}
+        for dtype in {f.dtype for f in factors}:
+            counts = [count_parameters(f, settings) for f in factors if f.dtype == dtype]
+            pieces[dtype] = [iter(allocate(sum(counts), dtype).split(counts)) for _ in range(3)]
+        return [cls(f, settings, i, [next(piece) for piece in pieces[f.dtype]]) for i, f in enumerate(factors)]
 
     @property
     def name(self) -> str:
@@ -171,6 +194,27 @@ def _check_like(what: str, saved: Any, mine: Tensor) -> None:
 # ---- all layers in one call of the core ----
 
 
+@dataclass
+class Layers:
+    """Layers of one dtype that go through the core together: their states, and factor by factor the tensors."""
+
+    states: list[ExactState]
+    parameters: list[torch.nn.Parameter]
+    gradients: list[Tensor]
+
+    def add(self, state: ExactState, parameters: list[torch.nn.Parameter], gradients: list[Tensor]) -> None:
+        self.states.append(state)
+        self.parameters += parameters
+        self.gradients += gradients
+
+    def new_report(self) -> Tensor:
+        """Room for the core's numbers of every layer, one behind the other."""
+        return torch.zeros(sum(state.report_size for state in self.states), dtype=torch.float64)
+
+    def reports(self, report: Tensor) -> tuple[Tensor, ...]:
+        return report.split([state.report_size for state in self.states])
+
+
 def _sizes(states: Sequence[ExactState]) -> list[int]:
     return [n for s in states for n in (s.H, s.Z, len(s.factors.shapes))]
 
@@ -179,55 +223,57 @@ def _generate(states: Sequence[ExactState], out: list[Tensor], bases: Sequence[T
     torch.ops.oplora.exact_generate_([s.parameters for s in states], out, list(bases), _sizes(states))
 
 
-def _targets(states: Sequence[ExactState]) -> tuple[list[torch.nn.Parameter], list[Tensor]]:
-    """The factors, and where the core writes: themselves, or buffers for those of another dtype or layout."""
-    parameters = [p for s in states for p in s.factors.layer.parameters()]
-    dtypes = [s.factors.dtype for s in states for _ in s.factors.shapes]
-    targets = [
-        p.detach() if p.dtype == dtype and p.is_contiguous() else torch.empty(p.shape, dtype=dtype)
-        for p, dtype in zip(parameters, dtypes, strict=True)
+def _bases(states: Sequence[ExactState]) -> list[Tensor | None]:
+    return [base for state in states for base in state.factors.bases]
+
+
+def _targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
+    """Where the core writes: into the factors themselves, or for those of another dtype or layout into buffers."""
+    return [
+        p.detach() if p.dtype == dtype and p.is_contiguous() else torch.empty(p.shape, dtype=dtype) for p in parameters
     ]
-    return parameters, targets
 
 
 def _finish(states: Sequence[ExactState], parameters: list[torch.nn.Parameter], targets: list[Tensor]) -> None:
-    in_place = []
+    """Rounds what lies in buffers into its factor, and tells autograd and the ties what was written."""
     for parameter, target in zip(parameters, targets, strict=True):
-        if parameter.data_ptr() == target.data_ptr():
-            in_place.append(parameter)
-        else:
+        if target.dtype != parameter.dtype or not parameter.is_contiguous():
             parameter.detach().copy_(target)
-    torch.autograd.graph.increment_version(in_place)  # the core wrote behind autograd's back
+    torch.autograd.graph.increment_version(parameters)
+    begin = 0
     for state in states:
-        state.factors.remember_written()
+        end = begin + len(state.factors.shapes)
+        state.factors.remember_written(parameters[begin:end])
+        begin = end
 
 
 @torch.no_grad()
 def write_factors(states: Sequence[ExactState]) -> None:
     """The factors of all layers from their generators."""
-    parameters, targets = _targets(states)
-    _generate(states, targets, [base for s in states for base in s.factors.bases])
-    _finish(states, parameters, targets)
+    for dtype in {state.factors.dtype for state in states}:
+        alike = [state for state in states if state.factors.dtype == dtype]
+        parameters = [p for state in alike for p in state.factors.layer.parameters()]
+        targets = _targets(parameters, dtype)
+        _generate(alike, targets, _bases(alike))
+        _finish(alike, parameters, targets)
 
 
-def measure(states: Sequence[ExactState], gradients: list[Tensor]) -> tuple[bool, Tensor]:
-    """Whether all gradients are finite, and the core's report of every layer, one behind the other (float64)."""
-    report = torch.zeros(sum(s.report_size for s in states), dtype=torch.float64)
-    ok = torch.ops.oplora.exact_measure_([s.parameters for s in states], gradients, _sizes(states), report)
-    return ok, report
+def measure(layers: Layers) -> tuple[bool, Tensor]:
+    """Whether all gradients are finite, and the core's report (float64; oplora_core.h says what is where)."""
+    report = layers.new_report()
+    parameters = [state.parameters for state in layers.states]
+    finite = torch.ops.oplora.exact_measure_(parameters, layers.gradients, _sizes(layers.states), report)
+    return finite, report
 
 
-def step(
-    states: Sequence[ExactState], gradients: list[Tensor], adamw: dict[str, float], report: Tensor | None
-) -> tuple[bool, Tensor]:
+def step(layers: Layers, adamw: dict[str, float], measured: Tensor | None) -> tuple[bool, Tensor]:
     """One AdamW step of all layers and their next factors. A report of `measure` on these gradients saves its pass.
 
     Returns whether it was done, which it is not where a gradient is not finite, and the report.
     """
-    measured = report is not None
-    if report is None:
-        report = torch.zeros(sum(s.report_size for s in states), dtype=torch.float64)
-    parameters, targets = _targets(states)
+    states = layers.states
+    report = layers.new_report() if measured is None else measured
+    targets = _targets(layers.parameters, states[0].factors.dtype)
     done = torch.ops.oplora.exact_step_(
         [s.parameters for s in states],
         [s.exp_avg for s in states],
@@ -235,16 +281,16 @@ def step(
         [s.decay for s in states],
         [s.moving for s in states],
         targets,
-        [base for s in states for base in s.factors.bases],
-        gradients,
+        _bases(states),
+        layers.gradients,
         _sizes(states),
         [adamw[key] for key in ADAMW] * len(states),
         [s.steps + 1 for s in states],
         report,
-        measured,
+        measured is not None,
     )
     if done:
         for state in states:
             state.steps += 1
-        _finish(states, parameters, targets)
+        _finish(states, layers.parameters, targets)
     return done, report

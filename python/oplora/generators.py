@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
 from .errors import OPLoRAValueError
-from .exact import Settings, start_parameters, views
+from .exact import Settings, allocate, count_parameters, start_parameters, views
 
 __all__ = ["Generators", "create_oplora_optimizer"]
 
@@ -24,7 +24,8 @@ class Generator(nn.Module):
         super().__init__()
         self.factors = factors
         self.report: dict[str, Tensor] = {}  # of the last backward(), for stats
-        flat = start_parameters(factors, settings, index)
+        flat = allocate(count_parameters(factors, settings), factors.dtype)
+        start_parameters(flat, factors, settings, index)
         device = factors.layer.parameters()[0].device
         for name, view in views(flat, settings.hidden_width, settings.latent_width).items():
             setattr(self, name, nn.Parameter(view.to(device).clone()))

@@ -1,7 +1,6 @@
 """AdamW with a generator behind every adapted layer: the one changed line."""
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from . import exact, ops  # noqa: F401  (ops loads the torch library that exact calls)
 from .adapters import AdaptedLayer, Factors, find_layers, keep_starts, other_parameters, warn_adopted
 from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .exact import ExactState, Settings
+from .exact import ExactState, Layers, Settings, count_parameters
 
 __all__ = ["AdamW"]
 
@@ -74,7 +73,7 @@ class AdamW(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         factors = [Factors.of(layer) for layer in layers]
         _refuse_more_than_memory(factors, settings)
-        self._states = [STATES[state](f, settings, index) for index, f in enumerate(factors)]
+        self._states = STATES[state].make_all(factors, settings)
         for generator, keep in zip(self._states, keep_starts(factors, init), strict=True):
             generator.begin(keep)
         self._measured: tuple[list[Tensor], list[int], list[Tensor]] | None = None
@@ -107,15 +106,16 @@ class AdamW(torch.optim.Optimizer):
         if self._refuse_nonfinite(self._nonfinite_others()):
             return loss
         if len(stepping) > 1 and reports is None:  # several dtypes: none may step before all are known to be finite
-            reports = self._measure(stepping)
+            reports = [exact.measure(layers)[1] for layers in stepping]
             if self._refuse_nonfinite(_nonfinite_layers(stepping, reports)):
                 return loss
-        for i, (states, gradients) in enumerate(stepping):
-            done, report = exact.step(states, gradients, self._numbers(), None if reports is None else reports[i])
+        for i, layers in enumerate(stepping):
+            done, report = exact.step(layers, self._numbers(), None if reports is None else reports[i])
             if not done:
-                self._refuse_nonfinite(_nonfinite_layers([(states, gradients)], [report]))
+                self._refuse_nonfinite(_nonfinite_layers([layers], [report]))
                 return loss
-            _hand_out(states, report)
+            for state, piece in zip(layers.states, layers.reports(report), strict=True):
+                state.report = piece
         if self._plain is not None:
             self._plain.param_groups, self._plain.state = self.param_groups[1:], self.state
             self._plain.step()
@@ -134,9 +134,9 @@ class AdamW(torch.optim.Optimizer):
             and step() refuses them.
         """
         stepping = self._stepping()
-        reports = self._measure(stepping)
+        reports = [exact.measure(layers)[1] for layers in stepping]
         others = [p.grad for p in self._others() if p.grad is not None]
-        square = sum(_report_square(states, report) for (states, _), report in zip(stepping, reports, strict=True))
+        square = sum(_report_square(layers, report) for layers, report in zip(stepping, reports, strict=True))
         square += sum(float(norm) ** 2 for norm in torch._foreach_norm([g.double() for g in others])) if others else 0.0
         norm = torch.tensor(square, dtype=torch.float64).sqrt()
         if not torch.isfinite(norm) or _nonfinite_layers(stepping, reports):
@@ -145,8 +145,8 @@ class AdamW(torch.optim.Optimizer):
         if scale < 1.0:
             factors = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
             torch._foreach_mul_(factors + others, scale)
-            for (states, _), report in zip(stepping, reports, strict=True):
-                _scale_report(states, report, scale)
+            for layers, report in zip(stepping, reports, strict=True):
+                _scale_report(layers, report, scale)
         self._remember_measured(stepping, reports)
         return norm
 
@@ -177,46 +177,41 @@ class AdamW(torch.optim.Optimizer):
     def _others(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups[1:] for p in group["params"])
 
-    def _stepping(self) -> list[tuple[list[ExactState], list[Tensor]]]:
-        """The layers that have gradients, with them, by dtype; edits of their factors are adopted on the way."""
-        by_dtype: dict[torch.dtype, tuple[list[ExactState], list[Tensor]]] = {}
-        parameters: list[nn.Parameter] = []
+    def _stepping(self) -> list[Layers]:
+        """The layers that have gradients, by dtype; edits of their factors are adopted on the way."""
+        by_dtype: dict[torch.dtype, Layers] = {}
+        everything: list[nn.Parameter] = []
         adopted = []
         for state in self._states:
-            current = state.factors.layer.parameters()
-            parameters += current
-            gradients = state.factors.gradients(current)
+            factors = state.factors
+            parameters = factors.layer.parameters()
+            everything += parameters
+            gradients = factors.gradients(parameters)
             if gradients is None:
                 continue
-            state.factors.layer.refuse_if_folded()
-            if state.factors.were_touched(current) and state.factors.adopt_edits(state.generate):
+            factors.layer.refuse_if_folded()
+            if factors.were_touched(parameters) and factors.adopt_edits(state.generate):
                 adopted.append(state.name)
-            states, all_gradients = by_dtype.setdefault(state.factors.dtype, ([], []))
-            states.append(state)
-            all_gradients += gradients
+            if factors.dtype not in by_dtype:
+                by_dtype[factors.dtype] = Layers([], [], [])
+            by_dtype[factors.dtype].add(state, parameters, gradients)
         if adopted:
             warn_adopted(adopted)
-        self.param_groups[0]["params"] = parameters  # PEFT may have replaced some
+        self.param_groups[0]["params"] = everything  # PEFT may have replaced some
         return list(by_dtype.values())
 
     # ---- what is measured before a step ----
 
-    @staticmethod
-    def _measure(stepping: list[tuple[list[ExactState], list[Tensor]]]) -> list[Tensor]:
-        return [exact.measure(states, gradients)[1] for states, gradients in stepping]
-
-    def _remember_measured(
-        self, stepping: list[tuple[list[ExactState], list[Tensor]]], reports: list[Tensor]
-    ) -> None:
-        gradients = [g for _, all_gradients in stepping for g in all_gradients]
+    def _remember_measured(self, stepping: list[Layers], reports: list[Tensor]) -> None:
+        gradients = [g for layers in stepping for g in layers.gradients]
         self._measured = (gradients, [g._version for g in gradients], reports)
 
-    def _reports_of_clipping(self, stepping: list[tuple[list[ExactState], list[Tensor]]]) -> list[Tensor] | None:
+    def _reports_of_clipping(self, stepping: list[Layers]) -> list[Tensor] | None:
         """The reports of clip_grad_norm_, if the gradients are the very ones that it left."""
         if self._measured is None:
             return None
         known, versions, reports = self._measured
-        gradients = [g for _, all_gradients in stepping for g in all_gradients]
+        gradients = [g for layers in stepping for g in layers.gradients]
         same = len(known) == len(gradients) and all(
             mine.data_ptr() == g.data_ptr() and g._version == version
             for mine, g, version in zip(known, gradients, versions, strict=True)
@@ -306,14 +301,12 @@ def _refuse_more_than_memory(factors: list[Factors], settings: Settings) -> None
     """Before anything is allocated: the system may grant more than it has and kill the process later."""
     import os
 
-    H, Z = settings.hidden_width, settings.latent_width
-    numbers = [sum(f.sizes) * (H + 1) + H * Z + H + Z for f in factors]
-    needed = sum(3 * n * f.dtype.itemsize for n, f in zip(numbers, factors, strict=True))
+    needed = sum(3 * count_parameters(f, settings) * f.dtype.itemsize for f in factors)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise OPLoRAMemoryError(
             f"oplora.AdamW: the generators need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB. State "
-            f"'exact' takes 12 (hidden_width + 1) bytes a factor entry: lower hidden_width (now {H}) or the rank r."
+            f"'exact' takes 12 (hidden_width + 1) bytes a factor entry: lower hidden_width (now {settings.hidden_width}) or the rank r."
         )
 
 
@@ -328,44 +321,30 @@ def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:
     )
 
 
-# ---- reports: the core's numbers of each layer, one behind the other ----
+# ---- reports: the core's numbers of each layer, one behind the other (oplora_core.h says what is where) ----
 
 
-def _reports(states: list[ExactState], report: Tensor) -> list[Tensor]:
-    ends = [0]
-    for state in states:
-        ends.append(ends[-1] + state.report_size)
-    return [report[a:b] for a, b in pairwise(ends)]
-
-
-def _hand_out(states: list[ExactState], report: Tensor) -> None:
-    for state, piece in zip(states, _reports(states, report), strict=True):
-        state.report = piece
-
-
-def _nonfinite_layers(stepping: list[tuple[list[ExactState], list[Tensor]]], reports: list[Tensor]) -> list[str]:
+def _nonfinite_layers(stepping: list[Layers], reports: list[Tensor]) -> list[str]:
     return [
         f"layer {state.name}"
-        for (states, _), report in zip(stepping, reports, strict=True)
-        for state, piece in zip(states, _reports(states, report), strict=True)
+        for layers, report in zip(stepping, reports, strict=True)
+        for state, piece in zip(layers.states, layers.reports(report), strict=True)
         if piece[1] != 0
     ]
 
 
-def _report_square(states: list[ExactState], report: Tensor) -> float:
+def _report_square(layers: Layers, report: Tensor) -> float:
     """The square of the norm of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and the hidden path's."""
     total = 0.0
-    for state, piece in zip(states, _reports(states, report), strict=True):
+    for state, piece in zip(layers.states, layers.reports(report), strict=True):
         h = piece[3 : 3 + state.H]
         total += float(piece[0]) * (float(h @ h) + 1.0) + float(piece[2])
     return total
 
 
-def _scale_report(states: list[ExactState], report: Tensor, scale: float) -> None:
+def _scale_report(layers: Layers, report: Tensor, scale: float) -> None:
     """What the report would have been for gradients times `scale`: everything in it but h is linear or quadratic."""
-    for state, piece in zip(states, _reports(states, report), strict=True):
+    for state, piece in zip(layers.states, layers.reports(report), strict=True):
         piece[0] *= scale**2
         piece[2] *= scale**2
         piece[3 + state.H :] *= scale
-
-
