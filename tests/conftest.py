@@ -1,0 +1,84 @@
+"""What many tests share: small models with adapters, the paper's generator written for autograd, one training loop."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+
+class EagerGenerator(nn.Module):
+    """A generator as the paper describes it: autograd makes the whole of dW2, and any torch optimizer steps it."""
+
+    def __init__(self, parameters: dict[str, Tensor], shapes: Sequence[torch.Size]) -> None:
+        super().__init__()
+        for name in ("z", "W1", "c1", "W2", "c2"):
+            setattr(self, name, nn.Parameter(parameters[name].detach().clone(memory_format=torch.contiguous_format)))
+        self.shapes = list(shapes)
+
+    def forward(self) -> list[Tensor]:
+        v = self.W2 @ torch.relu(self.W1 @ self.z + self.c1) + self.c2
+        pieces = v.split([shape.numel() for shape in self.shapes])
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+
+class Net(nn.Module):
+    """Two linear layers of odd sizes with a nonlinearity between them."""
+
+    def __init__(self, sizes: Sequence[int] = (13, 21, 5)) -> None:
+        super().__init__()
+        self.first = nn.Linear(sizes[0], sizes[1])
+        self.second = nn.Linear(sizes[1], sizes[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def make_model(dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
+    """Net with LoRA on both layers, always from the same seed."""
+    torch.manual_seed(0)
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["first", "second"], **config}
+    return get_peft_model(Net().to(dtype), LoraConfig(**settings), autocast_adapter_dtype=False)
+
+
+def batches(steps: int, dtype: torch.dtype, sizes: tuple[int, int] = (13, 5)) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same random regression data for every dtype."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        pair = [torch.randn(8, size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+        yield pair[0], pair[1]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
+    losses = []
+    for x, y in batches(steps, dtype):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def factors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    torch.manual_seed(1234)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets torch's number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
