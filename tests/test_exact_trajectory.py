@@ -1,6 +1,7 @@
 """oplora.AdamW(state="exact") walks the path of torch.optim.AdamW over generators that autograd runs through."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ class EagerTraining:
         return torch.cat([piece.flatten() for piece in pieces])
 
 
+@cache
 def run_eager(dtype: torch.dtype, max_norm: float | None, steps: int = STEPS, **options: object) -> Tensor:
     training = EagerTraining(dtype, **options)
     for x, y in batches(steps, dtype):
@@ -102,9 +104,12 @@ def test_exact_equals_eager_in_float64(case: dict[str, float], init: str) -> Non
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_float32_is_as_good_as_eager_float32(case: dict[str, float]) -> None:
-    # one run's error is chance; the largest over a few short runs is a scale
-    truth = run_eager(torch.float64, **case)
-    assert_as_good_as_torch(run_ours(torch.float32, **case), run_eager(torch.float32, **case), truth)
+    # the rounding error of one run is chance: its scale shows over several starts
+    runs = [
+        (run_ours(torch.float32, seed=s, **case), run_eager(torch.float32, seed=s, **case), run_eager(torch.float64, seed=s, **case))
+        for s in range(3)
+    ]
+    assert_as_good_as_torch(*(torch.cat(pieces) for pieces in zip(*runs, strict=True)))
 
 
 @settings(max_examples=25, deadline=None)

@@ -62,9 +62,10 @@ typedef struct {
     int64_t begin, end;
 } oplora_rows;
 
-/* Fills the flat parameters with the paper's start (appendix C.1): W1 and the uniform rows of W2 from
- * U(-1/sqrt(fan_in), 1/sqrt(fan_in)), z from N(0, latent_std^2), everything else zero. The numbers depend on
- * (seed, layer, tensor, row, column) alone: the same for every dtype up to rounding, and for any later state. */
+/* Writes the paper's start (appendix C.1) into flat parameters that are all zero: W1 and the uniform rows of W2 from
+ * U(-1/sqrt(fan_in), 1/sqrt(fan_in)), z from N(0, latent_std^2). The rest stays zero and untouched, so pages of it need
+ * not be resident. The numbers depend on (seed, layer, tensor, row, column) alone: the same for every dtype up to
+ * rounding, and for any later state. */
 oplora_status oplora_start_f32(float *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
                                double latent_std, const oplora_rows *uniform, int64_t n_uniform,
                                oplora_parallel_fn par);

@@ -126,14 +126,12 @@ static void TY(uniform_columns)(int64_t first, int64_t last, void *context) {
 oplora_status TY(oplora_start)(T *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
                                double latent_std, const oplora_rows *uniform, int64_t n_uniform,
                                oplora_parallel_fn par) {
-    const int64_t size = oplora_size(H, Z, N);
     if (!parameters || (n_uniform > 0 && !uniform)) return OPLORA_ENULL;
-    if (size < 0 || n_uniform < 0) return OPLORA_ESIZE;
+    if (oplora_size(H, Z, N) < 0 || n_uniform < 0) return OPLORA_ESIZE;
     if (!(latent_std >= 0 && latent_std < INFINITY)) return OPLORA_EVALUE;
     for (int64_t i = 0; i < n_uniform; i++)
         if (uniform[i].begin < 0 || uniform[i].begin > uniform[i].end || uniform[i].end > N) return OPLORA_ESIZE;
 
-    memset(parameters, 0, (size_t)size * sizeof *parameters);
     for (int64_t i = 0; i < n_uniform; i++) {
         TY(start_job) job = {parameters, H, N, {seed, layer, W2_TENSOR}, uniform[i]};
         const int64_t tasks = (uniform[i].end - uniform[i].begin + START_ROWS - 1) / START_ROWS;

@@ -1,0 +1,778 @@
+"""oplora.AdamW as a torch optimizer over PEFT models: what it steps, what it leaves alone, how it resumes and refuses."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Net, assert_same_bits, batches, factors, make_model, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+
+import oplora
+import oplora.exact
+import oplora.optim
+
+
+def start_equal(optimizer: oplora.AdamW, generators: oplora.Generators) -> None:
+    for state, generator in zip(optimizer._states, generators, strict=True):
+        for name, view in oplora.exact.views(state.parameters, state.H, state.Z).items():
+            assert torch.equal(view, getattr(generator, name))
+
+
+# ---- the start ----
+
+
+def test_start_is_that_of_generators_with_the_same_seed() -> None:
+    start_equal(oplora.AdamW(make_model(), seed=3), oplora.Generators(make_model(), seed=3))
+
+
+def test_start_depends_on_seed_and_layer() -> None:
+    first, second = (oplora.AdamW(make_model(), seed=seed)._states for seed in (0, 1))
+    assert not torch.equal(first[0].parameters, second[0].parameters)
+    assert not torch.equal(first[0].parameters[:100], first[1].parameters[:100])
+
+
+def test_start_is_the_papers() -> None:
+    model = make_model(r=64)
+    state = oplora.AdamW(model, hidden_width=32, latent_width=128)._states[0]
+    start = oplora.exact.views(state.parameters, 32, 128)
+    of_a = 64 * 13
+    assert start["W2"][:of_a].abs().max() <= 32**-0.5
+    assert start["W2"][:of_a].std().item() == pytest.approx(32**-0.5 / 3**0.5, rel=0.02)
+    assert not start["W2"][of_a:].any()
+    assert not start["c1"].any() and not start["c2"].any()
+    assert start["W1"].std().item() == pytest.approx(128**-0.5 / 3**0.5, rel=0.05)
+    assert start["z"].std().item() == pytest.approx(0.01, rel=0.3)
+
+
+def test_paper_start_leaves_the_model_at_its_base() -> None:
+    model = make_model()
+    x = next(batches(1, torch.float32))[0]
+    before = model(x)
+    oplora.AdamW(model)
+    assert torch.equal(model(x), before)
+
+
+def test_keep_start_leaves_every_factor_as_it_is() -> None:
+    model = make_model(r=4, init_lora_weights="orthogonal")
+    before = factors(model)
+    oplora.AdamW(model, init="keep")
+    assert_same_bits(factors(model), before)
+
+
+def test_paper_start_keeps_layers_that_were_trained_before_and_warns() -> None:
+    model = make_model(init_lora_weights="pissa")
+    before = factors(model)
+    with pytest.warns(UserWarning, match=r"2 of 2 layers hold a start of their own .*PiSSA"):
+        oplora.AdamW(model)
+    assert_same_bits(factors(model), before)
+
+
+@pytest.mark.parametrize("init", ["paper", "keep"])
+def test_step_with_lr_zero_moves_nothing_but_rounding(init: str) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=0.0, init=init)
+    before = factors(model)
+    train(model, optimizer, 3)
+    for name, tensor in factors(model).items():
+        torch.testing.assert_close(tensor, before[name], rtol=1e-6, atol=1e-7)
+
+
+# ---- what is stepped ----
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_other_parameters_get_plain_adamw(bias: str) -> None:
+    model, twin = make_model(bias=bias), make_model(bias=bias)
+    optimizer = oplora.AdamW(model, lr=1e-2, weight_decay=0.1)
+    twin.load_state_dict(model.state_dict())
+    names = [n for n, p in twin.named_parameters() if p.requires_grad and "lora_" not in n]
+    plain = torch.optim.AdamW([twin.get_parameter(n) for n in names], lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        for n in names:
+            grad = torch.randn_like(twin.get_parameter(n))
+            twin.get_parameter(n).grad, model.get_parameter(n).grad = grad, grad.clone()
+        plain.step()
+        optimizer.step()
+    assert names
+    for n in names:
+        assert torch.equal(model.get_parameter(n), twin.get_parameter(n))
+
+
+def test_modules_to_save_are_stepped() -> None:
+    model = make_model(target_modules=["first"], modules_to_save=["second"])
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, optimizer, 2)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert {n.split(".")[-3] for n in moved if "modules_to_save" in n} == {"modules_to_save"}
+    assert all("lora_" in n or "modules_to_save" in n for n in moved)
+
+
+def test_frozen_base_is_never_touched() -> None:
+    model = make_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    train(model, oplora.AdamW(model, lr=1e-2), 3)
+    assert_same_bits({n: p.detach() for n, p in model.named_parameters() if n in before}, before)
+
+
+def test_layer_without_gradient_stays_and_its_steps_do_not_advance() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    first, second = optimizer._states
+    before = second.parameters.clone()
+    for p in first.factors.layer.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert (first.steps, second.steps) == (1, 0)
+    assert torch.equal(second.parameters, before)
+
+
+def test_zero_gradients_move_nothing_and_make_no_nan() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2, weight_decay=0.0)
+    before = factors(model)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert_same_bits(factors(model), before)
+
+
+def test_one_factor_without_gradient_counts_as_zero() -> None:
+    model, twin = make_model(), make_model()
+    one, two = oplora.AdamW(model, lr=1e-2), oplora.AdamW(twin, lr=1e-2)
+    for mine, its in zip(one.param_groups[0]["params"], two.param_groups[0]["params"], strict=True):
+        grad = torch.ones_like(mine) if mine.shape[0] == 3 else None
+        mine.grad, its.grad = grad, torch.zeros_like(its) if grad is None else grad
+    one.step(), two.step()
+    assert_same_bits(factors(model), factors(twin))
+
+
+def test_frozen_factor_gets_no_generator() -> None:
+    model = make_model()
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    before = factors(model)
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 3)
+    for name, tensor in factors(model).items():
+        assert torch.equal(tensor, before[name]) == ("lora_A" in name)
+
+
+def test_several_adapters_step_only_what_is_trained() -> None:
+    model = make_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+    both = oplora.AdamW(model)
+    assert {s.name.rpartition(".")[2] for s in both._states} == {"default"}
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    names = [s.name for s in oplora.AdamW(model, init="keep")._states]
+    assert sorted(n.rpartition(".")[2] for n in names) == ["default", "default", "other"]
+    only = oplora.AdamW(model, adapter_name="other", init="keep", lr=1e-2)
+    before = factors(model)
+    model.base_model.set_adapter("other")
+    train(model, only, 2)
+    for name, tensor in factors(model).items():
+        assert torch.equal(tensor, before[name]) == (".other." not in name)
+
+
+def test_switching_adapters_in_training_steps_each_in_its_turn() -> None:
+    model = make_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first", "second"]))
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    for adapter in ("default", "other", "default"):
+        model.set_adapter(adapter)
+        before = factors(model)
+        train(model, optimizer, 2)
+        for name, tensor in factors(model).items():
+            assert torch.equal(tensor, before[name]) == (f".{adapter}." not in name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(lora_dropout=0.3),
+        dict(rank_pattern={"second": 7}),
+        dict(alpha_pattern={"second": 50}),
+        dict(use_rslora=True),
+        dict(lora_bias=True),
+    ],
+    ids=str,
+)
+def test_peft_options_train_as_generators_under_torch_adamw_do(config: dict[str, object]) -> None:
+    results = []
+    for make in (
+        lambda m: oplora.AdamW(m, lr=1e-2),
+        lambda m: oplora.create_oplora_optimizer(m, torch.optim.AdamW, lr=1e-2, weight_decay=1e-2),
+    ):
+        model = make_model(torch.float64, **config)
+        optimizer = make(model)
+        torch.manual_seed(5)  # of the dropout
+        results.append(train(model, optimizer, 10, torch.float64))
+    assert results[0] == pytest.approx(results[1], rel=1e-12)
+    assert results[0][0] != results[0][-1]
+
+
+def test_conv1d_of_gpt2_trains() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=24, n_layer=1, n_head=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(GPT2LMHeadModel(config), LoraConfig(r=2, target_modules=["c_attn", "c_proj"]))
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    assert len(optimizer._states) == 3
+    ids = torch.arange(12)[None]
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_factors_are_the_float32_ones_rounded_once(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    twin = make_model()
+    twin_optimizer = oplora.AdamW(twin, lr=1e-2)
+    for _ in range(3):
+        for mine, its in zip(optimizer.param_groups[0]["params"], twin_optimizer.param_groups[0]["params"], strict=True):
+            mine.grad = torch.randn(mine.shape).to(dtype)
+            its.grad = mine.grad.float()
+        optimizer.step(), twin_optimizer.step()
+    assert {p.dtype for p in optimizer.param_groups[0]["params"]} == {dtype}
+    assert_same_bits(factors(model), {n: t.to(dtype) for n, t in factors(twin).items()})
+
+
+def test_factors_of_several_dtypes_in_one_model() -> None:
+    model = make_model()
+    model.base_model.model.second.double()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    before = factors(model)
+    optimizer.step()
+    assert all(not torch.equal(t, before[n]) for n, t in factors(model).items())
+
+
+# ---- loops ----
+
+
+def test_accumulated_gradients_equal_the_sum() -> None:
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    one, two = oplora.AdamW(model, lr=1e-2), oplora.AdamW(twin, lr=1e-2)
+    data = list(batches(4, torch.float64))
+    for x, y in data:
+        (model(x) - y).square().mean().backward()
+    sum((twin(x) - y).square().mean() for x, y in data).backward()
+    one.step(), two.step()
+    for name, tensor in factors(model).items():
+        torch.testing.assert_close(tensor, factors(twin)[name], rtol=1e-12, atol=1e-14)
+
+
+def test_schedulers_set_the_rate() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1.0, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [0.0, 0.5][min(step, 1)])
+    before = factors(model)
+    train(model, optimizer, 1)
+    assert_same_bits(factors(model), before)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    train(model, optimizer, 1)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in factors(model).items())
+
+
+def test_closure_is_evaluated_and_its_loss_returned() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    x, y = next(batches(1, torch.float32))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > optimizer.step(closure)
+
+
+def test_stale_graphs_are_caught() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    x, y = next(batches(1, torch.float32))
+    loss = (model(x) - y).square().mean()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_clip_grad_norm_is_that_of_torch_over_all_parameters() -> None:
+    model = make_model(torch.float64, bias="all")
+    twin = make_model(torch.float64, bias="all")
+    ours = oplora.AdamW(model, lr=1e-2)
+    theirs = oplora.create_oplora_optimizer(twin, torch.optim.AdamW, lr=1e-2, weight_decay=1e-2)
+    for x, y in batches(5, torch.float64):
+        for m, o in ((model, ours), (twin, theirs)):
+            o.zero_grad()
+            (m(x) - y).square().mean().backward()
+        norm = ours.clip_grad_norm_(0.1)
+        theirs.generators.backward()
+        truth = nn.utils.clip_grad_norm_([p for g in theirs.param_groups for p in g["params"]], 0.1)
+        assert norm.item() == pytest.approx(truth.item(), rel=1e-12)
+        ours.step(), theirs.step()
+    for name, tensor in factors(model).items():
+        torch.testing.assert_close(tensor, factors(twin)[name], rtol=1e-11, atol=1e-13)
+
+
+def test_gradients_changed_after_clipping_are_measured_again() -> None:
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    one, two = oplora.AdamW(model, lr=1e-2), oplora.AdamW(twin, lr=1e-2)
+    x, y = next(batches(1, torch.float64))
+    for m in (model, twin):
+        (m(x) - y).square().mean().backward()
+    one.clip_grad_norm_(1e9)
+    for p in [*one.param_groups[0]["params"], *two.param_groups[0]["params"]]:
+        p.grad.mul_(0.5)
+    one.step(), two.step()
+    assert_same_bits(factors(model), factors(twin))
+
+
+# ---- determinism ----
+
+
+def test_same_bits_for_any_number_of_threads(threads) -> None:
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        torch.manual_seed(0)
+        model = get_peft_model(Net((300, 700, 900)), LoraConfig(r=16, target_modules=["first", "second"]))
+        # one layer small enough for one thread, one that is spread: both ways of the core
+        optimizer = oplora.AdamW(model, lr=1e-2, hidden_width=100)
+        for seed in range(3):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+        results.append(factors(model))
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+ISA_SCRIPT = """
+import sys, torch, hashlib
+sys.path.insert(0, sys.argv[1])
+from conftest import make_model, train, factors
+import oplora
+from oplora import _core
+model = make_model(r=8)
+train(model, oplora.AdamW(model, lr=1e-2, hidden_width=70), 20)
+bits = b"".join(t.numpy().tobytes() for t in factors(model).values())
+grads = torch.ops.oplora.generate_backward(*(torch.linspace(-1, 1, n).view(s) for n, s in
+    ((1134, (1134,)), (9, (9,)), (63, (7, 9)), (7, (7,)), (7938, (1134, 7)))))
+bits += b"".join(t.numpy().tobytes() for t in grads)
+print(_core.isa(), hashlib.sha256(bits).hexdigest())
+"""
+
+
+def test_same_bits_on_every_instruction_set() -> None:
+    seen = {}
+    for isa in ("base", "avx2", "avx512"):
+        env = {**os.environ, "OPLORA_ISA": isa, "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
+        command = [sys.executable, "-c", ISA_SCRIPT, str(Path(__file__).parent)]
+        name, digest = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+        seen[name] = digest
+    assert "base" in seen
+    assert len(set(seen.values())) == 1, seen
+
+
+# ---- resume ----
+
+
+def saved_and_loaded(state: dict[str, object]) -> dict[str, object]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    before=st.integers(0, 4),
+    after=st.integers(1, 4),
+    init=st.sampled_from(["paper", "keep"]),
+    hidden_width=st.sampled_from([1, 5, 32]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    bias=st.sampled_from(["none", "all"]),
+    weight_decay=st.sampled_from([0.0, 0.5]),
+)
+def test_resume_equals_uninterrupted_bit_for_bit(
+    before: int, after: int, init: str, hidden_width: int, dtype: torch.dtype, bias: str, weight_decay: float
+) -> None:
+    options = dict(lr=1e-2, init=init, hidden_width=hidden_width, weight_decay=weight_decay)
+    model = make_model(dtype, bias=bias)
+    optimizer = oplora.AdamW(model, **options)
+    train(model, optimizer, before, dtype)
+    state = saved_and_loaded(optimizer.state_dict())
+    weights = copy.deepcopy(model.state_dict())
+
+    fresh = make_model(dtype, bias=bias)
+    resumed = oplora.AdamW(fresh, **options)
+    fresh.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert_same_bits(factors(fresh), factors(model))
+    assert train(fresh, resumed, after, dtype) == train(model, optimizer, after, dtype)
+    assert_same_bits(factors(fresh), factors(model))
+
+
+def test_resume_writes_the_factors_into_a_fresh_model() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 3)
+    fresh = make_model()
+    resumed = oplora.AdamW(fresh, lr=1e-2, seed=9)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert_same_bits(factors(fresh), factors(model))
+
+
+def test_resume_from_a_trained_adapter_file() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 3)
+    fresh = make_model()
+    fresh.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="hold a start of their own"):
+        resumed = oplora.AdamW(fresh, lr=1e-2)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert train(fresh, resumed, 3) == train(model, optimizer, 3)
+
+
+def test_resume_restores_rates_and_steps() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    optimizer.param_groups[0]["lr"] = 7e-3
+    resumed = oplora.AdamW(make_model(), lr=1.0)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.param_groups[0]["lr"] == 7e-3
+    assert [s.steps for s in resumed._states] == [2, 2]
+
+
+OTHERS = {
+    "rank": (lambda: oplora.AdamW(make_model(r=4)), "has shapes"),
+    "hidden width": (lambda: oplora.AdamW(make_model(), hidden_width=8), "has hidden_width"),
+    "latent width": (lambda: oplora.AdamW(make_model(), latent_width=8), "has latent_width"),
+    "layers": (lambda: oplora.AdamW(make_model(target_modules=["first"])), "of other layers.*lacks .*second.default"),
+    "dtype": (lambda: oplora.AdamW(make_model(torch.float64)), "float64"),
+    "adapter": (lambda: oplora.AdamW(get_peft_model(Net(), LoraConfig(r=3, target_modules=["first", "second"]), "b")), "second.b"),
+    "optimizer": (lambda: torch.optim.AdamW(make_model().parameters()), "no generators"),
+    "groups": (lambda: oplora.AdamW(make_model(bias="all")), "parameter groups do not fit"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_state_of_another_run_is_refused_and_changes_nothing(what: str) -> None:
+    make, message = OTHERS[what]
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 1)
+    before, kept = factors(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(oplora.OPLoRAError, match=message):
+        optimizer.load_state_dict(make().state_dict())
+    assert_same_bits(factors(model), before)
+    for name, state in optimizer.state_dict()["generators"].items():
+        assert torch.equal(state["parameters"], kept["generators"][name]["parameters"])
+
+
+@pytest.mark.parametrize("key", ["parameters", "exp_avg", "decay", "bases", "step"])
+def test_damaged_state_is_refused(key: str) -> None:
+    optimizer = oplora.AdamW(make_model())
+    state = copy.deepcopy(optimizer.state_dict())
+    layer = next(iter(state["generators"].values()))
+    layer[key] = None if key != "step" else -1
+    with pytest.raises(oplora.OPLoRAError, match="of layer"):
+        optimizer.load_state_dict(state)
+    del layer[key]
+    with pytest.raises(oplora.OPLoRAError, match=f"lacks {key}"):
+        optimizer.load_state_dict(state)
+
+
+# ---- other hands on the factors ----
+
+
+def test_edits_between_steps_are_adopted_with_a_warning() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-3)
+    train(model, optimizer, 2)
+    edited = {n: torch.full_like(t, 0.25) for n, t in factors(model).items()}
+    model.load_state_dict(edited, strict=False)
+    with pytest.warns(UserWarning, match=r"factors of 2 layer\(s\) were changed"):
+        train(model, optimizer, 1)
+    for tensor in factors(model).values():
+        assert (tensor - 0.25).abs().max() < 0.02
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 2)
+
+
+def test_writing_the_same_values_is_no_edit() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-3)
+    model.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1)
+    assert all(base is None for state in optimizer._states for base in state.factors.bases)
+
+
+def test_replaced_parameters_are_found_through_the_layer() -> None:
+    model, twin = make_model(), make_model()
+    one, two = oplora.AdamW(model, lr=1e-2), oplora.AdamW(twin, lr=1e-2)
+    train(model, one, 1), train(twin, two, 1)
+    linear = model.base_model.model.first.lora_A["default"]
+    linear.weight = nn.Parameter(linear.weight.detach().clone())
+    train(model, one, 2), train(twin, two, 2)
+    assert_same_bits(factors(model), factors(twin))
+    assert any(p is linear.weight for p in one.param_groups[0]["params"])
+
+
+def test_model_moved_to_another_dtype_goes_on() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 1)
+    model.to(torch.bfloat16)
+    train(model, optimizer, 2, torch.bfloat16)
+    assert all(t.isfinite().all() for t in factors(model).values())
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nonfinite_gradient_is_refused_and_changes_nothing(where: str, value: float) -> None:
+    model = make_model(bias="all")
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    x, y = next(batches(1, torch.float32))
+    (model(x) - y).square().mean().backward()
+    next(p for n, p in model.named_parameters() if where in n and p.requires_grad).grad.view(-1)[-1] = value
+    with pytest.raises(oplora.OPLoRAError, match="NaN or infinity"):
+        optimizer.step()
+    assert_same_bits(model.state_dict(), before)
+    for name, generator in optimizer.state_dict()["generators"].items():
+        assert generator["step"] == 2
+        for key in ("parameters", "exp_avg", "exp_avg_sq", "decay"):
+            assert torch.equal(generator[key], state["generators"][name][key])
+
+
+def test_nonfinite_gradient_names_the_layer() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 1)
+    optimizer._states[1].factors.layer.parameters()[1].grad[0, 0] = float("nan")
+    with pytest.raises(oplora.OPLoRAError, match=r"layer base_model\.model\.second\.default"):
+        optimizer.step()
+
+
+def test_nonfinite_step_is_skipped_if_asked() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, skip_nonfinite=True)
+    train(model, optimizer, 1)
+    before = factors(model)
+    optimizer.param_groups[0]["params"][0].grad[0] = float("inf")
+    optimizer.step()
+    assert_same_bits(factors(model), before)
+
+
+def test_nonfinite_norm_leaves_the_gradients_for_step_to_refuse() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 1)
+    gradient = optimizer.param_groups[0]["params"][0].grad
+    gradient[0] = float("inf")
+    before = gradient.clone()
+    assert not optimizer.clip_grad_norm_(1.0).isfinite()
+    assert torch.equal(gradient, before)
+    with pytest.raises(oplora.OPLoRAError, match="NaN or infinity"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e38])
+def test_extreme_gradients_stay_finite(scale: float) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-3)
+    for _ in range(3):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.full_like(p, scale) if scale < 1e38 else torch.full_like(p, 1e18)
+        optimizer.step()
+    assert all(t.isfinite().all() for t in factors(model).values())
+
+
+def test_merged_layer_refuses_the_step() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 1)
+    model.merge_adapter()
+    before = factors(model)
+    with pytest.raises(oplora.OPLoRAError, match=r"layer base_model\.model\.first\.default is merged.*unmerge_adapter"):
+        optimizer.step()
+    assert_same_bits(factors(model), before)
+    model.unmerge_adapter()
+    optimizer.step()
+
+
+def test_disabled_layer_refuses_the_step() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 1)
+    with model.disable_adapter(), pytest.raises(oplora.OPLoRAError, match="are disabled"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_model_without_adapter_is_refused() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"Net has no LoRA layer.*get_peft_model.*oplora\.wrap"):
+        oplora.AdamW(Net())
+
+
+def test_parameters_instead_of_the_model_are_refused() -> None:
+    with pytest.raises(oplora.OPLoRAError, match="expected the model itself, got generator"):
+        oplora.AdamW(make_model().parameters())
+
+
+def test_frozen_adapter_is_refused() -> None:
+    with pytest.raises(oplora.OPLoRAError, match="No adapter is trainable.*default"):
+        oplora.AdamW(make_model(inference_mode=True))
+
+
+def test_unknown_adapter_name_is_refused() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is named 'x'; the model has default"):
+        oplora.AdamW(make_model(), adapter_name="x")
+
+
+def test_factors_on_meta_are_refused() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"lora_A of layer .*first\.default is on the meta device"):
+        oplora.AdamW(make_model().to("meta"))
+
+
+def test_deleted_adapter_is_named() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    with pytest.raises(oplora.OPLoRAError, match="no longer holds adapter 'default'"):
+        optimizer.step()
+
+
+BAD_ARGUMENTS = {
+    "hidden_width": [0, -1, 1.5],
+    "latent_width": [0, None],
+    "latent_std": [-1.0, float("nan"), float("inf")],
+    "lr": [-1e-3, float("nan")],
+    "eps": [-1.0],
+    "betas": [(0.9, 1.0), (-0.1, 0.9), (0.9,)],
+    "weight_decay": [-0.1],
+    "hidden_lr_ratio": [-1.0],
+    "state": ["lean?", None],
+    "init": ["zero"],
+    "seed": [-1, 2**64],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in BAD_ARGUMENTS.items() for v in values])
+def test_argument_out_of_range_is_named(name: str, value: object) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=name):
+        oplora.AdamW(make_model(), **{name: value})
+
+
+def test_more_than_memory_is_refused_before_allocating() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"need [\d.]+ GiB, this machine has"):
+        oplora.AdamW(make_model(), hidden_width=10**10)
+
+
+def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, width, lr = 2**24 + 3, 129, 0.5  # 26 GB of W2, m and v, of which one column is ever touched
+    monkeypatch.setattr(oplora.optim, "_refuse_more_than_memory", lambda *_: None)
+    model = get_peft_model(nn.Sequential(nn.Linear(1, rows, bias=False)), LoraConfig(r=1, target_modules=["0"]))
+    optimizer = oplora.AdamW(model, lr=lr, hidden_width=width, latent_width=1, hidden_lr_ratio=0.0, weight_decay=0.0)
+    state = optimizer._states[0]
+    assert state.H * state.N > 2**31
+    bias = oplora.exact.views(state.parameters, width, 1)["c1"]
+    bias[:-1], bias[-1] = -1, 3
+    oplora.exact.write_factors(optimizer._states)
+    A, B = state.factors.layer.parameters()
+    A.grad, B.grad = torch.zeros_like(A), torch.ones_like(B)
+    optimizer.step()
+    h = oplora.stats(optimizer)[state.name]["trainable_lr"] ** 0.5
+    assert h == pytest.approx(3, abs=0.1)
+    torch.testing.assert_close(B.detach(), torch.full_like(B, -lr * (1 + h)), rtol=1e-5, atol=0)
+
+
+# ---- memory ----
+
+
+def test_state_takes_12_bytes_an_element_and_small_terms() -> None:
+    model = get_peft_model(Net((256, 512, 128)), LoraConfig(r=16, target_modules=["first", "second"]))
+    state = oplora.AdamW(model).state_dict()["generators"]
+    held = sum(t.numel() * t.element_size() for g in state.values() for t in g.values() if isinstance(t, torch.Tensor))
+    N = 16 * (256 + 512 + 512 + 128)
+    assert 12 * 32 * N <= held <= 12 * 33 * N + 12 * 2 * (32 * 128 + 32 + 128) + 2 * 32 * 9
+
+
+MEMORY_SCRIPT = """
+import resource, sys, torch, oplora
+from torch import nn
+from peft import LoraConfig, get_peft_model
+model = nn.Sequential(nn.Linear(2000, 2000, bias=False))
+model = get_peft_model(model, LoraConfig(r=128, target_modules=["0"]))
+optimizer = oplora.AdamW(model, lr=1e-3)
+W2 = sum(s.H * s.N * 4 for s in optimizer._states)
+for p in optimizer.param_groups[0]["params"]:
+    p.grad = torch.ones_like(p)
+for state in optimizer._states:  # touch all of W2, m and v, so that nothing may hide in pages not yet resident
+    state.moving.fill_(1)
+optimizer.step()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+optimizer.clip_grad_norm_(1.0)
+optimizer.step()
+optimizer.state_dict()
+print(W2, peak() - before)
+"""
+
+
+def test_no_array_of_the_size_of_w2_appears_in_a_step() -> None:
+    out = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True).stdout
+    W2, grown = map(int, out.split())
+    assert W2 > 60_000_000
+    assert grown < 0.1 * W2
+
+
+# ---- the adapter ----
+
+
+def test_nothing_of_the_generator_is_in_the_model() -> None:
+    model = make_model()
+    before = set(model.state_dict()), set(get_peft_model_state_dict(model))
+    train(model, oplora.AdamW(model), 1)
+    assert (set(model.state_dict()), set(get_peft_model_state_dict(model))) == before
