@@ -1,0 +1,225 @@
+"""wrap, OPLoRAConfig, merge, stats and save_adapter: the way in, the way out, and what can be watched."""
+
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Net, batches, factors, make_model, train
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+
+import oplora
+import oplora.exact
+
+# ---- wrap ----
+
+
+def test_wrap_puts_lora_into_every_linear_layer() -> None:
+    model = oplora.wrap(Net(), oplora.OPLoRAConfig(r=2, lora_alpha=4))
+    assert isinstance(model, PeftModel)
+    assert set(factors(model)) == {f"base_model.model.{n}.lora_{f}.default.weight" for n in ("first", "second") for f in "AB"}
+    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_wrapped_model_trains_in_two_lines() -> None:
+    model = oplora.wrap(Net())
+    losses = train(model, oplora.AdamW(model, lr=1e-2), 30)
+    assert losses[-1] < losses[0]
+
+
+def test_wrap_passes_patterns_dropout_and_scaling_on_to_peft() -> None:
+    config = oplora.OPLoRAConfig(
+        r=4, rank_pattern={"second": 2}, alpha_pattern={"first": 32}, use_rslora=True, lora_dropout=0.25, adapter_name="a"
+    )
+    net = oplora.wrap(Net(), config).base_model.model
+    assert (net.first.r["a"], net.second.r["a"]) == (4, 2)
+    assert net.first.scaling["a"] == 32 / math.sqrt(4)
+    assert net.first.lora_dropout["a"].p == 0.25
+
+
+def test_wrap_names_the_layers_that_there_are() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"target_modules=\['nothing'\].*first, second"):
+        oplora.wrap(Net(), oplora.OPLoRAConfig(target_modules=["nothing"]))
+
+
+def test_wrap_refuses_a_wrapped_model_and_other_configs() -> None:
+    with pytest.raises(oplora.OPLoRAError, match="has an adapter already"):
+        oplora.wrap(make_model())
+    with pytest.raises(oplora.OPLoRAError, match=r"expected \(nn.Module, OPLoRAConfig\), got \(Net, dict\)"):
+        oplora.wrap(Net(), {"r": 3})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", 0), ("r", 2.5), ("rank_pattern", {"x": -1}), ("lora_dropout", 1.0), ("bias", "some"), ("target_modules", [])],
+)
+def test_config_is_checked_when_made(field: str, value: object) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=field if field != "rank_pattern" else "rank x"):
+        oplora.OPLoRAConfig(**{field: value})
+
+
+# ---- merge ----
+
+
+def test_merge_gives_plain_layers_with_the_same_outputs() -> None:
+    model = make_model(torch.float64)
+    train(model, oplora.AdamW(model, lr=1e-2), 5, torch.float64)
+    x = next(batches(1, torch.float64))[0]
+    expected = model(x).detach()
+    merged = oplora.merge(model)
+    assert type(merged.first) is nn.Linear and type(merged.second) is nn.Linear
+    torch.testing.assert_close(merged(x), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_merge_of_an_injected_adapter() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["first"], init_lora_weights=False), Net())
+    x = next(batches(1, torch.float32))[0]
+    expected = model(x).detach()
+    merged = oplora.merge(model)
+    assert type(merged.first) is nn.Linear
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_merge_refuses_a_model_without_adapter_and_nan() -> None:
+    with pytest.raises(oplora.OPLoRAError, match="no adapter to fold in"):
+        oplora.merge(Net())
+    model = make_model()
+    with torch.no_grad():
+        model.base_model.model.first.lora_B["default"].weight.fill_(float("nan"))
+    with pytest.raises(oplora.OPLoRAError, match="NaN"):
+        oplora.merge(model)
+
+
+# ---- stats ----
+
+
+def test_stats_are_the_two_terms_of_the_papers_step() -> None:
+    model = make_model(torch.float64)
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 3, torch.float64)
+    state = optimizer._states[0]
+    tensors = {k: v.clone().requires_grad_() for k, v in oplora.exact.views(state.parameters, 32, 128).items()}
+    train(model, optimizer, 1, torch.float64)
+    g = torch.cat([p.grad.flatten() for p in state.factors.layer.parameters()])
+    h = torch.relu(tensors["W1"] @ tensors["z"] + tensors["c1"])
+    v = tensors["W2"] @ h + tensors["c2"]
+    hidden = torch.autograd.grad(v, [tensors[k] for k in ("z", "W1", "c1")], g)
+    numbers = oplora.stats(optimizer)[state.name]
+    assert numbers["trainable_lr"] == pytest.approx(float(h.detach() @ h.detach()), rel=1e-12)
+    assert numbers["line_search"] == pytest.approx(sum(float(d.square().sum()) for d in hidden) / float(g @ g), rel=1e-10)
+    assert numbers["live_units"] == int((h > 0).sum())
+    assert numbers["norm_g"] == pytest.approx(float(g.norm()), rel=1e-12)
+    A, B = state.factors.layer.parameters()
+    assert (numbers["norm_A"], numbers["norm_B"]) == pytest.approx((A.norm().item(), B.norm().item()))
+
+
+def test_stats_of_the_general_path_are_the_same() -> None:
+    model, twin = make_model(torch.float64), make_model(torch.float64)
+    one = oplora.AdamW(model, lr=1e-2)
+    two = oplora.create_oplora_optimizer(twin, torch.optim.AdamW, lr=1e-2, weight_decay=1e-2)
+    train(model, one, 4, torch.float64), train(twin, two, 4, torch.float64)
+    ours, theirs = oplora.stats(one), oplora.stats(two)
+    assert ours.keys() == theirs.keys()
+    for name, numbers in ours.items():
+        assert numbers == pytest.approx(theirs[name], rel=1e-9)
+
+
+def test_stats_before_the_first_step_have_norms_only() -> None:
+    model = make_model()
+    numbers = next(iter(oplora.stats(oplora.AdamW(model)).values()))
+    assert math.isnan(numbers["trainable_lr"]) and math.isnan(numbers["line_search"]) and math.isnan(numbers["norm_g"])
+    assert numbers["norm_A"] > 0 and numbers["norm_B"] == 0
+
+
+def test_stats_refuse_other_optimizers() -> None:
+    with pytest.raises(oplora.OPLoRAError, match="got SGD"):
+        oplora.stats(torch.optim.SGD(Net().parameters()))
+
+
+# ---- save_adapter ----
+
+
+def test_saved_adapter_gives_the_same_outputs_by_peft_alone(tmp_path: Path) -> None:
+    model = make_model()
+    train(model, oplora.AdamW(model, lr=1e-2), 5)
+    oplora.save_adapter(model, tmp_path / "adapter")
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path / "adapter")
+    x = next(batches(1, torch.float32))[0]
+    model.eval()
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_saved_adapter_is_what_peft_alone_would_write(tmp_path: Path) -> None:
+    model = make_model(bias="all", rank_pattern={"second": 2}, use_rslora=True)
+    oplora.save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "pefts")
+    files = [sorted(p.name for p in (tmp_path / who).iterdir()) for who in ("ours", "pefts")]
+    assert files[0] == files[1]
+    ours, pefts = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "pefts"))
+    assert ours.keys() == pefts.keys() and all(torch.equal(ours[k], pefts[k]) for k in ours)
+    assert len({(tmp_path / who / "adapter_config.json").read_text() for who in ("ours", "pefts")}) == 1
+
+
+def test_named_adapters_go_into_folders_of_their_names(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    model = make_model()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["first"]))
+    oplora.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
+    assert json.loads((tmp_path / "other" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_unknown_format_and_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(oplora.OPLoRAError, match="format is 'zip', expected 'peft'"):
+        oplora.save_adapter(make_model(), tmp_path, format="zip")
+    with pytest.raises(oplora.OPLoRAError, match="expected a PeftModel, got Net"):
+        oplora.save_adapter(Net(), tmp_path)
+
+
+def test_merged_model_is_not_saved(tmp_path: Path) -> None:
+    model = make_model()
+    model.merge_adapter()
+    with pytest.raises(oplora.OPLoRAError, match="is merged into its base"):
+        oplora.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(oplora.OPLoRAError, match=r"cannot write into .*file"):
+        oplora.save_adapter(make_model(), tmp_path / "file")
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+from conftest import make_model
+import oplora
+model = make_model(r=13)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # the config fits, the weights do not
+try:
+    oplora.save_adapter(model, sys.argv[1])
+except oplora.OPLoRAError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit on file sizes here")
+def test_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
+    oplora.save_adapter(make_model(), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(Path(__file__).parent)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "writing the adapter into" in out and "still in the model" in out
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
