@@ -21,8 +21,8 @@ TORCH_MIN = (2, 11)
 SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.*"))  # a change to any of them rebuilds what is stale
 CORE = sorted(str(p) for p in Path("csrc/core").glob("*.c"))
 # No -march: the core carries every instruction set and chooses at run time. -ffp-contract=off: the same bits on each.
-CORE_CFLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
-CORE_CFLAGS += ["-fvisibility=hidden", "-Wall", "-Wextra"]
+CORE_CFLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CORE_CFLAGS += ["-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
 def torch_dir():

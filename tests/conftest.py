@@ -50,7 +50,9 @@ def batches(steps: int, dtype: torch.dtype, sizes: tuple[int, int] = (13, 5)) ->
         yield pair[0], pair[1]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32
+) -> list[float]:
     losses = []
     for x, y in batches(steps, dtype):
         optimizer.zero_grad()

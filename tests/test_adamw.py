@@ -1,4 +1,4 @@
-"""oplora.AdamW as a torch optimizer over PEFT models: what it steps, what it leaves alone, how it resumes and refuses."""
+"""oplora.AdamW as a torch optimizer over PEFT models: what it steps and leaves alone, resumes and refuses."""
 
 import copy
 import io
@@ -251,7 +251,9 @@ def test_half_precision_factors_are_the_float32_ones_rounded_once(dtype: torch.d
     twin = make_model()
     twin_optimizer = oplora.AdamW(twin, lr=1e-2)
     for _ in range(3):
-        for mine, its in zip(optimizer.param_groups[0]["params"], twin_optimizer.param_groups[0]["params"], strict=True):
+        for mine, its in zip(
+            optimizer.param_groups[0]["params"], twin_optimizer.param_groups[0]["params"], strict=True
+        ):
             mine.grad = torch.randn(mine.shape).to(dtype)
             its.grad = mine.grad.float()
         optimizer.step(), twin_optimizer.step()
@@ -394,7 +396,13 @@ print(_core.isa(), hashlib.sha256(bits).hexdigest())
 def test_same_bits_on_every_instruction_set() -> None:
     seen = {}
     for isa in ("base", "avx2", "avx512"):
-        env = {**os.environ, "OPLORA_ISA": isa, "OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
+        env = {
+            **os.environ,
+            "OPLORA_ISA": isa,
+            "OMP_NUM_THREADS": "1",
+            "MKL_CBWR": "COMPATIBLE",
+            "ATEN_CPU_CAPABILITY": "default",
+        }
         command = [sys.executable, "-c", ISA_SCRIPT, str(Path(__file__).parent)]
         name, digest = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
         seen[name] = digest
@@ -480,7 +488,10 @@ OTHERS = {
     "latent width": (lambda: oplora.AdamW(make_model(), latent_width=8), "has latent_width"),
     "layers": (lambda: oplora.AdamW(make_model(target_modules=["first"])), "of other layers.*lacks .*second.default"),
     "dtype": (lambda: oplora.AdamW(make_model(torch.float64)), "float64"),
-    "adapter": (lambda: oplora.AdamW(get_peft_model(Net(), LoraConfig(r=3, target_modules=["first", "second"]), "b")), "second.b"),
+    "adapter": (
+        lambda: oplora.AdamW(get_peft_model(Net(), LoraConfig(r=3, target_modules=["first", "second"]), "b")),
+        "second.b",
+    ),
     "optimizer": (lambda: torch.optim.AdamW(make_model().parameters()), "no generators"),
     "groups": (lambda: oplora.AdamW(make_model(bias="all")), "parameter groups do not fit"),
 }
@@ -500,7 +511,7 @@ def test_state_of_another_run_is_refused_and_changes_nothing(what: str) -> None:
         assert torch.equal(state["parameters"], kept["generators"][name]["parameters"])
 
 
-@pytest.mark.parametrize("key", ["parameters", "exp_avg", "decay", "bases", "step"])
+@pytest.mark.parametrize("key", ["parameters", "exp_avg", "decay", "bases", "factors", "step"])
 def test_damaged_state_is_refused(key: str) -> None:
     optimizer = oplora.AdamW(make_model())
     state = copy.deepcopy(optimizer.state_dict())
@@ -660,7 +671,7 @@ def test_parameters_instead_of_the_model_are_refused() -> None:
 
 
 def test_frozen_adapter_is_refused() -> None:
-    with pytest.raises(oplora.OPLoRAError, match="No adapter is trainable.*default"):
+    with pytest.raises(oplora.OPLoRAError, match=r"No adapter is trainable.*default"):
         oplora.AdamW(make_model(inference_mode=True))
 
 

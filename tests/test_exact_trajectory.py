@@ -40,7 +40,10 @@ class EagerTraining:
         with torch.no_grad():
             starts = [eager() for _, eager in self.pairs]
         self.bases = [
-            [p.detach().clone() - s if init == "keep" else None for p, s in zip(g.factors.layer.parameters(), start, strict=True)]
+            [
+                p.detach().clone() - s if init == "keep" else None
+                for p, s in zip(g.factors.layer.parameters(), start, strict=True)
+            ]
             for (g, _), start in zip(self.pairs, starts, strict=True)
         ]
 
@@ -91,7 +94,10 @@ CASES = [
     for weight_decay in (0.0, 0.1)
     for max_norm in (None, 0.05)
     for ratio in (1.0,)
-] + [dict(lr=1e-2, weight_decay=0.1, max_norm=None, ratio=0.1), dict(lr=1e-2, weight_decay=0.1, max_norm=0.05, ratio=0.0)]
+] + [
+    dict(lr=1e-2, weight_decay=0.1, max_norm=None, ratio=0.1),
+    dict(lr=1e-2, weight_decay=0.1, max_norm=0.05, ratio=0.0),
+]
 
 
 @pytest.mark.parametrize("init", ["paper", "keep"])
@@ -106,7 +112,11 @@ def test_exact_equals_eager_in_float64(case: dict[str, float], init: str) -> Non
 def test_exact_float32_is_as_good_as_eager_float32(case: dict[str, float]) -> None:
     # the rounding error of one run is chance: its scale shows over several starts
     runs = [
-        (run_ours(torch.float32, seed=s, **case), run_eager(torch.float32, seed=s, **case), run_eager(torch.float64, seed=s, **case))
+        (
+            run_ours(torch.float32, seed=s, **case),
+            run_eager(torch.float32, seed=s, **case),
+            run_eager(torch.float64, seed=s, **case),
+        )
         for s in range(3)
     ]
     assert_as_good_as_torch(*(torch.cat(pieces) for pieces in zip(*runs, strict=True)))
@@ -192,7 +202,12 @@ def tiny_llama(dtype: torch.dtype) -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM")
     return get_peft_model(LlamaForCausalLM(config).to(dtype), lora, autocast_adapter_dtype=False)

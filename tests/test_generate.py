@@ -170,7 +170,7 @@ def test_generate_refuses_empty_sizes(H: int, Z: int, N: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
 def test_generate_refuses_other_dtypes(dtype: torch.dtype) -> None:
-    with pytest.raises(oplora.OPLoRAError, match="float32 or all torch.float64"):
+    with pytest.raises(oplora.OPLoRAError, match=r"float32 or all torch\.float64"):
         oplora.generate(*(torch.ones(s, dtype=dtype) for s in ((3,), (2, 3), (2,), (5, 2), (5,))))
 
 

@@ -138,9 +138,13 @@ def test_state_of_another_optimizer_is_refused() -> None:
     del state["generators"]
     with pytest.raises(oplora.OPLoRAError, match="no generators"):
         optimizer.load_state_dict(state)
-    other = oplora.create_oplora_optimizer(make_model(r=2), torch.optim.AdamW, lr=1e-2)
-    with pytest.raises(oplora.OPLoRAError, match="do not fit this model"):
-        optimizer.load_state_dict(other.state_dict())
+    before = copy.deepcopy(optimizer.generators.state_dict())
+    for other, message in ((make_model(r=2), "has shape"), (make_model(target_modules=["first"]), "of other layers")):
+        state = oplora.create_oplora_optimizer(other, torch.optim.AdamW, lr=1e-2).state_dict()
+        with pytest.raises(oplora.OPLoRAError, match=message):
+            optimizer.load_state_dict(state)
+    for name, tensor in optimizer.generators.named_parameters():
+        assert torch.equal(tensor, before[name])
 
 
 def test_merged_layer_refuses_backward() -> None:

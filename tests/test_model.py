@@ -23,7 +23,9 @@ import oplora.exact
 def test_wrap_puts_lora_into_every_linear_layer() -> None:
     model = oplora.wrap(Net(), oplora.OPLoRAConfig(r=2, lora_alpha=4))
     assert isinstance(model, PeftModel)
-    assert set(factors(model)) == {f"base_model.model.{n}.lora_{f}.default.weight" for n in ("first", "second") for f in "AB"}
+    assert set(factors(model)) == {
+        f"base_model.model.{n}.lora_{f}.default.weight" for n in ("first", "second") for f in "AB"
+    }
     assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
 
 
@@ -35,7 +37,12 @@ def test_wrapped_model_trains_in_two_lines() -> None:
 
 def test_wrap_passes_patterns_dropout_and_scaling_on_to_peft() -> None:
     config = oplora.OPLoRAConfig(
-        r=4, rank_pattern={"second": 2}, alpha_pattern={"first": 32}, use_rslora=True, lora_dropout=0.25, adapter_name="a"
+        r=4,
+        rank_pattern={"second": 2},
+        alpha_pattern={"first": 32},
+        use_rslora=True,
+        lora_dropout=0.25,
+        adapter_name="a",
     )
     net = oplora.wrap(Net(), config).base_model.model
     assert (net.first.r["a"], net.second.r["a"]) == (4, 2)
@@ -57,7 +64,14 @@ def test_wrap_refuses_a_wrapped_model_and_other_configs() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("r", 0), ("r", 2.5), ("rank_pattern", {"x": -1}), ("lora_dropout", 1.0), ("bias", "some"), ("target_modules", [])],
+    [
+        ("r", 0),
+        ("r", 2.5),
+        ("rank_pattern", {"x": -1}),
+        ("lora_dropout", 1.0),
+        ("bias", "some"),
+        ("target_modules", []),
+    ],
 )
 def test_config_is_checked_when_made(field: str, value: object) -> None:
     with pytest.raises(oplora.OPLoRAError, match=field if field != "rank_pattern" else "rank x"):
@@ -114,7 +128,9 @@ def test_stats_are_the_two_terms_of_the_papers_step() -> None:
     hidden = torch.autograd.grad(v, [tensors[k] for k in ("z", "W1", "c1")], g)
     numbers = oplora.stats(optimizer)[state.name]
     assert numbers["trainable_lr"] == pytest.approx(float(h.detach() @ h.detach()), rel=1e-12)
-    assert numbers["line_search"] == pytest.approx(sum(float(d.square().sum()) for d in hidden) / float(g @ g), rel=1e-10)
+    assert numbers["line_search"] == pytest.approx(
+        sum(float(d.square().sum()) for d in hidden) / float(g @ g), rel=1e-10
+    )
     assert numbers["live_units"] == int((h > 0).sum())
     assert numbers["norm_g"] == pytest.approx(float(g.norm()), rel=1e-12)
     A, B = state.factors.layer.parameters()

@@ -1,11 +1,11 @@
-"""The one tolerance of the tests: float32 may be twice as far from the float64 truth as PyTorch's own float32 is."""
+"""The one tolerance of the tests: ours may be twice as far from the float64 truth as PyTorch's own result is."""
 
 import torch
 from torch import Tensor
 
 
 def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor, factor: float = 2.0) -> None:
-    """max|ours - truth| <= factor max|torchs - truth| + eps max|truth|; truth in float64, the others in one dtype."""
+    """max|ours - truth| <= factor max|torchs - truth| + eps max|truth|; truth in float64, the others alike."""
     assert truth.dtype == torch.float64
     assert ours.dtype == torchs.dtype
     error = (ours.double() - truth).abs().max()

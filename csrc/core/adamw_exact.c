@@ -182,8 +182,12 @@ static TY(task) TY(task_at)(const TY(job) *job, const TY(span) *span, int64_t ta
     TY(plan) *const plan = &job->plans[span->plan];
     const TY(oplora_factor) *const factor = &plan->layer->factors[span->factor];
     const int64_t offset = (task - span->first_task) * CHUNK, left = factor->rows - offset;
-    return (TY(task)){plan,   factor, plan->partial + (task - plan->first_task) * (plan->layer->H + 2), span->row + offset,
-                      offset, left < CHUNK ? left : CHUNK};
+    return (TY(task)){plan,
+                      factor,
+                      plan->partial + (task - plan->first_task) * (plan->layer->H + 2),
+                      span->row + offset,
+                      offset,
+                      left < CHUNK ? left : CHUNK};
 }
 
 /* Calls body on the tasks [begin, end) of the whole job. */
@@ -201,8 +205,7 @@ static void TY(run_tasks)(const TY(job) *job, int64_t begin, int64_t end, void (
 
 static void TY(square_task)(const TY(task) *t) {
     int64_t nonfinite;
-    t->partial[t->plan->layer->H] =
-        TY(oplora_dispatch)()->square_sum(t->factor->g + t->offset, t->count, &nonfinite);
+    t->partial[t->plan->layer->H] = TY(oplora_dispatch)()->square_sum(t->factor->g + t->offset, t->count, &nonfinite);
     t->partial[t->plan->layer->H + 1] = (double)nonfinite;
 }
 
@@ -265,8 +268,7 @@ static void TY(generate_task)(const TY(task) *t) {
     T v[CHUNK] = {0};
     kernels->axpy((const T *const[]){p->c2 + t->row}, p->ones, 1, v, t->count);
     for (int64_t j = 0; j < p->layer->H; j++)
-        if (p->h[j] != 0)
-            kernels->axpy((const T *const[]){p->W2 + j * p->layer->N + t->row}, &p->h[j], 1, v, t->count);
+        if (p->h[j] != 0) kernels->axpy((const T *const[]){p->W2 + j * p->layer->N + t->row}, &p->h[j], 1, v, t->count);
     TY(write_factor)(t, v);
 }
 
@@ -284,9 +286,7 @@ TASK_RANGE(generate_tasks, generate_task)
 
 /* ---- layers: the hidden path, one layer at a time ---- */
 
-static void TY(find_hidden)(TY(plan) *p) {
-    TY(oplora_hidden)(p->z, p->W1, p->c1, p->layer->H, p->layer->Z, p->h);
-}
+static void TY(find_hidden)(TY(plan) *p) { TY(oplora_hidden)(p->z, p->W1, p->c1, p->layer->H, p->layer->Z, p->h); }
 
 /* The sums over a layer's tasks, into its report. */
 static void TY(report_squares)(const TY(plan) *p) {
@@ -407,7 +407,8 @@ static oplora_status TY(for_layers)(TY(job) *job, oplora_range_fn small,
                                     oplora_status (*large)(TY(job) *, TY(plan) *, oplora_parallel_fn),
                                     oplora_parallel_fn par) {
     for (int64_t first = 0, last; first < job->n_plans; first = last) {
-        for (last = first; last < job->n_plans && TY(is_small)(&job->plans[last]); last++) {}
+        for (last = first; last < job->n_plans && TY(is_small)(&job->plans[last]); last++) {
+        }
         if (last > first)
             OPLORA_FORWARD(TY(spread_layers)(job, first, last - first, small, par));
         else

@@ -52,14 +52,16 @@
 #endif
 
 #define ROW(type, isa) \
-    { #isa, axpy_##type##_##isa, dot_##type##_##isa, dot_double_##type##_##isa, square_sum_##type##_##isa, \
-      adamw_##type##_##isa }
+    {#isa, \
+     axpy_##type##_##isa, \
+     dot_##type##_##isa, \
+     dot_double_##type##_##isa, \
+     square_sum_##type##_##isa, \
+     adamw_##type##_##isa}
 #ifdef HAVE_X86
-#define ROWS(type) \
-    { ROW(type, base), ROW(type, avx2), ROW(type, avx512) }
+#define ROWS(type) {ROW(type, base), ROW(type, avx2), ROW(type, avx512)}
 #else
-#define ROWS(type) \
-    { ROW(type, base) }
+#define ROWS(type) {ROW(type, base)}
 #endif
 static const oplora_kernels_f32 kernels_f32[] = ROWS(f32);
 static const oplora_kernels_f64 kernels_f64[] = ROWS(f64);

@@ -82,8 +82,8 @@ static void TY(backward_chunks)(int64_t first, int64_t last, void *context) {
 }
 
 oplora_status TY(oplora_generate_backward)(const T *g, const T *z, const T *W1, const T *c1, const T *W2,
-                                           oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *dz, T *dW1,
-                                           T *dc1, T *h, void *workspace, oplora_parallel_fn par) {
+                                           oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *dz, T *dW1, T *dc1,
+                                           T *h, void *workspace, oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!g || !z || !W1 || !c1 || !W2 || !dz || !dW1 || !dc1 || !h || !workspace, OPLORA_ENULL);
     OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0, OPLORA_ESIZE);
     OPLORA_RETURN_IF(layout != OPLORA_COLUMNS && layout != OPLORA_ROWS, OPLORA_EVALUE);

@@ -97,10 +97,10 @@ static double FN(square_sum)(const T *g, int64_t n, int64_t *nonfinite) {
 }
 
 /* torch.optim.AdamW on one column whose gradient is h g, and v += h_next p if the column takes part in v. */
-static inline __attribute__((always_inline)) void FN(adamw_body)(T *restrict p, T *restrict m, T *restrict s,
-                                                                 const T *restrict g, T h, T h_next, T *restrict v,
-                                                                 int64_t n, const TY(adamw_numbers) *a,
-                                                                 const int generates) {
+static inline
+    __attribute__((always_inline)) void FN(adamw_body)(T *restrict p, T *restrict m, T *restrict s, const T *restrict g,
+                                                       T h, T h_next, T *restrict v, int64_t n,
+                                                       const TY(adamw_numbers) *a, const int generates) {
     const T beta1_rest = a->beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest;
     const T keep = a->keep, rate = a->rate, eps = a->eps, inverse_root = a->inverse_root;
 #pragma omp simd

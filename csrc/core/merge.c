@@ -40,9 +40,7 @@ static inline float float_of(uint32_t bits) {
     return value;
 }
 
-static inline float float_of_bfloat16(uint16_t bits) {
-    return float_of((uint32_t)bits << 16);
-}
+static inline float float_of_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
 
 /* To nearest, ties to even: adds just under half a unit in the last place that stays, and that place itself.
  * A NaN keeps its sign and upper payload and becomes quiet. */
@@ -74,14 +72,14 @@ static inline uint16_t float16_of(float value) {
 /* ---- one row: w[i] += scaling * sum[i], rounded once. w need not be aligned, so every access is a memcpy
  * ---- */
 
-#define DEFINE_ADD(name, T, STORED, WIDEN, NARROW)                                                           \
-    static void name(unsigned char *restrict w, const T *restrict sum, T scaling, int64_t n) {               \
-        for (int64_t i = 0; i < n; i++) {                                                                    \
-            STORED stored;                                                                                   \
-            memcpy(&stored, w + i * (int64_t)sizeof stored, sizeof stored);                                  \
-            stored = NARROW(WIDEN(stored) + scaling * sum[i]);                                               \
-            memcpy(w + i * (int64_t)sizeof stored, &stored, sizeof stored);                                  \
-        }                                                                                                    \
+#define DEFINE_ADD(name, T, STORED, WIDEN, NARROW) \
+    static void name(unsigned char *restrict w, const T *restrict sum, T scaling, int64_t n) { \
+        for (int64_t i = 0; i < n; i++) { \
+            STORED stored; \
+            memcpy(&stored, w + i * (int64_t)sizeof stored, sizeof stored); \
+            stored = NARROW(WIDEN(stored) + scaling * sum[i]); \
+            memcpy(w + i * (int64_t)sizeof stored, &stored, sizeof stored); \
+        } \
     }
 DEFINE_ADD(add_f32, float, float, , )
 DEFINE_ADD(add_f64, double, double, , )
@@ -131,8 +129,7 @@ int64_t oplora_merge_workspace_bytes(int64_t columns) {
 }
 
 oplora_status oplora_merge(void *W, oplora_dtype dtype, const float *A, const float *B, double scaling,
-                           int64_t out_features, int64_t in_features, int64_t r, int transposed,
-                           void *workspace) {
+                           int64_t out_features, int64_t in_features, int64_t r, int transposed, void *workspace) {
     const int64_t itemsize = itemsize_of(dtype);
     OPLORA_RETURN_IF(!W || !A || !B || !workspace, OPLORA_ENULL);
     OPLORA_RETURN_IF(!itemsize, OPLORA_EDTYPE);
@@ -204,8 +201,8 @@ static void TY(pack)(matrix right, int64_t k, int64_t count, int64_t column, int
 }
 
 /* sum += left[row, k : k + count] packed, for packed (count, width). */
-static void TY(add_rows)(const merge_job *job, int64_t row, int64_t k, int64_t count, const T *packed,
-                         int64_t width, T *sum) {
+static void TY(add_rows)(const merge_job *job, int64_t row, int64_t k, int64_t count, const T *packed, int64_t width,
+                         T *sum) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     for (int64_t first = 0; first < count; first += GROUP) {
         const int64_t n = count - first < GROUP ? count - first : GROUP;
@@ -222,8 +219,8 @@ static void TY(add_rows)(const merge_job *job, int64_t row, int64_t k, int64_t c
 
 /* Columns [column, column + width) of every row of W. `right` is packed once if its r rows fit, as they do up
  * to r = PACK / MIN_TILE = 1024; above that in pieces, again for each row. */
-static void TY(merge_tile)(const merge_job *job, void (*add)(unsigned char *, const T *, T, int64_t),
-                           int64_t column, int64_t width, T *packed, T *sum) {
+static void TY(merge_tile)(const merge_job *job, void (*add)(unsigned char *, const T *, T, int64_t), int64_t column,
+                           int64_t width, T *packed, T *sum) {
     const int64_t r = job->r, most = PACK / width, piece = r < most ? r : most;
     for (int64_t row = 0; row < job->rows; row++) {
         memset(sum, 0, (size_t)width * sizeof *sum);
@@ -236,8 +233,7 @@ static void TY(merge_tile)(const merge_job *job, void (*add)(unsigned char *, co
     }
 }
 
-static void TY(merge)(const merge_job *job, void (*add)(unsigned char *, const T *, T, int64_t),
-                      void *workspace) {
+static void TY(merge)(const merge_job *job, void (*add)(unsigned char *, const T *, T, int64_t), void *workspace) {
     T *const packed = workspace, *const sum = packed + PACK;
     int64_t tile = job->r < PACK / MIN_TILE ? PACK / job->r : MIN_TILE;
     if (tile > TILE) tile = TILE;

@@ -28,8 +28,8 @@ static inline void philox_round(uint32_t c[4], uint32_t k0, uint32_t k1) {
 }
 
 static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
-    for (int round = 0; round < 10; round++) philox_round(c, k0 + (uint32_t)round * 0x9E3779B9u,
-                                                          k1 + (uint32_t)round * 0xBB67AE85u);
+    for (int round = 0; round < 10; round++)
+        philox_round(c, k0 + (uint32_t)round * 0x9E3779B9u, k1 + (uint32_t)round * 0xBB67AE85u);
 }
 
 void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
@@ -52,9 +52,7 @@ static inline void four_words(stream s, int64_t row, int64_t column_group, uint3
 }
 
 /* 24 bits of a word as one of the odd multiples of 2^-24 in (-1, 1): symmetric, never 0, and exact in float. */
-static inline float symmetric(uint32_t word) {
-    return (float)(2 * ((int32_t)(word >> 8) - (1 << 23)) + 1) * 0x1p-24f;
-}
+static inline float symmetric(uint32_t word) { return (float)(2 * ((int32_t)(word >> 8) - (1 << 23)) + 1) * 0x1p-24f; }
 
 /* Two words to two normals (Box and Muller). In double, so that float and double starts agree. */
 static void normal_pair(const uint32_t word[2], double out[2]) {
@@ -110,8 +108,8 @@ static void TY(uniform_columns)(int64_t first, int64_t last, void *context) {
     const TY(start_job) *job = context;
     const T bound = (T)(1 / sqrt((double)job->H));
     const int64_t begin = job->rows.begin + first * START_ROWS;
-    const int64_t end = job->rows.begin + last * START_ROWS < job->rows.end ? job->rows.begin + last * START_ROWS
-                                                                            : job->rows.end;
+    const int64_t end =
+        job->rows.begin + last * START_ROWS < job->rows.end ? job->rows.begin + last * START_ROWS : job->rows.end;
     for (int64_t group = 0; 4 * group < job->H; group++) {
         T *const column = job->W2 + 4 * group * job->N;
         const int64_t width = job->H - 4 * group < 4 ? job->H - 4 * group : 4;

@@ -23,11 +23,9 @@ namespace {
 
 // ---- one name for the float and the double function of the core ----
 
-template <class T>
-struct core;
+template <class T> struct core;
 #define CORE_OF(type, suffix) \
-    template <> \
-    struct core<type> { \
+    template <> struct core<type> { \
         using exact = oplora_exact_##suffix; \
         using factor = oplora_factor_##suffix; \
         static constexpr ScalarType dtype = suffix##_dtype; \
@@ -43,8 +41,7 @@ CORE_OF(float, f32);
 CORE_OF(double, f64);
 
 // Calls f(T{}) for the dtype of t.
-template <class F>
-auto for_dtype(const char *op, const Tensor &t, F f) {
+template <class F> auto for_dtype(const char *op, const Tensor &t, F f) {
     if (t.scalar_type() == ScalarType::Double) return f(double{});
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "oplora::", op, ": expected float32 or float64 tensors");
     return f(float{});
@@ -72,15 +69,9 @@ void check(const char *op, const char *name, const Tensor &t, ScalarType dtype, 
     STD_TORCH_CHECK(t.numel() == numel, "oplora::", op, ": ", name, " has ", t.numel(), " elements, expected ", numel);
 }
 
-template <class T>
-const T *in(const Tensor &t) {
-    return static_cast<const T *>(t.const_data_ptr());
-}
+template <class T> const T *in(const Tensor &t) { return static_cast<const T *>(t.const_data_ptr()); }
 
-template <class T>
-T *out(const Tensor &t) {
-    return static_cast<T *>(t.mutable_data_ptr());
-}
+template <class T> T *out(const Tensor &t) { return static_cast<T *>(t.mutable_data_ptr()); }
 
 Tensor new_tensor(const Tensor &like, std::initializer_list<int64_t> size) {
     return torch::stable::new_empty(like, {size.begin(), size.size()});
@@ -97,7 +88,8 @@ Sizes generator_sizes(const char *op, const Tensor &z, const Tensor &W1, const T
     STD_TORCH_CHECK(z.dim() == 1 && W1.dim() == 2 && c1.dim() == 1 && W2.dim() == 2, "oplora::", op,
                     ": expected z (Z), W1 (H, Z), c1 (H), W2 (N, H)");
     const int64_t H = W1.size(0), Z = W1.size(1), N = W2.size(0);
-    STD_TORCH_CHECK(H > 0 && Z > 0 && N > 0, "oplora::", op, ": H, Z and N must be at least 1, are ", H, ", ", Z, ", ", N);
+    STD_TORCH_CHECK(H > 0 && Z > 0 && N > 0, "oplora::", op, ": H, Z and N must be at least 1, are ", H, ", ", Z, ", ",
+                    N);
     STD_TORCH_CHECK(W2.size(1) == H, "oplora::", op, ": W2 has ", W2.size(1), " columns, W1 has ", H, " rows");
     const bool columns = !W2.is_contiguous() && W2.stride(0) == 1 && (W2.stride(1) == N || H == 1);
     STD_TORCH_CHECK(W2.is_contiguous() || columns, "oplora::", op, ": W2 must be contiguous, or its transpose");
@@ -116,8 +108,8 @@ Tensor generate(const Tensor &z, const Tensor &W1, const Tensor &c1, const Tenso
     Tensor h = new_tensor(z, {s.H}), v = new_tensor(z, {s.N});
     for_dtype("generate", W2, [&](auto type) {
         using T = decltype(type);
-        check_core("generate", core<T>::generate(in<T>(z), in<T>(W1), in<T>(c1), in<T>(W2), in<T>(c2), s.layout, s.H, s.Z,
-                                                 s.N, out<T>(h), out<T>(v), torch_parallel_for));
+        check_core("generate", core<T>::generate(in<T>(z), in<T>(W1), in<T>(c1), in<T>(W2), in<T>(c2), s.layout, s.H,
+                                                 s.Z, s.N, out<T>(h), out<T>(v), torch_parallel_for));
     });
     return v;
 }
@@ -127,13 +119,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate_backward(const Tensor &g, co
     const char *const op = "generate_backward";
     const Sizes s = generator_sizes(op, z, W1, c1, W2);
     check(op, "g", g, W2.scalar_type(), s.N);
-    Tensor dz = new_tensor(z, {s.Z}), dW1 = new_tensor(z, {s.H, s.Z}), dc1 = new_tensor(z, {s.H}), h = new_tensor(z, {s.H});
+    Tensor dz = new_tensor(z, {s.Z}), dW1 = new_tensor(z, {s.H, s.Z}), dc1 = new_tensor(z, {s.H}),
+           h = new_tensor(z, {s.H});
     const auto memory = workspace(op, oplora_generate_backward_workspace_bytes(s.H, s.Z, s.N));
     for_dtype(op, W2, [&](auto type) {
         using T = decltype(type);
-        check_core(op, core<T>::generate_backward(in<T>(g), in<T>(z), in<T>(W1), in<T>(c1), in<T>(W2), s.layout, s.H, s.Z,
-                                                  s.N, out<T>(dz), out<T>(dW1), out<T>(dc1), out<T>(h), memory.get(),
-                                                  torch_parallel_for));
+        check_core(op, core<T>::generate_backward(in<T>(g), in<T>(z), in<T>(W1), in<T>(c1), in<T>(W2), s.layout, s.H,
+                                                  s.Z, s.N, out<T>(dz), out<T>(dW1), out<T>(dc1), out<T>(h),
+                                                  memory.get(), torch_parallel_for));
     });
     return {dz, dW1, dc1, h};
 }
@@ -145,15 +138,15 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 enum { SIZES = 3, ADAMW = 6 }; // numbers a layer in `sizes` (H, Z, factors) and in `adamw`
 
 // The core's structs for a list of tensors, checked; `exact` points into `factors`.
-template <class T>
-struct Layers {
+template <class T> struct Layers {
     std::vector<typename core<T>::exact> exact;
     std::vector<typename core<T>::factor> factors;
     const char *op;
     const std::vector<int64_t> &sizes;
 
     Layers(const char *op, const Tensors &parameters, const std::vector<int64_t> &sizes) : op(op), sizes(sizes) {
-        STD_TORCH_CHECK(sizes.size() == SIZES * parameters.size(), "oplora::", op, ": sizes needs (H, Z, factors) a layer");
+        STD_TORCH_CHECK(sizes.size() == SIZES * parameters.size(), "oplora::", op,
+                        ": sizes needs (H, Z, factors) a layer");
         int64_t n_factors = 0;
         for (size_t i = 0; i < parameters.size(); i++) {
             const int64_t count = sizes[SIZES * i + 2];
@@ -178,13 +171,12 @@ struct Layers {
         for (auto &layer : exact) {
             layer.N = 0;
             for (int64_t k = 0; k < layer.n_factors; k++, f++) layer.N += factors[f].rows = tensors[f].numel();
-            STD_TORCH_CHECK(oplora_size(layer.H, layer.Z, layer.N) > 0, "oplora::", op, ": H, Z and N must be at least 1, are ",
-                            layer.H, ", ", layer.Z, ", ", layer.N);
+            STD_TORCH_CHECK(oplora_size(layer.H, layer.Z, layer.N) > 0, "oplora::", op,
+                            ": H, Z and N must be at least 1, are ", layer.H, ", ", layer.Z, ", ", layer.N);
         }
     }
 
-    template <class Set>
-    void set_state(const char *name, const Tensors &tensors, Set set) {
+    template <class Set> void set_state(const char *name, const Tensors &tensors, Set set) {
         STD_TORCH_CHECK(tensors.size() == exact.size(), "oplora::", op, ": ", name, " needs a tensor a layer");
         for (size_t i = 0; i < exact.size(); i++) {
             check(op, name, tensors[i], core<T>::dtype, oplora_size(exact[i].H, exact[i].Z, exact[i].N));
@@ -275,9 +267,9 @@ bool exact_measure_(Tensors parameters, Tensors grads, std::vector<int64_t> size
     });
 }
 
-bool exact_step_(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensors decay, Tensors moving, Tensors factors,
-                 OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes, std::vector<double> adamw,
-                 std::vector<int64_t> steps, const Tensor &report, bool measured) {
+bool exact_step_(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensors decay, Tensors moving,
+                 Tensors factors, OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes,
+                 std::vector<double> adamw, std::vector<int64_t> steps, const Tensor &report, bool measured) {
     if (parameters.empty()) return true;
     return for_dtype("exact_step_", parameters[0], [&](auto type) {
         using T = decltype(type);

@@ -10,12 +10,13 @@ from .checkpoint import merge_checkpoint
 from .errors import OPLoRAError
 
 MERGE = """\
-Fold a LoRA adapter into its base model on disk: W + (alpha / r) B A for every adapted weight, in the base's own
-dtype. The memory needed is one layer's, whatever the size of the model. OUT appears complete or not at all."""
+Fold a LoRA adapter into its base model on disk: W + (alpha / r) B A for every adapted weight, in the base's
+own dtype. The memory needed is one layer's, whatever the size of the model. OUT appears complete or not at
+all."""
 
 FILES = """\
-OUT gets the base folder's other files too (config, tokenizer, generation settings), but no hidden files and no
-weights in other formats: they would still be the unmerged ones.
+OUT gets the base folder's other files too (config, tokenizer, generation settings), but no hidden files and
+no weights in other formats: they would still be the unmerged ones.
 
 exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. Nothing is left in OUT but for 0.
 
@@ -59,7 +60,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "base",
         metavar="BASE",
-        help="folder with model.safetensors, or model.safetensors.index.json and shards; or one .safetensors file",
+        help="folder with model.safetensors, or its index and shards; or one .safetensors file",
     )
     parser.add_argument(
         "adapter",

@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 F = TypeVar("F", np.float32, np.float64)
 DType = Literal["float32", "float64", "float16", "bfloat16"]
 
-def generate(
-    z: NDArray[F], W1: NDArray[F], c1: NDArray[F], W2: NDArray[F], c2: NDArray[F]
-) -> NDArray[F]: ...
+def generate(z: NDArray[F], W1: NDArray[F], c1: NDArray[F], W2: NDArray[F], c2: NDArray[F]) -> NDArray[F]: ...
 def generate_backward(
     g: NDArray[F], z: NDArray[F], W1: NDArray[F], c1: NDArray[F], W2: NDArray[F]
 ) -> tuple[NDArray[F], NDArray[F], NDArray[F], NDArray[F]]: ...

@@ -57,8 +57,8 @@ class AdaptedLayer:
             return [_tensor(self.module, tensor, self.adapter) for tensor in self.tensors]
         except KeyError as error:
             raise OPLoRARuntimeError(
-                f"oplora: layer {self.name} no longer holds adapter {self.adapter!r}. Make a new optimizer after adapters "
-                "were deleted."
+                f"oplora: layer {self.name} no longer holds adapter {self.adapter!r}. Make a new optimizer after "
+                "adapters were deleted."
             ) from error
 
     def refuse_if_folded(self) -> None:
@@ -70,9 +70,9 @@ class AdaptedLayer:
             )
         if self.module.disable_adapters:
             raise OPLoRARuntimeError(
-                f"oplora: the adapters of layer {self.name} are disabled, so its gradients are not of the model that is "
-                "trained. Enable them (model.enable_adapter_layers(), or leave `with model.disable_adapter()`) before the "
-                "step. Nothing was changed."
+                f"oplora: the adapters of layer {self.name} are disabled, so its gradients are not of the model that "
+                "is trained. Enable them (model.enable_adapter_layers(), or leave `with model.disable_adapter()`) "
+                "before the step. Nothing was changed."
             )
 
 
@@ -98,7 +98,7 @@ def _adapters_of(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
             yield adapter, tensor, _tensor(module, tensor, adapter)
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     for name, module in model.named_modules():
@@ -162,8 +162,8 @@ def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> st
         return f"oplora: no adapter is named {adapter_name!r}; the model has {', '.join(sorted(known))}."
     which = "No adapter" if adapter_name is None else f"Adapter {adapter_name!r} is there, but no layer of it"
     return (
-        f"oplora: {which} is trainable (the model has {', '.join(sorted(known))}). Call model.set_adapter(name), or load "
-        "with is_trainable=True."
+        f"oplora: {which} is trainable (the model has {', '.join(sorted(known))}). Call model.set_adapter(name), or "
+        "load with is_trainable=True."
     )
 
 
@@ -243,22 +243,54 @@ class Factors:
         self._versions = [p._version for p in self._written]
 
     def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
-        return any(
+        return len(self._written) != len(parameters) or any(
             p is not mine or p._version != version
             for p, mine, version in zip(parameters, self._written, self._versions, strict=True)
         )
 
     def adopt_edits(self, generate: Callable[[], Sequence[Tensor]]) -> bool:
-        """After were_touched: whether values differ from base + generate(); if so they become the new base."""
-        parameters = self.layer.parameters()
+        """After were_touched: whether somebody changed the values; if so they become the new start.
+
+        Values that are base + generate() are ours, and so are those that the base was made from: before its first step
+        a kept factor is not yet the rounded sum.
+        """
         v = [piece.view(shape) for piece, shape in zip(generate(), self.shapes, strict=True)]
-        mine = [piece if base is None else base + piece for base, piece in zip(self.bases, v, strict=True)]
-        changed = any(not torch.equal(p.detach(), m.to(p.dtype)) for p, m in zip(parameters, mine, strict=True))
-        if changed:
-            self.keep(v)
-        else:
+        before = list(self.bases)
+        sums = [piece if base is None else base + piece for base, piece in zip(before, v, strict=True)]
+        values = [p.detach() for p in self.layer.parameters()]
+        if all(torch.equal(value, m.to(value.dtype)) for value, m in zip(values, sums, strict=True)):
             self.remember_written()
-        return changed
+            return False
+        self.keep(v)
+        return not all(
+            base is now or (base is not None and now is not None and torch.equal(base, now))
+            for base, now in zip(before, self.bases, strict=True)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live tensors: bases, and the factors themselves, so that resuming restores their very bits."""
+        return {"bases": list(self.bases), "factors": [p.detach() for p in self.layer.parameters()]}
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raises unless load_state(saved) will go through; changes nothing."""
+        for key in ("bases", "factors"):
+            tensors = saved[key]
+            if not isinstance(tensors, list | tuple) or len(tensors) != len(self.shapes):
+                raise OPLoRAValueError(f"oplora: the saved {key} of layer {self.layer.name} are not one a factor.")
+            for tensor, shape in zip(tensors, self.shapes, strict=True):
+                if tensor is None and key == "bases":
+                    continue
+                if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                    raise OPLoRAValueError(
+                        f"oplora: the saved {key} of layer {self.layer.name} are not tensors of shapes "
+                        f"{[tuple(s) for s in self.shapes]}. They were saved from another model or rank."
+                    )
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        self.bases = [None if base is None else base.to(self.dtype).clone().contiguous() for base in saved["bases"]]
+        for parameter, value in zip(self.layer.parameters(), saved["factors"], strict=True):
+            parameter.detach().copy_(value)
+        self._written = []  # the next step looks whether they are base + v
 
 
 def keep_starts(factors: Sequence[Factors], init: str) -> list[bool]:
@@ -271,8 +303,8 @@ def keep_starts(factors: Sequence[Factors], init: str) -> list[bool]:
     if any(held):
         name = factors[held.index(True)].layer.name
         warnings.warn(
-            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at zero "
-            "is not zero), as after earlier training, PiSSA or OLoRA. They keep their values, as with init='keep'.",
+            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at "
+            "zero is not zero), as after earlier training, PiSSA or OLoRA. They keep them, as with init='keep'.",
             stacklevel=3,
         )
     return held

@@ -1,10 +1,10 @@
 """Merging a LoRA adapter into a checkpoint on disk: ``python -m oplora merge BASE ADAPTER OUT``.
 
-A merged checkpoint has its base's tensors, dtypes and shapes, so every weight file keeps its header to the byte,
-and only the numbers of the adapted tensors change. They stream through in blocks of rows: the memory needed is a
-block and one layer's A and B, whatever the size of the model. Everything that can be checked is checked before
-the first byte is written. The output is built in a folder beside OUT and renamed at the end, so that OUT is whole
-or not there at all.
+A merged checkpoint has its base's tensors, dtypes and shapes, so every weight file keeps its header to the
+byte, and only the numbers of the adapted tensors change. They stream through in blocks of rows: the memory
+needed is a block and one layer's A and B, whatever the size of the model. Everything that can be checked is
+checked before the first byte is written. The output is built in a folder beside OUT and renamed at the end,
+so that OUT is whole or not there at all.
 
 Neither torch nor PEFT is needed. The result is that of PEFT's own ``merge_and_unload``, with sums in float32
 (float64 for a float64 base) and one rounding.
@@ -21,8 +21,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,20 +54,14 @@ FLOATS: Final[dict[str, tuple[_core.DType, str]]] = {
     "BF16": ("bfloat16", "<u2"),
 }
 ITEM_BYTES: Final = {
-    **{
-        "F64": 8,
-        "I64": 8,
-        "U64": 8,
-        "C64": 8,
-        "F32": 4,
-        "I32": 4,
-        "U32": 4,
-        "F16": 2,
-        "BF16": 2,
-        "I16": 2,
-        "U16": 2,
-    },
-    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+    dtype: size
+    for size, dtypes in (
+        (8, "F64 I64 U64 C64"),
+        (4, "F32 I32 U32"),
+        (2, "F16 BF16 I16 U16"),
+        (1, "I8 U8 BOOL F8_E4M3 F8_E5M2"),
+    )
+    for dtype in dtypes.split()
 }
 FACTOR_DTYPES: Final = ("F32", "F16", "BF16")  # exact in float32, in which the core takes A and B
 
@@ -101,15 +96,15 @@ def merge_checkpoint(
     base: a folder with model.safetensors, or with model.safetensors.index.json and its shards; or one
     .safetensors file.
     adapter: a folder as PEFT writes it, with adapter_config.json and adapter_model.safetensors. Linear and
-    convolution layers, GPT-2's Conv1D, embeddings, trained biases and modules_to_save are merged as PEFT does;
-    rank_pattern, alpha_pattern and use_rslora count.
-    out: a folder that does not exist or is empty; with `overwrite` it may hold an earlier model, which is kept
-    until the new one is complete. It gets the merged weights and the base folder's other files, but no hidden
-    ones and no other weights beside the model's own.
+    convolution layers, GPT-2's Conv1D, embeddings, trained biases and modules_to_save are merged as PEFT
+    does; rank_pattern, alpha_pattern and use_rslora count.
+    out: a folder that does not exist or is empty; with `overwrite` it may hold an earlier model, which is
+    kept until the new one is complete. It gets the merged weights and the base folder's other files, but no
+    hidden ones and no other weights beside the model's own.
     progress: show a bar over the bytes on stderr.
 
-    Raises OPLoRAFileError for files that are missing, damaged or cannot be written, and OPLoRAValueError for an
-    adapter that does not fit; `out` is untouched then.
+    Raises OPLoRAFileError for files that are missing, damaged or cannot be written, and OPLoRAValueError for
+    an adapter that does not fit; `out` is untouched then.
     """
     try:
         folders = _resolved(base), _resolved(adapter), _resolved(out)
@@ -131,8 +126,7 @@ def _merge(base: Path, adapter: Path, out: Path, *, overwrite: bool, progress: b
     if free < total:
         raise OPLoRAFileError(
             f"{out.parent} has {free:,} bytes free, but the merged model needs {total:,}. Free space there, "
-            "or choose "
-            "an OUT on another disk. Nothing was written."
+            "or choose an OUT on another disk. Nothing was written."
         )
     with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar:
         _publish(out, overwrite, lambda folder: _write_all(folder, source, factors, changes, bar.update))
@@ -181,14 +175,11 @@ def _check_out(base: Path, adapter: Path, out: Path, overwrite: bool) -> None:
         raise OPLoRAFileError(f"OUT {str(out)!r} exists and is no folder. Choose another OUT, or delete it.")
     names = os.listdir(out)
     if names and not overwrite:
-        raise OPLoRAFileError(
-            f"OUT {str(out)!r} is not empty. Choose another OUT, or replace it with --overwrite."
-        )
+        raise OPLoRAFileError(f"OUT {str(out)!r} is not empty. Choose another OUT, or replace it with --overwrite.")
     if names and not any(name.endswith(".safetensors") for name in names):
         raise OPLoRAFileError(
             f"OUT {str(out)!r} holds no .safetensors file, so it is no earlier model that --overwrite might "
-            "replace. "
-            "Choose another OUT, or delete it yourself."
+            "replace. Choose another OUT, or delete it yourself."
         )
 
 
@@ -261,9 +252,7 @@ def _read_tensor_file(path: Path) -> _TensorFile:
         with safe_open(str(path), framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise OPLoRAFileError(
-            f"{path} is no valid safetensors file: {error}. Fetch or save it again."
-        ) from error
+        raise OPLoRAFileError(f"{path} is no valid safetensors file: {error}. Fetch or save it again.") from error
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -312,16 +301,14 @@ def _check_layout(path: Path, tensors: list[_Tensor], start: int, size: int) -> 
         raise _damaged(path, f"its tensors end at byte {end}, the file at {size}")
 
 
-def _read(file: BinaryIO, offset: int, buffer: memoryview) -> None:
+def _read(file: BufferedReader, offset: int, buffer: memoryview) -> None:
     file.seek(offset)
-    done = file.readinto(buffer)  # type: ignore[attr-defined]
+    done = file.readinto(buffer)
     if done != len(buffer):
-        raise OPLoRAFileError(
-            f"{file.name} ended early at byte {offset + done}: it changed while it was read."
-        )
+        raise OPLoRAFileError(f"{file.name} ended early at byte {offset + done}: it changed while it was read.")
 
 
-def _read_numbers(file: BinaryIO, tensor: _Tensor, first: int, count: int) -> NDArray[Any]:
+def _read_numbers(file: BufferedReader, tensor: _Tensor, first: int, count: int) -> NDArray[Any]:
     """Entries [first, first + count) of a tensor with a dtype of FLOATS, as they are stored."""
     numbers = np.empty(count, FLOATS[tensor.dtype][1])
     if count:
@@ -360,8 +347,7 @@ def _read_base(base: Path) -> _Base:
     if not _is_folder(base):
         raise OPLoRAFileError(
             f"BASE {str(base)!r} does not exist. Give a local folder or .safetensors file; a model on the "
-            "Hub is fetched "
-            "with `hf download NAME`, which prints its folder."
+            "Hub is fetched with `hf download NAME`, which prints its folder."
         )
     if _is_file(base / WEIGHTS):
         names, indexed = [WEIGHTS], None
@@ -371,12 +357,11 @@ def _read_base(base: Path) -> _Base:
     else:
         raise OPLoRAFileError(
             f"BASE {str(base)!r} holds neither {WEIGHTS} nor {INDEX}. Other formats are not read: save the "
-            "model "
-            "with save_pretrained(..., safe_serialization=True) first, or give one .safetensors file as BASE."
+            "model with save_pretrained(..., safe_serialization=True) first, or give one .safetensors file "
+            "as BASE."
         )
     files = tuple(_read_tensor_file(base / name) for name in names)
-    kept = {*names, INDEX} if indexed else {*names}
-    others = tuple(sorted(_other_files(base, kept)))
+    others = tuple(sorted(_other_files(base, keep_index=indexed is not None)))
     return _Base(base, files, _tensors_by_name(base, files, indexed), others, _is_tied(base))
 
 
@@ -389,15 +374,12 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise OPLoRAFileError(
                 f"{path} puts {tensor!r} into {name!r}, expected the name of a .safetensors file beside the "
-                "index. "
-                "Fetch the model again."
+                "index. Fetch the model again."
             )
     return weight_map
 
 
-def _tensors_by_name(
-    base: Path, files: tuple[_TensorFile, ...], indexed: dict[str, str] | None
-) -> dict[str, _Tensor]:
+def _tensors_by_name(base: Path, files: tuple[_TensorFile, ...], indexed: dict[str, str] | None) -> dict[str, _Tensor]:
     found: dict[str, _Tensor] = {}
     place: dict[str, str] = {}
     for file in files:
@@ -411,29 +393,23 @@ def _tensors_by_name(
     return found
 
 
-def _other_files(base: Path, kept: set[str]) -> Iterator[Path]:
-    """What is copied, relative to `base`. The same weights in other formats, which lie beside them, are not."""
-    for folder, folders, names in os.walk(base):
+def _other_files(base: Path, *, keep_index: bool) -> Iterator[Path]:
+    """What is copied, relative to `base`; not the same weights in other formats, which lie at the top."""
+    for folder, folders, names in os.walk(base, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if folder == str(base):
+            names = [name for name in names if (keep_index and name == INDEX) or not _is_weights(name)]
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):
-                raise OPLoRAFileError(
-                    f"{os.path.join(folder, name)} links to a folder, which is not followed. Remove it."
-                )
-        at_top = folder == str(base)
-        for name in names:
-            if (
-                name.startswith(".")
-                or (at_top and _is_weights(name) and name != INDEX)
-                or (at_top and name in kept - {INDEX})
-            ):
-                continue
-            path = Path(folder, name)
+                raise OPLoRAFileError(f"{folder}/{name} links to a folder, which is not followed. Remove it.")
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if not _is_file(path):
-                raise OPLoRAFileError(
-                    f"{path} is a broken link or no regular file, so it can't be copied. Remove it."
-                )
+                raise OPLoRAFileError(f"{path} is a broken link or no regular file, so it can't be copied. Remove it.")
             yield path.relative_to(base)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _is_weights(name: str) -> bool:
@@ -451,7 +427,7 @@ def _is_tied(base: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Config:
-    """What adapter_config.json says about ranks and scalings; each pattern with the number that it stands for."""
+    """What adapter_config.json says about ranks and scalings; each pattern with the number it stands for."""
 
     path: Path
     r: int
@@ -465,17 +441,13 @@ class _Config:
         return next((r for pattern, r in self.rank_pattern if pattern.match(module)), self.r)
 
     def scaling(self, module: str, r: int) -> float:
-        alpha = next(
-            (alpha for pattern, alpha in self.alpha_pattern if pattern.match(module)), self.lora_alpha
-        )
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern if pattern.match(module)), self.lora_alpha)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
 
 def _read_config(adapter: Path) -> _Config:
     if not _is_folder(adapter):
-        raise OPLoRAFileError(
-            f"ADAPTER {str(adapter)!r} is no folder. Give the folder that save_pretrained wrote."
-        )
+        raise OPLoRAFileError(f"ADAPTER {str(adapter)!r} is no folder. Give the folder that save_pretrained wrote.")
     path = adapter / ADAPTER_CONFIG
     config = _read_object(path)
     if config.get("peft_type") != "LORA":
@@ -486,17 +458,14 @@ def _read_config(adapter: Path) -> _Config:
         if config.get(name):
             raise OPLoRAValueError(
                 f"{path}: {name} is set, and {why}, which is more than W + scaling B A. Merge this adapter "
-                "with "
-                "PEFT's merge_and_unload."
+                "with PEFT's merge_and_unload."
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise OPLoRAValueError(
             f"{path}: init_lora_weights is {start!r}, which changed the base weights at the start of the "
-            "training, so the "
-            "adapter does not fit BASE. Save it with path_initial_model_for_weight_conversion, which turns "
-            "it into a "
-            "plain LoRA."
+            "training, so the adapter does not fit BASE. Save it with "
+            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
         )
     return _Config(
         path,
@@ -528,9 +497,7 @@ def _alpha(path: Path, name: str, value: object) -> float:
 
 def _flag(path: Path, name: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise OPLoRAValueError(
-            f"{path}: {name} is {value!r}, expected true or false. Save the adapter again."
-        )
+        raise OPLoRAValueError(f"{path}: {name} is {value!r}, expected true or false. Save the adapter again.")
     return value
 
 
@@ -548,9 +515,7 @@ def _patterns(
         try:
             pattern = re.compile(rf"(.*\.)?({key})$")
         except (re.error, OverflowError, RecursionError) as error:
-            raise OPLoRAValueError(
-                f"{path}: {name} has the key {key!r}, no regular expression: {error}."
-            ) from error
+            raise OPLoRAValueError(f"{path}: {name} has the key {key!r}, no regular expression: {error}.") from error
         yield pattern, number(path, f"{name}[{key!r}]", value)
 
 
@@ -559,8 +524,7 @@ def _read_adapter_weights(adapter: Path) -> _TensorFile:
     if _mode(path) is None and _mode(adapter / "adapter_model.bin") is not None:
         raise OPLoRAFileError(
             f"{adapter} holds adapter_model.bin, a pickle, which is not read. Load it with PEFT and save it "
-            "again: "
-            f"that writes {ADAPTER_WEIGHTS}."
+            f"again: that writes {ADAPTER_WEIGHTS}."
         )
     return _read_tensor_file(path)
 
@@ -580,7 +544,7 @@ class _Delta:
 
 @dataclass(frozen=True)
 class _Change:
-    """A base tensor's new numbers: the adapter's `replacement`, if there is one, and `delta`, if any, added."""
+    """A base tensor's new numbers: the adapter's `replacement`, if any, and `delta`, if any, added."""
 
     replacement: _Tensor | None = None
     delta: _Delta | None = None
@@ -588,9 +552,9 @@ class _Change:
 
 @dataclass
 class _Layer:
-    """The adapter's tensors of one module. `configured` is the name that the config's patterns see."""
+    """The adapter's tensors of one module."""
 
-    configured: str
+    module: str
     embedding: bool
     factors: dict[str, _Tensor] = field(default_factory=dict)  # by "A" and "B"
 
@@ -602,6 +566,20 @@ EMBEDDING_KEY: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[A
 def _without_wrappers(name: str) -> str:
     """PEFT's name in terms of the base model, without the layers that it wrapped around."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _orientation(layer: _Layer, target: _Tensor) -> bool | None:
+    """Whether a linear weight is plainly transposed, (in, out); None for square ones and other layers."""
+    out_features, in_features = layer.factors["B"].shape[0], layer.factors["A"].shape[1]
+    if layer.embedding or len(target.shape) != 2 or out_features == in_features:
+        return None
+    return target.shape == (in_features, out_features)
+
+
+def _renames(wanted: Mapping[str, _Tensor], base: Mapping[str, _Tensor]) -> Iterator[tuple[str, str]]:
+    """Prefixes (lost, gained) on the way from the adapter's names to the base's."""
+    yield from ((first + ".", "") for first in {name.partition(".")[0] for name in wanted})
+    yield from (("", first + ".") for first in {name.partition(".")[0] for name in base})
 
 
 class _Planner:
@@ -617,23 +595,19 @@ class _Planner:
             self._sort_in(tensor)
         if not self.layers and not self.replacements:
             raise OPLoRAValueError(f"{self.adapter.path} holds no tensors. Save the adapter again.")
-        for module, layer in self.layers.items():
-            self._check_pair(module, layer)
+        for layer in self.layers.values():
+            self._check_pair(layer)
         names = self._base_names()
-        orientations = {
-            self._orientation(layer, self.base.tensors[names[m]]) for m, layer in self.layers.items()
-        }
         changes: dict[str, _Change] = {}
         for name, tensor in self.replacements.items():
-            changes[names[name]] = _Change(
-                replacement=self._checked_replacement(tensor, self.base.tensors[names[name]])
-            )
+            target = self.base.tensors[names[name]]
+            changes[target.name] = _Change(replacement=self._checked_replacement(tensor, target))
+        targets = {module: self.base.tensors[names[f"{module}.weight"]] for module in self.layers}
+        orientations = {_orientation(layer, targets[module]) for module, layer in self.layers.items()} - {None}
         for module, layer in self.layers.items():
-            target = self.base.tensors[names[module]]
-            before = changes.get(target.name, _Change())
-            if before.delta is not None:
-                raise self._refused(layer.factors["A"], f"{target.name!r} is adapted twice")
-            changes[target.name] = _Change(before.replacement, self._delta(layer, target, orientations))
+            name = targets[module].name
+            replacement = changes.get(name, _Change()).replacement
+            changes[name] = _Change(replacement, self._delta(layer, targets[module], orientations))
         return changes
 
     def _refused(self, tensor: _Tensor, why: str) -> OPLoRAValueError:
@@ -641,9 +615,7 @@ class _Planner:
 
     def _sort_in(self, tensor: _Tensor) -> None:
         if not tensor.name.startswith(KEY_PREFIX):
-            raise self._refused(
-                tensor, f"the name lacks PEFT's prefix {KEY_PREFIX!r}, so save the adapter with PEFT"
-            )
+            raise self._refused(tensor, f"the name lacks PEFT's prefix {KEY_PREFIX!r}, so save the adapter with PEFT")
         name = tensor.name.removeprefix(KEY_PREFIX)
         if name.rpartition(".lora_magnitude_vector")[1]:
             raise self._refused(tensor, "this is DoRA, which is not W + scaling B A, so merge it with PEFT")
@@ -651,9 +623,7 @@ class _Planner:
         if match:
             self._sort_in_factor(tensor, match["module"], match["factor"], match.re is EMBEDDING_KEY)
         elif "lora_" in name:
-            raise self._refused(
-                tensor, "expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B"
-            )
+            raise self._refused(tensor, "expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B")
         elif (plain := _without_wrappers(name)) in self.replacements:
             raise self._refused(tensor, f"{plain!r} is replaced twice")
         else:
@@ -661,33 +631,29 @@ class _Planner:
 
     def _sort_in_factor(self, tensor: _Tensor, module: str, factor: str, embedding: bool) -> None:
         if tensor.dtype not in FACTOR_DTYPES:
-            raise self._refused(
-                tensor, f"expected one of {', '.join(FACTOR_DTYPES)}, so save the adapter in float32"
-            )
-        # PEFT gives the inner layers of a wrapped one (MultiheadAttention's out_proj) the outer one's numbers
-        configured = module.partition(".base_layer.")[0]
-        plain = _without_wrappers(module)
-        layer = self.layers.setdefault(plain, _Layer(configured, embedding))
-        if layer.embedding != embedding or factor in layer.factors:
-            raise self._refused(tensor, f"{plain!r} has other factors already")
+            raise self._refused(tensor, f"expected one of {', '.join(FACTOR_DTYPES)}, so save the adapter in float32")
+        if module != _without_wrappers(module):
+            # MultiheadAttention, whose out_proj PEFT 0.21 adds twice, in training as in merging
+            raise self._refused(tensor, "it adapts a layer inside an adapted layer, so merge it with PEFT")
+        layer = self.layers.setdefault(module, _Layer(module, embedding))
+        if layer.embedding != embedding:
+            raise self._refused(tensor, f"{module!r} has other factors already")
         layer.factors[factor] = tensor
 
-    def _check_pair(self, module: str, layer: _Layer) -> None:
+    def _check_pair(self, layer: _Layer) -> None:
         if len(layer.factors) < 2:
             (factor, tensor) = next(iter(layer.factors.items()))
             raise self._refused(
-                tensor, f"{module!r} has no lora_{'B' if factor == 'A' else 'A'}, so save the adapter again"
+                tensor, f"{layer.module!r} has no lora_{'B' if factor == 'A' else 'A'}, so save the adapter again"
             )
         A, B = layer.factors["A"], layer.factors["B"]
-        r = self.config.rank(layer.configured)
+        r = self.config.rank(layer.module)
         if len(A.shape) < 2 or len(B.shape) < 2 or 0 in A.shape or 0 in B.shape:
             raise self._refused(
                 A if len(A.shape) < 2 or 0 in A.shape else B, "expected at least two sizes, none of them 0"
             )
         if A.shape[0] != r:
-            raise self._refused(
-                A, f"expected {r} rows, the rank that {self.config.path.name} gives {module!r}"
-            )
+            raise self._refused(A, f"expected {r} rows, the rank that {self.config.path.name} gives {layer.module!r}")
         if B.shape[1] != r:
             raise self._refused(
                 B, f"expected {r} columns, the rank of its lora_A (layers with groups are not merged here)"
@@ -696,74 +662,50 @@ class _Planner:
     # -- names --
 
     def _base_names(self) -> dict[str, str]:
-        """Each module's or replacement's tensor in the base.
+        """The base's name of every tensor that the adapter changes.
 
-        Checkpoints of the same model may have a component more or less in front ("model.", "transformer."): one
-        such change for all names counts, if it finds all of them and no other does.
+        Checkpoints of the same model may have a component more or less in front ("model.", "transformer."):
+        one such change for all names counts, if it finds all of them and no other does.
         """
-        wanted: dict[str, tuple[str, ...]] = {name: (name,) for name in self.replacements}
-        for module in self.layers:
-            # MultiheadAttention adapts its fused input projection, which is no module
-            wanted[module] = (f"{module}.weight", f"{module}.in_proj_weight")
-        exact = self._found(wanted, str)
-        if len(exact) == len(wanted):
-            return self._checked_ties(exact)
-        answers = [
-            found
-            for rename in self._renames(wanted)
-            if len(found := self._found(wanted, rename)) == len(wanted)
-        ]
-        if answers and all(answer == answers[0] for answer in answers):
-            return self._checked_ties(answers[0])
-        raise self._missing(next(name for name in wanted if name not in exact), bool(answers))
+        wanted = dict(self.replacements)
+        wanted |= {f"{module}.weight": layer.factors["A"] for module, layer in self.layers.items()}
+        missing = [name for name in wanted if name not in self.base.tensors]
+        if not missing:
+            return self._checked_ties({name: name for name in wanted}, wanted)
+        answers: list[dict[str, str]] = []
+        for lost, gained in _renames(wanted, self.base.tensors):
+            if all(gained + name.removeprefix(lost) in self.base.tensors for name in wanted):
+                answers.append({name: gained + name.removeprefix(lost) for name in wanted})
+        if not answers:
+            raise self._missing(missing[0], wanted[missing[0]])
+        if any(answer != answers[0] for answer in answers) or len({*answers[0].values()}) < len(wanted):
+            raise self._refused(wanted[missing[0]], f"BASE has several tensors that {missing[0]!r} might mean")
+        return self._checked_ties(answers[0], wanted)
 
-    def _found(self, wanted: dict[str, tuple[str, ...]], rename: Callable[[str], str]) -> dict[str, str]:
-        """The base tensors of all that is wanted; under a renaming only up to the first that is missing."""
-        found: dict[str, str] = {}
-        for key, names in wanted.items():
-            name = next((rename(name) for name in names if rename(name) in self.base.tensors), None)
-            if name is not None:
-                found[key] = name
-            elif rename is not str:
-                break
-        return found
-
-    def _renames(self, wanted: dict[str, tuple[str, ...]]) -> Iterator[Callable[[str], str]]:
-        for prefix in {name.partition(".")[0] + "." for names in wanted.values() for name in names}:
-            yield lambda name, prefix=prefix: name.removeprefix(prefix)  # type: ignore[misc]
-        for prefix in {name.partition(".")[0] + "." for name in self.base.tensors}:
-            yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
-
-    def _missing(self, name: str, ambiguous: bool) -> OPLoRAValueError:
-        tensor = self.replacements[name] if name in self.replacements else self.layers[name].factors["A"]
-        if ambiguous:
-            return self._refused(tensor, f"BASE has several tensors that {name!r} might mean")
-        if name.split(".")[-1 if name in self.layers else -2 :][0] == "lm_head":
+    def _missing(self, name: str, tensor: _Tensor) -> OPLoRAValueError:
+        module = name.rpartition(".")[0]
+        if module.rpartition(".")[2] == "lm_head":
             return self._refused(
                 tensor,
-                f"BASE has no weight for {name!r}: it is tied to the input embedding. Untie it "
-                "(tie_word_embeddings=false), "
-                "save BASE with its own lm_head.weight and merge into that",
+                f"BASE has no {name!r}: it is tied to the input embedding. Untie it "
+                "(tie_word_embeddings=false), save BASE with its own lm_head.weight and merge into that",
             )
-        siblings = [other for other in self.base.tensors if other.startswith(name + ".")][:4]
-        hint = (
-            f"there are {siblings}: a quantised base is not merged"
-            if siblings
-            else "is it another model's adapter?"
+        siblings = [other for other in self.base.tensors if module and other.startswith(module + ".")][:4]
+        if not siblings:
+            return self._refused(tensor, f"BASE has no tensor {name!r}. Is it another model's adapter?")
+        return self._refused(
+            tensor,
+            f"BASE has no {name!r} but {siblings}. Quantised and fused layers are not merged: dequantise BASE first",
         )
-        return self._refused(tensor, f"BASE has no tensor for {name!r}; {hint}")
 
-    def _checked_ties(self, names: dict[str, str]) -> dict[str, str]:
+    def _checked_ties(self, names: dict[str, str], wanted: Mapping[str, _Tensor]) -> dict[str, str]:
         for name, target in names.items():
             if self.base.tied and f".{target}".endswith(".lm_head.weight"):
-                tensor = (
-                    self.replacements[name] if name in self.replacements else self.layers[name].factors["A"]
-                )
                 raise self._refused(
-                    tensor,
+                    wanted[name],
                     "config.json of BASE has tie_word_embeddings, so a model that loads the merged "
-                    f"{target!r} would put the "
-                    "input embedding in its place. Untie the two and save BASE again",
+                    f"{target!r} would put the input embedding in its place. Untie the two and save BASE "
+                    "again",
                 )
         return names
 
@@ -773,65 +715,46 @@ class _Planner:
         if tensor.shape != target.shape:
             raise self._refused(
                 tensor,
-                f"expected the shape {target.shape} of BASE's {target.name!r}; resize BASE first if it was "
-                "resized",
+                f"expected the shape {target.shape} of BASE's {target.name!r}; resize BASE first if it was resized",
             )
         if tensor.dtype != target.dtype and (tensor.dtype not in FACTOR_DTYPES or target.dtype not in FLOATS):
-            raise self._refused(
-                tensor, f"can't be converted to {target.dtype}, which BASE's {target.name!r} has"
-            )
+            raise self._refused(tensor, f"can't be converted to {target.dtype}, which BASE's {target.name!r} has")
         return tensor
-
-    def _orientation(self, layer: _Layer, target: _Tensor) -> bool | None:
-        """Whether a linear weight is plainly transposed, (in, out); None for square ones and other layers."""
-        out_in = (layer.factors["B"].shape[0], layer.factors["A"].shape[1])
-        if layer.embedding or len(target.shape) != 2 or out_in[0] == out_in[1]:
-            return None
-        return target.shape == (out_in[1], out_in[0])
 
     def _delta(self, layer: _Layer, target: _Tensor, orientations: set[bool | None]) -> _Delta:
         A, B = layer.factors["A"], layer.factors["B"]
         if target.dtype not in FLOATS:
             raise self._refused(
                 A,
-                f"BASE's {target} is quantised or no float, expected one of {', '.join(FLOATS)}; dequantise "
-                "BASE first",
+                f"BASE's {target} is quantised or no float, expected one of {', '.join(FLOATS)}. Dequantise BASE first",
             )
-        out_features, r = B.shape[:2]
-        plain = (out_features, *A.shape[1:])
-        if set(B.shape[2:]) <= {1} and len(A.shape) == len(B.shape) == len(target.shape):
-            scaling = self.config.scaling(layer.configured, r)
-            if len(plain) == 2 and target.shape in (plain, plain[::-1]):
-                return _Delta(A, B, scaling, self._is_transposed(layer, target, orientations))
-            if not layer.embedding and target.shape == plain:  # a convolution
-                return _Delta(A, B, scaling, False)
-        expected = f"{plain[::-1]}" if layer.embedding else f"{plain}"
-        raise self._refused(
-            A, f"with lora_B of shape {B.shape} it adapts {expected}, but BASE's {target.name!r} is {target}"
-        )
+        adapted = (B.shape[0], *A.shape[1:])  # (out, in), and a convolution's kernel
+        shapes = [adapted]
+        if len(adapted) == 2:
+            shapes = [adapted[::-1]] if layer.embedding else [adapted, adapted[::-1]]
+        if target.shape not in shapes or B.shape[2:] != (1,) * (len(A.shape) - 2):
+            raise self._refused(A, f"with lora_B of shape {B.shape} it adapts {shapes[0]}, but BASE has {target}")
+        if layer.embedding:
+            transposed = True
+        else:
+            transposed = len(adapted) == 2 and self._is_transposed(layer, target, orientations)
+        return _Delta(A, B, self.config.scaling(layer.module, A.shape[0]), transposed)
 
     def _is_transposed(self, layer: _Layer, target: _Tensor, orientations: set[bool | None]) -> bool:
-        A, out_features = layer.factors["A"], layer.factors["B"].shape[0]
-        if layer.embedding:
-            if target.shape != (A.shape[1], out_features):
-                raise self._refused(
-                    A, f"as an embedding it adapts {(A.shape[1], out_features)}, but BASE has {target}"
-                )
-            return True
-        certain = self._orientation(layer, target)
-        if certain is not None:
-            return certain
-        # A square weight keeps silent, so the config decides, where no other layer contradicts it.
-        if orientations - {None, self.config.fan_in_fan_out}:
+        orientation = _orientation(layer, target)
+        if orientation is not None:
+            return orientation
+        # A square weight doesn't show it: the config decides, unless a layer that does show it contradicts.
+        if orientations - {self.config.fan_in_fan_out}:
             raise self._refused(
-                A,
+                layer.factors["A"],
                 f"BASE's {target} is square, and {self.config.path.name} says fan_in_fan_out = "
                 f"{self.config.fan_in_fan_out}, which other layers contradict. Correct it there",
             )
         return self.config.fan_in_fan_out
 
 
-def _factor(file: BinaryIO, tensor: _Tensor) -> NDArray[np.float32]:
+def _factor(file: BufferedReader, tensor: _Tensor) -> NDArray[np.float32]:
     """A whole A or B as a matrix in float32; convolutions' kernels lie along the columns."""
     numbers = _read_numbers(file, tensor, 0, math.prod(tensor.shape))
     return _float32(numbers, tensor.dtype).reshape(tensor.shape[0], -1)
@@ -845,8 +768,8 @@ def _check_finite_factors(adapter: _TensorFile, changes: Mapping[str, _Change]) 
                 if bad:
                     raise OPLoRAValueError(
                         f"{adapter.path}: tensor {tensor} holds {bad} NaN or infinite numbers, expected "
-                        "none: the training "
-                        "diverged, or the file is damaged. Take an earlier checkpoint. Nothing was written."
+                        "none: the training diverged, or the file is damaged. Take an earlier checkpoint. "
+                        "Nothing was written."
                     )
 
 
@@ -859,8 +782,8 @@ def _publish(out: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder beside OUT, then put it in OUT's place by renaming."""
     token = secrets.token_hex(4)
     new, old = out.parent / f".oplora-{token}.partial", out.parent / f".oplora-{token}.old"
+    new.mkdir()
     try:
-        new.mkdir()
         write(new)
         _sync_folder(new)
         if overwrite and _is_folder(out):
@@ -875,11 +798,12 @@ def _publish(out: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
 
 
 def _swap(out: Path, new: Path, old: Path) -> None:
-    out.rename(old)
     try:
+        out.rename(old)
         new.rename(out)
     except BaseException:
-        old.rename(out)
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
 
 
@@ -891,7 +815,7 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync(file: BinaryIO) -> None:
+def _sync(file: BufferedWriter) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -915,7 +839,7 @@ def _write_all(
                 _sync(file)
 
 
-def _copy(source: BinaryIO, file: BinaryIO, begin: int, end: int, advance: Advance) -> None:
+def _copy(source: BufferedReader, file: BufferedWriter, begin: int, end: int, advance: Advance) -> None:
     buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
     for offset in range(begin, end, BLOCK_BYTES):
         block = buffer[: min(BLOCK_BYTES, end - offset)]
@@ -925,9 +849,16 @@ def _copy(source: BinaryIO, file: BinaryIO, begin: int, end: int, advance: Advan
 
 
 def _write_tensor(
-    file: BinaryIO, tensor: _Tensor, source: BinaryIO, factors: BinaryIO, change: _Change, advance: Advance
+    file: BufferedWriter,
+    tensor: _Tensor,
+    source: BufferedReader,
+    factors: BufferedReader,
+    change: _Change,
+    advance: Advance,
 ) -> None:
     replacement, delta = change.replacement, change.delta
+    if tensor.begin == tensor.end:
+        return
     if delta is None and (replacement is None or replacement.dtype == tensor.dtype):
         origin, kept = (source, tensor) if replacement is None else (factors, replacement)
         _copy(origin, file, kept.begin, kept.end, advance)
@@ -937,7 +868,7 @@ def _write_tensor(
         A, B = _factor(factors, delta.A), _factor(factors, delta.B)
     rows = tensor.shape[0] if tensor.shape else 1
     columns = math.prod(tensor.shape[1:])
-    height = max(1, BLOCK_BYTES // (8 * max(columns, 1)))
+    height = max(1, BLOCK_BYTES // (8 * columns))
     for top in range(0, rows, height):
         block = slice(top, min(top + height, rows))
         numbers = _start_numbers(tensor, source, factors, replacement, block, columns)
@@ -952,8 +883,8 @@ def _write_tensor(
 
 def _start_numbers(
     tensor: _Tensor,
-    source: BinaryIO,
-    factors: BinaryIO,
+    source: BufferedReader,
+    factors: BufferedReader,
     replacement: _Tensor | None,
     block: slice,
     columns: int,
@@ -993,6 +924,6 @@ def _check_overflow(tensor: _Tensor, numbers: NDArray[Any], before: int) -> None
     if after > before:
         raise OPLoRAValueError(
             f"merged into tensor {tensor}, the adapter's numbers pass what {tensor.dtype} can hold at "
-            f"{after - before} places. "
-            "Convert BASE to BF16 or F32 first, or check the adapter's scaling. Nothing was written."
+            f"{after - before} places. Convert BASE to BF16 or F32 first, or check the adapter's scaling. "
+            "Nothing was written."
         )

@@ -47,11 +47,15 @@ class OPLoRAConfig:
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise OPLoRAValueError(f"oplora.OPLoRAConfig: rank {name} is {rank!r}, expected a whole number of at least 1.")
+                raise OPLoRAValueError(
+                    f"oplora.OPLoRAConfig: rank {name} is {rank!r}, expected a whole number of at least 1."
+                )
         if not 0 <= self.lora_dropout < 1:
             raise OPLoRAValueError(f"oplora.OPLoRAConfig: lora_dropout is {self.lora_dropout!r}, expected [0, 1).")
         if self.bias not in ("none", "all", "lora_only"):
-            raise OPLoRAValueError(f"oplora.OPLoRAConfig: bias is {self.bias!r}, expected 'none', 'all' or 'lora_only'.")
+            raise OPLoRAValueError(
+                f"oplora.OPLoRAConfig: bias is {self.bias!r}, expected 'none', 'all' or 'lora_only'."
+            )
         if not self.target_modules:
             raise OPLoRAValueError("oplora.OPLoRAConfig: target_modules is empty; name layers, or pass 'all-linear'.")
 

@@ -1,6 +1,13 @@
 """The package's errors: each says what, where and how to mend it, and is also the built-in that it resembles."""
 
-__all__ = ["OPLoRAError", "OPLoRAFileError", "OPLoRAMemoryError", "OPLoRARuntimeError", "OPLoRATypeError", "OPLoRAValueError"]
+__all__ = [
+    "OPLoRAError",
+    "OPLoRAFileError",
+    "OPLoRAMemoryError",
+    "OPLoRARuntimeError",
+    "OPLoRATypeError",
+    "OPLoRAValueError",
+]
 
 
 class OPLoRAError(Exception):

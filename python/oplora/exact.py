@@ -58,8 +58,8 @@ def allocate(count: int, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.zeros(count, dtype=np.float64 if dtype == torch.float64 else np.float32))
     except (MemoryError, ValueError) as error:
         raise OPLoRAMemoryError(
-            f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt fewer "
-            "layers."
+            f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt "
+            "fewer layers."
         ) from error
 
 
@@ -147,7 +147,7 @@ class ExactState:
             "exp_avg_sq": self.exp_avg_sq,
             "decay": self.decay,
             "moving": self.moving,
-            "bases": list(self.factors.bases),
+            **self.factors.state_dict(),
         }
 
     def check_state(self, saved: Any) -> None:
@@ -165,11 +165,7 @@ class ExactState:
                 )
         for key in ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving"):
             _check_like(f"{key} of layer {self.name}", saved[key], mine[key])
-        if not isinstance(saved["bases"], list | tuple) or len(saved["bases"]) != len(self.factors.shapes):
-            raise OPLoRAValueError(f"oplora: the saved bases of layer {self.name} are not one for each factor.")
-        for base, shape in zip(saved["bases"], self.factors.shapes, strict=True):
-            if base is not None:
-                _check_like(f"a base of layer {self.name}", base, torch.empty(shape, dtype=self.factors.dtype))
+        self.factors.check_state(saved)
         if not isinstance(saved["step"], int) or saved["step"] < 0:
             raise OPLoRAValueError(f"oplora: the saved step count of layer {self.name} is {saved['step']!r}.")
 
@@ -178,7 +174,7 @@ class ExactState:
             getattr(self, key).copy_(saved[key])
         self.steps = saved["step"]
         self.report = None
-        self.factors.bases = [None if base is None else base.clone().contiguous() for base in saved["bases"]]
+        self.factors.load_state(saved)
 
 
 def _check_like(what: str, saved: Any, mine: Tensor) -> None:
@@ -211,8 +207,9 @@ class Layers:
         """Room for the core's numbers of every layer, one behind the other."""
         return torch.zeros(sum(state.report_size for state in self.states), dtype=torch.float64)
 
-    def reports(self, report: Tensor) -> tuple[Tensor, ...]:
-        return report.split([state.report_size for state in self.states])
+    def reports(self, report: Tensor) -> list[Tensor]:
+        """A piece a layer."""
+        return list(report.split([state.report_size for state in self.states]))
 
 
 def _sizes(states: Sequence[ExactState]) -> list[int]:

@@ -20,6 +20,12 @@ __all__ = ["Generators", "create_oplora_optimizer"]
 class Generator(nn.Module):
     """One layer's generator: z (Z,), W1 (H, Z), c1 (H,), W2 (N, H) kept as H columns, c2 (N,)."""
 
+    z: nn.Parameter
+    W1: nn.Parameter
+    c1: nn.Parameter
+    W2: nn.Parameter
+    c2: nn.Parameter
+
     def __init__(self, factors: Factors, settings: Settings, index: int) -> None:
         super().__init__()
         self.factors = factors
@@ -30,12 +36,10 @@ class Generator(nn.Module):
         for name, view in views(flat, settings.hidden_width, settings.latent_width).items():
             setattr(self, name, nn.Parameter(view.to(device).clone()))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.z, self.W1, self.c1, self.W2, self.c2
-
     def generate(self) -> list[Tensor]:
         """v, a piece for each factor, without their bases."""
-        return list(ops.generate(*self.tensors()).detach().split(self.factors.sizes))
+        v = ops.generate(self.z, self.W1, self.c1, self.W2, self.c2)
+        return list(v.detach().split(self.factors.sizes))
 
     def refresh(self) -> None:
         pieces = self.generate()
@@ -62,11 +66,13 @@ class Generator(nn.Module):
         self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
         return True
 
-    def get_extra_state(self) -> list[Tensor | None]:
-        return [None if base is None else base.clone() for base in self.factors.bases]
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.factors.state_dict()
 
-    def set_extra_state(self, state: list[Tensor | None]) -> None:
-        self.factors.bases = [None if base is None else base.clone() for base in state]
+    @torch.no_grad()
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.factors.check_state(state)
+        self.factors.load_state(state)
 
 
 class Generators(nn.Module):
@@ -122,6 +128,24 @@ class Generators(nn.Module):
 
     def __iter__(self) -> Iterator[Generator]:
         return (module for module in self.modules() if isinstance(module, Generator))
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raises OPLoRAError unless load_state_dict(saved) will go through; changes nothing (torch's would in part)."""
+        mine = self.state_dict()
+        if missing := sorted(mine.keys() ^ saved.keys()):
+            raise OPLoRAValueError(
+                f"oplora: the saved generators are of other layers: {missing[0]} is in one of both only. Build the model "
+                "with the adapter of the run that was saved."
+            )
+        for name, value in mine.items():
+            if isinstance(value, Tensor) and getattr(saved[name], "shape", None) != value.shape:
+                raise OPLoRAValueError(
+                    f"oplora: the saved {name} has shape {tuple(getattr(saved[name], 'shape', ()))}, expected "
+                    f"{tuple(value.shape)}. It was saved with another rank, width or model."
+                )
+        for name, module in self.named_modules():
+            if isinstance(module, Generator):
+                module.factors.check_state(saved[f"{name}._extra_state"])
 
     @torch.no_grad()
     def backward(self) -> None:
@@ -203,11 +227,8 @@ def _hook(optimizer: torch.optim.Optimizer, generators: Generators) -> None:
     def load(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         if "generators" not in state:
             raise OPLoRAValueError("oplora: this state_dict has no generators; it was saved by another optimizer.")
-        try:
-            generators.load_state_dict(state["generators"])
-        except RuntimeError as error:
-            raise OPLoRAValueError(f"oplora: the saved generators do not fit this model: {error}") from error
-        generators.refresh()
+        generators.check_state(state["generators"])
+        generators.load_state_dict(state["generators"])
         return {key: value for key, value in state.items() if key != "generators"}
 
     optimizer.register_step_pre_hook(lambda *_: generators.backward())

@@ -37,9 +37,9 @@ def wrap(model: nn.Module, config: OPLoRAConfig | None = None) -> Any:
         return get_peft_model(model, config.to_peft(), adapter_name=config.adapter_name)
     except ValueError as error:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        there = f"linear layers are {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}" if linear else "there are no linear layers"
+        there = f"{len(linear)} linear layers: {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}"
         raise OPLoRAValueError(
-            f"oplora.wrap: PEFT found nothing to adapt for target_modules={config.target_modules!r} ({there}): {error}"
+            f"oplora.wrap: PEFT refused target_modules={config.target_modules!r}; the model has {there}. {error}"
         ) from error
 
 
@@ -47,7 +47,7 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     """The base model with the adapter folded in: W + scaling B A, and plain layers again.
 
     Args:
-        model: a PeftModel, or a model into which PEFT's layers were injected (transformers' and diffusers' add_adapter).
+        model: a PeftModel, or a model with injected PEFT layers (transformers' and diffusers' add_adapter).
         adapter_names: which to fold; by default the active ones.
 
     Raises:

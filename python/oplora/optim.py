@@ -271,7 +271,6 @@ class AdamW(torch.optim.Optimizer):
         for name, state in mine.items():
             state.load_state(saved[name])
         self._measured = None
-        exact.write_factors(self._states)
 
 
 def _check_arguments(
@@ -291,9 +290,9 @@ def _refuse_devices(layers: list[AdaptedLayer]) -> None:
         for parameter in layer.parameters():
             if parameter.device.type != "cpu":
                 raise OPLoRATypeError(
-                    f"oplora.AdamW: the factors of layer {layer.name} are on {parameter.device}; the fused step runs on "
-                    "CPU tensors. Use oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...), which trains the "
-                    "same generators on any device."
+                    f"oplora.AdamW: the factors of layer {layer.name} are on {parameter.device}; the fused step runs "
+                    "on CPU tensors. Use oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...): it trains "
+                    "the same generators on any device."
                 )
 
 
@@ -305,8 +304,9 @@ def _refuse_more_than_memory(factors: list[Factors], settings: Settings) -> None
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise OPLoRAMemoryError(
-            f"oplora.AdamW: the generators need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB. State "
-            f"'exact' takes 12 (hidden_width + 1) bytes a factor entry: lower hidden_width (now {settings.hidden_width}) or the rank r."
+            f"oplora.AdamW: the generators need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB. "
+            "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: lower hidden_width (now "
+            f"{settings.hidden_width}) or the rank r."
         )
 
 
@@ -334,7 +334,7 @@ def _nonfinite_layers(stepping: list[Layers], reports: list[Tensor]) -> list[str
 
 
 def _report_square(layers: Layers, report: Tensor) -> float:
-    """The square of the norm of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and the hidden path's."""
+    """||.||^2 of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and that of the hidden path."""
     total = 0.0
     for state, piece in zip(layers.states, layers.reports(report), strict=True):
         h = piece[3 : 3 + state.H]

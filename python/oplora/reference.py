@@ -11,7 +11,9 @@ def generate(z: Tensor, W1: Tensor, c1: Tensor, W2: Tensor, c2: Tensor) -> Tenso
     return torch.addmv(c2, W2, torch.relu(torch.addmv(c1, W1, z)))
 
 
-def generate_backward(g: Tensor, z: Tensor, W1: Tensor, c1: Tensor, W2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def generate_backward(
+    g: Tensor, z: Tensor, W1: Tensor, c1: Tensor, W2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From g = dL/dv (N,): the gradients of z, W1 and c1, and h (H,), with which that of W2 is g h^T."""
     h = torch.relu(torch.addmv(c1, W1, z))
     d = torch.mv(W2.t(), g) * (h > 0)

@@ -26,5 +26,6 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
             what was there before is untouched then.
     """
     if format not in FORMATS:
-        raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected {' or '.join(map(repr, FORMATS))}.")
+        known = " or ".join(map(repr, FORMATS))
+        raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected {known}.")
     FORMATS[format](model, Path(path))
