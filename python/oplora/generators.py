@@ -134,8 +134,8 @@ class Generators(nn.Module):
         mine = self.state_dict()
         if missing := sorted(mine.keys() ^ saved.keys()):
             raise OPLoRAValueError(
-                f"oplora: the saved generators are of other layers: {missing[0]} is in one of both only. Build the model "
-                "with the adapter of the run that was saved."
+                f"oplora: the saved generators are of other layers: {missing[0]} is in one of both only. Build the "
+                "model with the adapter of the run that was saved."
             )
         for name, value in mine.items():
             if isinstance(value, Tensor) and getattr(saved[name], "shape", None) != value.shape:

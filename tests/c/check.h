@@ -10,8 +10,7 @@ static int check_failures, check_count;
     do { \
         check_count++; \
         if (!(condition)) { \
-            if (check_failures++ < 20) \
-                fprintf(stderr, "%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
+            if (check_failures++ < 20) fprintf(stderr, "%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
         } \
     } while (0)
 

@@ -97,7 +97,7 @@ int main(void) {
 
 static const double TY(epsilon) = sizeof(T) == sizeof(float) ? 0x1p-23 : 0x1p-52;
 
-static int TY(near)(double a, double b, double scale) { return fabs(a - b) <= 64 * TY(epsilon) * scale; }
+static int TY(near)(double a, double b, double scale) { return fabs(a - b) <= 64 * TY(epsilon) *scale; }
 
 static void TY(test_start)(void) {
     enum { H = 6, Z = 9, N = 40000 };
@@ -131,8 +131,7 @@ static void TY(test_start)(void) {
     add_to_digest(first, (size_t)(size - Z) * sizeof(T)); /* z goes through libm */
 
     const oplora_rows wrong[] = {{5, 4}, {-1, 3}, {0, N + 1}};
-    for (int i = 0; i < 3; i++)
-        CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, &wrong[i], 1, NULL) == OPLORA_ESIZE);
+    for (int i = 0; i < 3; i++) CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, &wrong[i], 1, NULL) == OPLORA_ESIZE);
     CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, NAN, rows, 1, NULL) == OPLORA_EVALUE);
     CHECK(TY(oplora_start)(NULL, H, Z, N, 0, 0, 0.01, rows, 1, NULL) == OPLORA_ENULL);
     CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, rows, 1, failing) == OPLORA_EPARALLEL);
@@ -149,7 +148,8 @@ typedef struct {
 static double TY(w2)(const TY(truth) *t, int64_t n, int64_t j) { return t->p[j * t->N + n]; }
 
 static void TY(truth_generate)(TY(truth) *t) {
-    const double *const c2 = t->p + t->H * t->N, *const W1 = c2 + t->N, *const c1 = W1 + t->H * t->Z, *const z = c1 + t->H;
+    const double *const c2 = t->p + t->H * t->N, *const W1 = c2 + t->N, *const c1 = W1 + t->H * t->Z,
+                        *const z = c1 + t->H;
     for (int64_t j = 0; j < t->H; j++) {
         double pre = c1[j];
         for (int64_t i = 0; i < t->Z; i++) pre += W1[j * t->Z + i] * z[i];
@@ -259,8 +259,18 @@ typedef struct {
 
 static void TY(make_fast)(TY(fast) *f, int64_t H, int64_t Z, int64_t rows_a, int64_t rows_b, uint32_t index) {
     const int64_t N = rows_a + rows_b, size = oplora_size(H, Z, N);
-    *f = (TY(fast)){.layer = {H, Z, N, zeros(size, sizeof(T)), zeros(size, sizeof(T)), zeros(size, sizeof(T)),
-                              zeros(H, 8), zeros(H, 1), NULL, rows_b ? 2 : 1, {0}, zeros(oplora_exact_report_size(H), 8)}};
+    *f = (TY(fast)){.layer = {H,
+                              Z,
+                              N,
+                              zeros(size, sizeof(T)),
+                              zeros(size, sizeof(T)),
+                              zeros(size, sizeof(T)),
+                              zeros(H, 8),
+                              zeros(H, 1),
+                              NULL,
+                              rows_b ? 2 : 1,
+                              {0},
+                              zeros(oplora_exact_report_size(H), 8)}};
     TY(oplora_start)(f->layer.parameters, H, Z, N, 1, index, 0.3, &(oplora_rows){0, rows_a}, 1, NULL);
     for (int64_t j = 0; j < H; j++) f->layer.decay[j] = 1;
     for (int k = 0; k < f->layer.n_factors; k++) {
@@ -279,8 +289,8 @@ static void TY(free_fast)(TY(fast) *f) {
         free((void *)f->factors[k].base);
         free(f->factors[k].out);
     }
-    void *const all[] = {f->layer.parameters, f->layer.exp_avg, f->layer.exp_avg_sq, f->layer.decay, f->layer.moving,
-                         f->layer.report};
+    void *const all[] = {f->layer.parameters, f->layer.exp_avg, f->layer.exp_avg_sq,
+                         f->layer.decay,      f->layer.moving,  f->layer.report};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -400,8 +410,10 @@ static void TY(test_refusals)(void) {
     CHECK(TY(oplora_exact_step)(NULL, 0, 0, NULL, NULL) == OPLORA_OK);
     CHECK(TY(oplora_exact_step)(&layer, 1, 0, NULL, NULL) == OPLORA_ENULL);
     CHECK(TY(oplora_exact_step)(&layer, -1, 0, workspace, NULL) == OPLORA_ESIZE);
-    const oplora_adamw wrong[] = {{NAN, 0, 0.9, 0.999, 1e-8, 0, 1}, {0, 0, 1, 0.999, 1e-8, 0, 1},
-                                  {0, 0, 0.9, -1, 1e-8, 0, 1},      {0, 0, 0.9, 0.999, -1, 0, 1},
+    const oplora_adamw wrong[] = {{NAN, 0, 0.9, 0.999, 1e-8, 0, 1},
+                                  {0, 0, 1, 0.999, 1e-8, 0, 1},
+                                  {0, 0, 0.9, -1, 1e-8, 0, 1},
+                                  {0, 0, 0.9, 0.999, -1, 0, 1},
                                   {0, 0, 0.9, 0.999, 1e-8, 0, 0}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         layer.adamw = wrong[i];
@@ -423,7 +435,8 @@ static void TY(test_refusals)(void) {
 static void TY(test_type)(void) {
     noise_state = 1;
     TY(test_start)();
-    static const int64_t sizes[][3] = {{1, 1, 1}, {3, 5, 7}, {32, 128, 2049}, {5, 3, 20001}, {70, 16, 300}, {130, 2, 33}};
+    static const int64_t sizes[][3] = {{1, 1, 1},     {3, 5, 7},     {32, 128, 2049},
+                                       {5, 3, 20001}, {70, 16, 300}, {130, 2, 33}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) TY(test_generate)(sizes[i][0], sizes[i][1], sizes[i][2]);
     /* H, Z, rows of A, rows of B */
     static const int64_t small[][4] = {{32, 16, 2048, 333}, {1, 1, 1, 0}, {70, 3, 31, 33}, {5, 128, 4097, 2047}};
