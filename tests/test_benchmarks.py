@@ -61,6 +61,7 @@ def test_bytes_held_counts_each_storage_once():
         "pair": (torch.zeros(3, dtype=torch.float64), None, 2),
     }
     assert harness.bytes_held(nested) == 4000 + 24
+    assert harness.bytes_held(nested, by_others=[x[3:]]) == 24
 
 
 def test_peak_memory_sees_what_is_freed_again():

@@ -65,7 +65,7 @@ def test_generate_takes_keywords() -> None:
 
 
 def start(H: int = 6, Z: int = 5, N: int = 300, dtype: Any = np.float64, **changes: Any) -> NDArray[Any]:
-    out = np.full(H * N + N + H * Z + H + Z, np.nan, dtype)
+    out = np.zeros(H * N + N + H * Z + H + Z, dtype)
     options = {"seed": 1, "layer": 2, "latent_std": 0.01, "uniform": [(0, N // 2)], **changes}
     _core.start(out, hidden_width=H, latent_width=Z, **options)
     return out

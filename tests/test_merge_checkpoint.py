@@ -691,7 +691,7 @@ def assert_merges_or_refuses(folder: Path) -> None:
 
 
 FUZZ = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -26,9 +26,7 @@ typedef struct {
     const char *function;
 } call;
 
-static call begin(PyObject *module, const char *function) {
-    return (call){PyModule_GetState(module), function};
-}
+static call begin(PyObject *module, const char *function) { return (call){PyModule_GetState(module), function}; }
 
 static void raise_shape(const call *c, PyArrayObject *a, const char *name, const char *expected) {
     PyObject *const shape = PyObject_GetAttrString((PyObject *)a, "shape");
@@ -66,9 +64,8 @@ static const char *type_name(int type) {
 /* The array behind `o` if it has the type and the number of dimensions, else NULL with an exception. */
 static PyArrayObject *array(const call *c, PyObject *o, const char *name, int ndim, int type) {
     if (!PyArray_Check(o)) {
-        PyErr_Format(c->errors->type_error,
-                     "oplora.%s: %s is a %R, expected a numpy.ndarray of %s. Convert it first.", c->function,
-                     name, (PyObject *)Py_TYPE(o), type_name(type));
+        PyErr_Format(c->errors->type_error, "oplora.%s: %s is a %R, expected a numpy.ndarray of %s. Convert it first.",
+                     c->function, name, (PyObject *)Py_TYPE(o), type_name(type));
         return NULL;
     }
     PyArrayObject *const a = (PyArrayObject *)o;
@@ -105,16 +102,15 @@ static int expect_contiguous(const call *c, PyArrayObject *a, const char *name) 
 
 static int expect_writable(const call *c, PyArrayObject *a, const char *name) {
     if (PyArray_ISWRITEABLE(a)) return 0;
-    PyErr_Format(c->errors->value_error,
-                 "oplora.%s: %s is read-only and would be written. Pass a writable copy.", c->function, name);
+    PyErr_Format(c->errors->value_error, "oplora.%s: %s is read-only and would be written. Pass a writable copy.",
+                 c->function, name);
     return -1;
 }
 
-static int expect_length(const call *c, PyArrayObject *a, const char *name, npy_intp length,
-                         const char *meaning) {
+static int expect_length(const call *c, PyArrayObject *a, const char *name, npy_intp length, const char *meaning) {
     if (PyArray_DIM(a, 0) == length) return 0;
-    PyErr_Format(c->errors->value_error, "oplora.%s: %s has %zd entries, expected %zd = %s.", c->function,
-                 name, (Py_ssize_t)PyArray_DIM(a, 0), (Py_ssize_t)length, meaning);
+    PyErr_Format(c->errors->value_error, "oplora.%s: %s has %zd entries, expected %zd = %s.", c->function, name,
+                 (Py_ssize_t)PyArray_DIM(a, 0), (Py_ssize_t)length, meaning);
     return -1;
 }
 
@@ -147,17 +143,15 @@ typedef struct {
     npy_intp H, Z, N;
 } generator;
 
-static int expect_generator(const call *c, generator *g, PyObject *z, PyObject *W1, PyObject *c1,
-                            PyObject *W2) {
+static int expect_generator(const call *c, generator *g, PyObject *z, PyObject *W1, PyObject *c1, PyObject *W2) {
     if (!(g->W2 = array(c, W2, "W2", 2, ANY_FLOAT))) return -1;
     g->type = PyArray_TYPE(g->W2);
     g->N = PyArray_DIM(g->W2, 0);
     g->H = PyArray_DIM(g->W2, 1);
     if (!(PyArray_IS_C_CONTIGUOUS(g->W2) || PyArray_IS_F_CONTIGUOUS(g->W2)) || !PyArray_ISALIGNED(g->W2)) {
-        PyErr_Format(
-            c->errors->value_error,
-            "oplora.%s: W2 is neither C- nor Fortran-contiguous. Copy it with numpy.asfortranarray(W2).",
-            c->function);
+        PyErr_Format(c->errors->value_error,
+                     "oplora.%s: W2 is neither C- nor Fortran-contiguous. Copy it with numpy.asfortranarray(W2).",
+                     c->function);
         return -1;
     }
     g->layout = PyArray_IS_F_CONTIGUOUS(g->W2) ? OPLORA_COLUMNS : OPLORA_ROWS;
@@ -174,12 +168,13 @@ static int expect_generator(const call *c, generator *g, PyObject *z, PyObject *
 
 /* ---- generate ---- */
 
-PyDoc_STRVAR(generate_doc, "generate(z, W1, c1, W2, c2)\n--\n\n"
-                           "The entries of a layer's factors: v = W2 ReLU(W1 z + c1) + c2.\n\n"
-                           "z (Z,), W1 (H, Z), c1 (H,), W2 (N, H), c2 (N,): all float32 or all float64, "
-                           "C-contiguous; W2 may also be\n"
-                           "Fortran-contiguous, which is faster: units that are off are not read. Returns v "
-                           "(N,) of the same dtype.");
+PyDoc_STRVAR(generate_doc,
+             "generate(z, W1, c1, W2, c2)\n--\n\n"
+             "The entries of a layer's factors: v = W2 ReLU(W1 z + c1) + c2.\n"
+             "\n"
+             "z (Z,), W1 (H, Z), c1 (H,), W2 (N, H), c2 (N,): all float32 or all float64, C-contiguous. W2 may\n"
+             "also be Fortran-contiguous, which is faster: the columns of units that are off are not read.\n"
+             "Returns v (N,) of the same dtype.");
 static PyObject *generate(PyObject *self, PyObject *args, PyObject *kw) {
     static char *names[] = {"z", "W1", "c1", "W2", "c2", NULL};
     const call c = begin(self, "generate");
@@ -193,13 +188,16 @@ static PyObject *generate(PyObject *self, PyObject *args, PyObject *kw) {
     PyArrayObject *const v = new_array(g.N, -1, g.type), *const h = new_array(g.H, -1, g.type);
     oplora_status status = OPLORA_OK;
     if (v && h) {
-        Py_BEGIN_ALLOW_THREADS if (g.type == NPY_FLOAT32) status = oplora_generate_f32(
-            PyArray_DATA(g.z), PyArray_DATA(g.W1), PyArray_DATA(g.c1), PyArray_DATA(g.W2),
-            PyArray_DATA(shift), g.layout, g.H, g.Z, g.N, PyArray_DATA(h), PyArray_DATA(v), NULL);
-        else status = oplora_generate_f64(PyArray_DATA(g.z), PyArray_DATA(g.W1), PyArray_DATA(g.c1),
-                                          PyArray_DATA(g.W2), PyArray_DATA(shift), g.layout, g.H, g.Z, g.N,
-                                          PyArray_DATA(h), PyArray_DATA(v), NULL);
-        Py_END_ALLOW_THREADS
+        PyThreadState *const thread = PyEval_SaveThread();
+        if (g.type == NPY_FLOAT32)
+            status = oplora_generate_f32(PyArray_DATA(g.z), PyArray_DATA(g.W1), PyArray_DATA(g.c1), PyArray_DATA(g.W2),
+                                         PyArray_DATA(shift), g.layout, g.H, g.Z, g.N, PyArray_DATA(h), PyArray_DATA(v),
+                                         NULL);
+        else
+            status = oplora_generate_f64(PyArray_DATA(g.z), PyArray_DATA(g.W1), PyArray_DATA(g.c1), PyArray_DATA(g.W2),
+                                         PyArray_DATA(shift), g.layout, g.H, g.Z, g.N, PyArray_DATA(h), PyArray_DATA(v),
+                                         NULL);
+        PyEval_RestoreThread(thread);
     }
     const int failed = !v || !h || forward(&c, status);
     Py_XDECREF((PyObject *)h);
@@ -208,20 +206,18 @@ static PyObject *generate(PyObject *self, PyObject *args, PyObject *kw) {
     return NULL;
 }
 
-PyDoc_STRVAR(
-    generate_backward_doc,
-    "generate_backward(g, z, W1, c1, W2)\n--\n\n"
-    "The gradients of generate from g = dL/dv (N,): the tuple (dz (Z,), dW1 (H, Z), dc1 (H,), h (H,)).\n\n"
-    "z (Z,), W1 (H, Z), c1 (H,), W2 (N, H) as for generate. With h, dW2 = numpy.outer(g, h) has rank one "
-    "and\n"
-    "is not formed; dc2 = g.");
+PyDoc_STRVAR(generate_backward_doc,
+             "generate_backward(g, z, W1, c1, W2)\n--\n\n"
+             "The gradients of generate from g = dL/dv (N,): the tuple (dz (Z,), dW1 (H, Z), dc1 (H,), h (H,)).\n"
+             "\n"
+             "z (Z,), W1 (H, Z), c1 (H,), W2 (N, H) as for generate. dW2 = numpy.outer(g, h) has rank one and is\n"
+             "not formed; dc2 = g.");
 static PyObject *generate_backward(PyObject *self, PyObject *args, PyObject *kw) {
     static char *names[] = {"g", "z", "W1", "c1", "W2", NULL};
     const call c = begin(self, "generate_backward");
     PyObject *g_, *z, *W1, *c1, *W2;
     generator g;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOO:generate_backward", names, &g_, &z, &W1, &c1, &W2))
-        return NULL;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOO:generate_backward", names, &g_, &z, &W1, &c1, &W2)) return NULL;
     if (expect_generator(&c, &g, z, W1, c1, W2)) return NULL;
     PyArrayObject *const dv = vector_of(&c, g_, "g", g.type, g.N, "N, the rows of W2 (N, H)");
     if (!dv) return NULL;
@@ -234,21 +230,23 @@ static PyObject *generate_backward(PyObject *self, PyObject *args, PyObject *kw)
     const int allocated = dz && dW1 && dc1 && h && workspace;
     oplora_status status = OPLORA_OK;
     if (allocated) {
-        Py_BEGIN_ALLOW_THREADS if (g.type == NPY_FLOAT32) status = oplora_generate_backward_f32(
-            PyArray_DATA(dv), PyArray_DATA(g.z), PyArray_DATA(g.W1), PyArray_DATA(g.c1), PyArray_DATA(g.W2),
-            g.layout, g.H, g.Z, g.N, PyArray_DATA(dz), PyArray_DATA(dW1), PyArray_DATA(dc1), PyArray_DATA(h),
-            workspace, NULL);
-        else status = oplora_generate_backward_f64(PyArray_DATA(dv), PyArray_DATA(g.z), PyArray_DATA(g.W1),
-                                                   PyArray_DATA(g.c1), PyArray_DATA(g.W2), g.layout, g.H, g.Z,
-                                                   g.N, PyArray_DATA(dz), PyArray_DATA(dW1),
-                                                   PyArray_DATA(dc1), PyArray_DATA(h), workspace, NULL);
-        Py_END_ALLOW_THREADS
+        PyThreadState *const thread = PyEval_SaveThread();
+        if (g.type == NPY_FLOAT32)
+            status = oplora_generate_backward_f32(PyArray_DATA(dv), PyArray_DATA(g.z), PyArray_DATA(g.W1),
+                                                  PyArray_DATA(g.c1), PyArray_DATA(g.W2), g.layout, g.H, g.Z, g.N,
+                                                  PyArray_DATA(dz), PyArray_DATA(dW1), PyArray_DATA(dc1),
+                                                  PyArray_DATA(h), workspace, NULL);
+        else
+            status = oplora_generate_backward_f64(PyArray_DATA(dv), PyArray_DATA(g.z), PyArray_DATA(g.W1),
+                                                  PyArray_DATA(g.c1), PyArray_DATA(g.W2), g.layout, g.H, g.Z, g.N,
+                                                  PyArray_DATA(dz), PyArray_DATA(dW1), PyArray_DATA(dc1),
+                                                  PyArray_DATA(h), workspace, NULL);
+        PyEval_RestoreThread(thread);
     } else if (!PyErr_Occurred()) {
         PyErr_NoMemory();
     }
     PyMem_Free(workspace);
-    PyObject *const result =
-        allocated && !forward(&c, status) ? PyTuple_Pack(4, (PyObject *)dz, dW1, dc1, h) : NULL;
+    PyObject *const result = allocated && !forward(&c, status) ? PyTuple_Pack(4, (PyObject *)dz, dW1, dc1, h) : NULL;
     Py_XDECREF((PyObject *)dz);
     Py_XDECREF((PyObject *)dW1);
     Py_XDECREF((PyObject *)dc1);
@@ -259,8 +257,7 @@ static PyObject *generate_backward(PyObject *self, PyObject *args, PyObject *kw)
 /* ---- the seeded start ---- */
 
 /* An unsigned integer up to `most` from any object with __index__. */
-static int unsigned_of(const call *c, PyObject *o, const char *name, unsigned long long most,
-                       unsigned long long *out) {
+static int unsigned_of(const call *c, PyObject *o, const char *name, unsigned long long most, unsigned long long *out) {
     PyObject *const integer = PyNumber_Index(o);
     if (!integer) return -1;
     *out = PyLong_AsUnsignedLongLong(integer);
@@ -268,8 +265,8 @@ static int unsigned_of(const call *c, PyObject *o, const char *name, unsigned lo
     if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError)) return -1;
     if (!PyErr_Occurred() && *out <= most) return 0;
     PyErr_Clear();
-    PyErr_Format(c->errors->value_error, "oplora.%s: %s is %R, expected an integer from 0 to %llu.",
-                 c->function, name, o, most);
+    PyErr_Format(c->errors->value_error, "oplora.%s: %s is %R, expected an integer from 0 to %llu.", c->function, name,
+                 o, most);
     return -1;
 }
 
@@ -311,32 +308,28 @@ static npy_intp rows_of_length(npy_intp length, Py_ssize_t H, Py_ssize_t Z) {
     return (length - rest) / (H + 1);
 }
 
-PyDoc_STRVAR(
-    start_doc,
-    "start(out, *, hidden_width, latent_width, seed, layer, latent_std, uniform)\n--\n\n"
-    "Fills one layer's flat generator parameters with the paper's seeded start, in place.\n\n"
-    "out: 1-D, writable, float32 or float64, of H N + N + H Z + H + Z numbers: W2 as H columns of N, c2, W1, "
-    "c1,\n"
-    "z, with H = hidden_width and Z = latent_width; N follows from the length. uniform: (begin, end) pairs, "
-    "the\n"
-    "rows of W2 that start at U(-1/sqrt(H), 1/sqrt(H)); the other rows and all biases start at zero, W1 at\n"
-    "U(-1/sqrt(Z), 1/sqrt(Z)), z at N(0, latent_std^2). The numbers depend on seed (0 to 2^64 - 1), layer\n"
-    "(0 to 2^32 - 1) and their place alone.");
+PyDoc_STRVAR(start_doc,
+             "start(out, *, hidden_width, latent_width, seed, layer, latent_std, uniform)\n--\n\n"
+             "Writes the paper's seeded start into one layer's flat generator parameters, which are all zero.\n"
+             "\n"
+             "out: 1-D, writable, float32 or float64, of H N + N + H Z + H + Z zeros: W2 as H columns of N, c2,\n"
+             "W1, c1, z, with H = hidden_width and Z = latent_width; N follows from the length. uniform: pairs\n"
+             "(begin, end), the rows of W2 that start at U(-1/sqrt(H), 1/sqrt(H)). W1 starts at\n"
+             "U(-1/sqrt(Z), 1/sqrt(Z)) and z at N(0, latent_std^2). All the rest is not touched and stays zero.\n"
+             "The numbers depend on seed (0 to 2^64 - 1), layer (0 to 2^32 - 1) and their place alone.");
 static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"out",   "hidden_width", "latent_width", "seed",
-                            "layer", "latent_std",   "uniform",      NULL};
+    static char *names[] = {"out", "hidden_width", "latent_width", "seed", "layer", "latent_std", "uniform", NULL};
     const call c = begin(self, "start");
     PyObject *out_, *seed_, *layer_, *uniform;
     Py_ssize_t H, Z;
     double latent_std;
     unsigned long long seed, layer;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "O$nnOOdO:start", names, &out_, &H, &Z, &seed_, &layer_,
-                                     &latent_std, &uniform))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O$nnOOdO:start", names, &out_, &H, &Z, &seed_, &layer_, &latent_std,
+                                     &uniform))
         return NULL;
     PyArrayObject *const out = vector(&c, out_, "out", ANY_FLOAT);
     if (!out || expect_writable(&c, out, "out")) return NULL;
-    if (unsigned_of(&c, seed_, "seed", UINT64_MAX, &seed) ||
-        unsigned_of(&c, layer_, "layer", UINT32_MAX, &layer))
+    if (unsigned_of(&c, seed_, "seed", UINT64_MAX, &seed) || unsigned_of(&c, layer_, "layer", UINT32_MAX, &layer))
         return NULL;
     const npy_intp N = rows_of_length(PyArray_DIM(out, 0), H, Z);
     if (N < 1)
@@ -345,9 +338,8 @@ static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
                             "hidden_width H = %zd and latent_width Z = %zd with whole sizes of at least 1.",
                             (Py_ssize_t)PyArray_DIM(out, 0), H, Z);
     if (!(latent_std >= 0 && latent_std < INFINITY))
-        return PyErr_Format(c.errors->value_error,
-                            "oplora.start: latent_std is negative, infinite or NaN, expected a "
-                            "standard deviation such as 0.01.");
+        return PyErr_Format(c.errors->value_error, "oplora.start: latent_std is negative, infinite or NaN, expected a "
+                                                   "standard deviation such as 0.01.");
     const Py_ssize_t count = PySequence_Size(uniform);
     if (count < 0) return NULL;
     oplora_rows *const rows = PyMem_Calloc((size_t)count, sizeof *rows);
@@ -355,11 +347,13 @@ static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
     int failed = rows_of(&c, uniform, count, N, rows);
     if (!failed) {
         oplora_status status;
-        Py_BEGIN_ALLOW_THREADS if (PyArray_TYPE(out) == NPY_FLOAT32) status = oplora_start_f32(
-            PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, rows, count, NULL);
-        else status = oplora_start_f64(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, rows,
-                                       count, NULL);
-        Py_END_ALLOW_THREADS failed = forward(&c, status);
+        PyThreadState *const thread = PyEval_SaveThread();
+        if (PyArray_TYPE(out) == NPY_FLOAT32)
+            status = oplora_start_f32(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, rows, count, NULL);
+        else
+            status = oplora_start_f64(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, rows, count, NULL);
+        PyEval_RestoreThread(thread);
+        failed = forward(&c, status);
     }
     PyMem_Free(rows);
     if (failed) return NULL;
@@ -371,8 +365,8 @@ static int words_of(const call *c, PyObject *sequence, const char *name, Py_ssiz
     const Py_ssize_t length = PySequence_Size(sequence);
     if (length < 0) return -1;
     if (length != count) {
-        PyErr_Format(c->errors->value_error, "oplora.%s: %s has %zd words, expected %zd.", c->function, name,
-                     length, count);
+        PyErr_Format(c->errors->value_error, "oplora.%s: %s has %zd words, expected %zd.", c->function, name, length,
+                     count);
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -386,11 +380,10 @@ static int words_of(const call *c, PyObject *sequence, const char *name, Py_ssiz
     return 0;
 }
 
-PyDoc_STRVAR(
-    philox_doc,
-    "philox(counter, key)\n--\n\n"
-    "Philox 4x32-10: four random words from a counter of four words and a key of two, all ints below\n"
-    "2^32. What the seeded start draws from.");
+PyDoc_STRVAR(philox_doc,
+             "philox(counter, key)\n--\n\n"
+             "Philox 4x32-10, which the seeded start draws from: four random words from a counter of four words\n"
+             "and a key of two, all of them ints below 2^32.");
 static PyObject *philox(PyObject *self, PyObject *args, PyObject *kw) {
     static char *names[] = {"counter", "key", NULL};
     const call c = begin(self, "philox");
@@ -420,21 +413,20 @@ static const struct {
 static int dtype_of(const call *c, const char *name, oplora_dtype *dtype, int *type) {
     for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
         if (!strcmp(dtypes[i].name, name)) return *dtype = dtypes[i].dtype, *type = dtypes[i].type, 0;
-    PyErr_Format(
-        c->errors->value_error,
-        "oplora.%s: dtype is '%s', expected 'float32', 'float64', 'float16' or 'bfloat16' (as uint16 bits).",
-        c->function, name);
+    PyErr_Format(c->errors->value_error,
+                 "oplora.%s: dtype is '%s', expected 'float32', 'float64', 'float16' or 'bfloat16' (as uint16 bits).",
+                 c->function, name);
     return -1;
 }
 
 PyDoc_STRVAR(merge_doc,
              "merge(W, A, B, scaling, *, dtype, transposed=False)\n--\n\n"
-             "W += scaling B A in place, for A (r, in_features) and B (out_features, r) in float32.\n\n"
-             "W: (out_features, in_features), or with transposed (in_features, out_features) as GPT-2's "
-             "Conv1D keeps it;\n"
-             "C-contiguous, writable, aligned or not; of dtype 'float32', 'float64', 'float16', or "
-             "'bfloat16' as an array\n"
-             "of uint16 bits. Sums in float32 (float64 for 'float64'), one rounding to nearest even.");
+             "W += scaling B A in place, for A (r, in_features) and B (out_features, r) in float32.\n"
+             "\n"
+             "W: (out_features, in_features), or with transposed (in_features, out_features), as GPT-2's Conv1D\n"
+             "keeps it; C-contiguous, writable, aligned or not; of dtype 'float32', 'float64', 'float16', or\n"
+             "'bfloat16' as an array of uint16 bits. Sums in float32 (float64 for 'float64'), then one rounding\n"
+             "to nearest even.");
 static PyObject *merge(PyObject *self, PyObject *args, PyObject *kw) {
     static char *names[] = {"W", "A", "B", "scaling", "dtype", "transposed", NULL};
     const call c = begin(self, "merge");
@@ -443,49 +435,45 @@ static PyObject *merge(PyObject *self, PyObject *args, PyObject *kw) {
     const char *name = NULL;
     int transposed = 0, type;
     oplora_dtype dtype;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOd|$sp:merge", names, &W_, &A_, &B_, &scaling, &name,
-                                     &transposed))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOd|$sp:merge", names, &W_, &A_, &B_, &scaling, &name, &transposed))
         return NULL;
     if (!name) return PyErr_Format(PyExc_TypeError, "merge() missing required keyword argument 'dtype'");
     if (dtype_of(&c, name, &dtype, &type)) return NULL;
     PyArrayObject *const W = array(&c, W_, "W", 2, type);
     if (!W || expect_writable(&c, W, "W")) return NULL;
     if (!PyArray_IS_C_CONTIGUOUS(W)) return raise_shape(&c, W, "W", "C-contiguous rows without gaps"), NULL;
-    PyArrayObject *const A = matrix(&c, A_, "A", NPY_FLOAT32), *const B = A ? matrix(&c, B_, "B", NPY_FLOAT32)
-                                                                            : NULL;
+    PyArrayObject *const A = matrix(&c, A_, "A", NPY_FLOAT32), *const B = A ? matrix(&c, B_, "B", NPY_FLOAT32) : NULL;
     if (!B) return NULL;
 
-    const npy_intp out_features = PyArray_DIM(W, transposed ? 1 : 0),
-                   in_features = PyArray_DIM(W, transposed ? 0 : 1);
+    const npy_intp out_features = PyArray_DIM(W, transposed ? 1 : 0), in_features = PyArray_DIM(W, transposed ? 0 : 1);
     const npy_intp r = PyArray_DIM(A, 0);
     if (PyArray_DIM(A, 1) != in_features)
         return raise_shape(&c, A, "A", transposed ? "(r, the rows of W)" : "(r, the columns of W)"), NULL;
     if (PyArray_DIM(B, 0) != out_features || PyArray_DIM(B, 1) != r)
         return raise_shape(&c, B, "B",
-                           transposed ? "(the columns of W, the rows of A)"
-                                      : "(the rows of W, the rows of A)"),
+                           transposed ? "(the columns of W, the rows of A)" : "(the rows of W, the rows of A)"),
                NULL;
     if (!isfinite(scaling))
-        return PyErr_Format(c.errors->value_error,
-                            "oplora.merge: scaling is infinite or NaN, expected alpha / r.");
+        return PyErr_Format(c.errors->value_error, "oplora.merge: scaling is infinite or NaN, expected alpha / r.");
     const int64_t bytes = oplora_merge_workspace_bytes(PyArray_DIM(W, 1));
     if (bytes < 0) return forward(&c, OPLORA_ESIZE), NULL;
     void *const workspace = PyMem_Malloc((size_t)bytes);
     if (!workspace) return PyErr_NoMemory();
     oplora_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        oplora_merge(PyArray_DATA(W), dtype, PyArray_DATA(A), PyArray_DATA(B), scaling, out_features,
-                     in_features, r, transposed, workspace);
-    Py_END_ALLOW_THREADS PyMem_Free(workspace);
+    PyThreadState *const thread = PyEval_SaveThread();
+    status = oplora_merge(PyArray_DATA(W), dtype, PyArray_DATA(A), PyArray_DATA(B), scaling, out_features, in_features,
+                          r, transposed, workspace);
+    PyEval_RestoreThread(thread);
+    PyMem_Free(workspace);
     if (forward(&c, status)) return NULL;
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(
-    round_doc,
-    "round(values, dtype)\n--\n\n"
-    "A new array: values (float32, C-contiguous, any shape) rounded once to dtype, to nearest even.\n\n"
-    "dtype: 'float32', 'float64', 'float16', or 'bfloat16', which returns uint16 bits.");
+PyDoc_STRVAR(round_doc,
+             "round(values, dtype)\n--\n\n"
+             "A new array: values (float32, C-contiguous, any shape) rounded once to dtype, to nearest even.\n"
+             "\n"
+             "dtype: 'float32', 'float64', 'float16', or 'bfloat16', which returns uint16 bits.");
 static PyObject *round_values(PyObject *self, PyObject *args, PyObject *kw) {
     static char *names[] = {"values", "dtype", NULL};
     const call c = begin(self, "round");
@@ -497,19 +485,18 @@ static PyObject *round_values(PyObject *self, PyObject *args, PyObject *kw) {
     if (dtype_of(&c, name, &dtype, &type)) return NULL;
     PyArrayObject *const values = array(&c, values_, "values", -1, NPY_FLOAT32);
     if (!values || expect_contiguous(&c, values, "values")) return NULL;
-    PyArrayObject *const out =
-        (PyArrayObject *)PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), type);
+    PyArrayObject *const out = (PyArrayObject *)PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), type);
     if (!out) return NULL;
     oplora_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        oplora_round(PyArray_DATA(values), PyArray_SIZE(values), dtype, PyArray_DATA(out));
-    Py_END_ALLOW_THREADS if (!forward(&c, status)) return (PyObject *)out;
+    PyThreadState *const thread = PyEval_SaveThread();
+    status = oplora_round(PyArray_DATA(values), PyArray_SIZE(values), dtype, PyArray_DATA(out));
+    PyEval_RestoreThread(thread);
+    if (!forward(&c, status)) return (PyObject *)out;
     Py_DECREF(out);
     return NULL;
 }
 
-PyDoc_STRVAR(isa_doc,
-             "isa()\n--\n\nThe instruction set in use: 'base', 'avx2' or 'avx512'. OPLORA_ISA lowers it.");
+PyDoc_STRVAR(isa_doc, "isa()\n--\n\nThe instruction set in use: 'base', 'avx2' or 'avx512'. OPLORA_ISA lowers it.");
 static PyObject *isa(PyObject *self, PyObject *unused) {
     (void)self, (void)unused;
     return PyUnicode_FromString(oplora_isa());
@@ -554,9 +541,7 @@ static int clear(PyObject *module) {
     return 0;
 }
 
-static void free_module(void *module) {
-    clear(module);
-}
+static void free_module(void *module) { clear(module); }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, (void *)exec_module}, {0, NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
@@ -569,6 +554,4 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         clear,
                                         free_module};
 
-PyMODINIT_FUNC PyInit__core(void) {
-    return PyModuleDef_Init(&definition);
-}
+PyMODINIT_FUNC PyInit__core(void) { return PyModuleDef_Init(&definition); }

@@ -125,8 +125,8 @@ def _merge(base: Path, adapter: Path, out: Path, *, overwrite: bool, progress: b
     free = shutil.disk_usage(out.parent).free
     if free < total:
         raise OPLoRAFileError(
-            f"{out.parent} has {free:,} bytes free, but the merged model needs {total:,}. Free space there, "
-            "or choose an OUT on another disk. Nothing was written."
+            f"{out.parent} has {free:,} bytes free, but the merged model needs {total:,}. Free space there, or choose "
+            "an OUT on another disk. Nothing was written."
         )
     with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar:
         _publish(out, overwrite, lambda folder: _write_all(folder, source, factors, changes, bar.update))
@@ -178,8 +178,8 @@ def _check_out(base: Path, adapter: Path, out: Path, overwrite: bool) -> None:
         raise OPLoRAFileError(f"OUT {str(out)!r} is not empty. Choose another OUT, or replace it with --overwrite.")
     if names and not any(name.endswith(".safetensors") for name in names):
         raise OPLoRAFileError(
-            f"OUT {str(out)!r} holds no .safetensors file, so it is no earlier model that --overwrite might "
-            "replace. Choose another OUT, or delete it yourself."
+            f"OUT {str(out)!r} holds no .safetensors file, so it is no earlier model that --overwrite might replace. "
+            "Choose another OUT, or delete it yourself."
         )
 
 
@@ -346,8 +346,8 @@ def _read_base(base: Path) -> _Base:
         return _Base(base, (file,), {tensor.name: tensor for tensor in file.tensors}, (), False)
     if not _is_folder(base):
         raise OPLoRAFileError(
-            f"BASE {str(base)!r} does not exist. Give a local folder or .safetensors file; a model on the "
-            "Hub is fetched with `hf download NAME`, which prints its folder."
+            f"BASE {str(base)!r} does not exist. Give a local folder or .safetensors file; a model on the Hub is "
+            "fetched with `hf download NAME`, which prints its folder."
         )
     if _is_file(base / WEIGHTS):
         names, indexed = [WEIGHTS], None
@@ -356,9 +356,8 @@ def _read_base(base: Path) -> _Base:
         names = sorted(set(indexed.values()))
     else:
         raise OPLoRAFileError(
-            f"BASE {str(base)!r} holds neither {WEIGHTS} nor {INDEX}. Other formats are not read: save the "
-            "model with save_pretrained(..., safe_serialization=True) first, or give one .safetensors file "
-            "as BASE."
+            f"BASE {str(base)!r} holds neither {WEIGHTS} nor {INDEX}. Other formats are not read: save the model with "
+            "save_pretrained(..., safe_serialization=True) first, or give one .safetensors file as BASE."
         )
     files = tuple(_read_tensor_file(base / name) for name in names)
     others = tuple(sorted(_other_files(base, keep_index=indexed is not None)))
@@ -373,8 +372,8 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name != os.path.basename(name) or not name.endswith(".safetensors"):
             raise OPLoRAFileError(
-                f"{path} puts {tensor!r} into {name!r}, expected the name of a .safetensors file beside the "
-                "index. Fetch the model again."
+                f"{path} puts {tensor!r} into {name!r}, expected the name of a .safetensors file beside the index. "
+                "Fetch the model again."
             )
     return weight_map
 
@@ -457,15 +456,15 @@ def _read_config(adapter: Path) -> _Config:
     for name, why in UNSUPPORTED.items():
         if config.get(name):
             raise OPLoRAValueError(
-                f"{path}: {name} is set, and {why}, which is more than W + scaling B A. Merge this adapter "
-                "with PEFT's merge_and_unload."
+                f"{path}: {name} is set, and {why}, which is more than W + scaling B A. Merge this adapter with PEFT's "
+                "merge_and_unload."
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise OPLoRAValueError(
-            f"{path}: init_lora_weights is {start!r}, which changed the base weights at the start of the "
-            "training, so the adapter does not fit BASE. Save it with "
-            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
+            f"{path}: init_lora_weights is {start!r}, which changed the base weights at the start of the training, so "
+            "the adapter does not fit BASE. Save it with path_initial_model_for_weight_conversion, which turns it "
+            "into a plain LoRA."
         )
     return _Config(
         path,
@@ -523,8 +522,8 @@ def _read_adapter_weights(adapter: Path) -> _TensorFile:
     path = adapter / ADAPTER_WEIGHTS
     if _mode(path) is None and _mode(adapter / "adapter_model.bin") is not None:
         raise OPLoRAFileError(
-            f"{adapter} holds adapter_model.bin, a pickle, which is not read. Load it with PEFT and save it "
-            f"again: that writes {ADAPTER_WEIGHTS}."
+            f"{adapter} holds adapter_model.bin, a pickle, which is not read. Load it with PEFT and save it again: "
+            f"that writes {ADAPTER_WEIGHTS}."
         )
     return _read_tensor_file(path)
 
@@ -687,8 +686,8 @@ class _Planner:
         if module.rpartition(".")[2] == "lm_head":
             return self._refused(
                 tensor,
-                f"BASE has no {name!r}: it is tied to the input embedding. Untie it "
-                "(tie_word_embeddings=false), save BASE with its own lm_head.weight and merge into that",
+                f"BASE has no {name!r}: it is tied to the input embedding. Untie it (tie_word_embeddings=false), save "
+                "BASE with its own lm_head.weight and merge into that",
             )
         siblings = [other for other in self.base.tensors if module and other.startswith(module + ".")][:4]
         if not siblings:
@@ -703,9 +702,8 @@ class _Planner:
             if self.base.tied and f".{target}".endswith(".lm_head.weight"):
                 raise self._refused(
                     wanted[name],
-                    "config.json of BASE has tie_word_embeddings, so a model that loads the merged "
-                    f"{target!r} would put the input embedding in its place. Untie the two and save BASE "
-                    "again",
+                    f"config.json of BASE has tie_word_embeddings, so a model that loads the merged {target!r} would "
+                    "put the input embedding in its place. Untie the two and save BASE again",
                 )
         return names
 
@@ -767,9 +765,8 @@ def _check_finite_factors(adapter: _TensorFile, changes: Mapping[str, _Change]) 
                 bad = int(np.count_nonzero(~np.isfinite(_factor(file, tensor))))
                 if bad:
                     raise OPLoRAValueError(
-                        f"{adapter.path}: tensor {tensor} holds {bad} NaN or infinite numbers, expected "
-                        "none: the training diverged, or the file is damaged. Take an earlier checkpoint. "
-                        "Nothing was written."
+                        f"{adapter.path}: tensor {tensor} holds {bad} NaN or infinite numbers, expected none: the "
+                        "training diverged, or the file is damaged. Take an earlier checkpoint. Nothing was written."
                     )
 
 
@@ -923,7 +920,6 @@ def _check_overflow(tensor: _Tensor, numbers: NDArray[Any], before: int) -> None
     after = _nonfinite(numbers, tensor.dtype)
     if after > before:
         raise OPLoRAValueError(
-            f"merged into tensor {tensor}, the adapter's numbers pass what {tensor.dtype} can hold at "
-            f"{after - before} places. Convert BASE to BF16 or F32 first, or check the adapter's scaling. "
-            "Nothing was written."
+            f"merged into tensor {tensor}, the adapter's numbers pass what {tensor.dtype} can hold at {after - before} "
+            "places. Convert BASE to BF16 or F32 first, or check the adapter's scaling. Nothing was written."
         )

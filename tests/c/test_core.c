@@ -127,6 +127,9 @@ static void TY(test_start)(void) {
     oplora_philox4x32_10((const uint32_t[]){17, 0, 1, 2}, (const uint32_t[]){5, 0}, word);
     const double expected = (2.0 * ((double)(word[1] >> 8) - 8388608) + 1) / 16777216 / sqrt(H);
     CHECK(TY(near)(first[5 * N + 17], expected, 1));
+    oplora_philox4x32_10((const uint32_t[]){4, 1 << 24, 2, 2}, (const uint32_t[]){5, 0}, word);
+    const double hidden = (2.0 * ((double)(word[0] >> 8) - 8388608) + 1) / 16777216 / sqrt(Z);
+    CHECK(TY(near)(first[H * N + N + 4 * Z + 8], hidden, 1));
     for (int64_t i = 0; i < N; i++) CHECK(first[H * N + i] == 0);
     add_to_digest(first, (size_t)(size - Z) * sizeof(T)); /* z goes through libm */
 
@@ -143,6 +146,7 @@ typedef struct {
     int64_t H, Z, N;
     double *p; /* flat, as in oplora_core.h */
     double *h, *v, *dh;
+    double hidden_square; /* of the gradients of z, W1 and c1 */
 } TY(truth);
 
 static double TY(w2)(const TY(truth) *t, int64_t n, int64_t j) { return t->p[j * t->N + n]; }
@@ -164,7 +168,7 @@ static void TY(truth_generate)(TY(truth) *t) {
 static void TY(test_generate)(int64_t H, int64_t Z, int64_t N) {
     const int64_t size = oplora_size(H, Z, N);
     T *const p = zeros(size, sizeof(T)), *const rows = zeros(H * N, sizeof(T));
-    TY(truth) t = {H, Z, N, zeros(size, sizeof(double)), zeros(H, 8), zeros(N, 8), zeros(H, 8)};
+    TY(truth) t = {H, Z, N, zeros(size, sizeof(double)), zeros(H, 8), zeros(N, 8), zeros(H, 8), 0};
     for (int64_t i = 0; i < size; i++) t.p[i] = p[i] = (T)noise();
     for (int64_t j = 0; j < H; j++)
         for (int64_t n = 0; n < N; n++) rows[n * H + j] = p[j * N + n];
@@ -229,6 +233,7 @@ static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, c
         t->dh[j] = 0;
         for (int64_t n = 0; t->h[j] > 0 && n < N; n++) t->dh[j] += TY(w2)(t, n, j) * g[n];
     }
+    t->hidden_square = 0;
     for (int64_t j = 0; j < H; j++)
         for (int64_t n = 0; n < N; n++) {
             const int64_t at = j * N + n;
@@ -239,12 +244,15 @@ static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, c
         for (int64_t i = 0; i < Z; i++) {
             const int64_t at = W1 + j * Z + i;
             TY(reference_adamw)(&t->p[at], &m[at], &s[at], t->dh[j] * old[i], a->hidden_lr, a);
+            t->hidden_square += t->dh[j] * old[i] * t->dh[j] * old[i];
         }
+        t->hidden_square += t->dh[j] * t->dh[j];
         TY(reference_adamw)(&t->p[c1 + j], &m[c1 + j], &s[c1 + j], t->dh[j], a->hidden_lr, a);
     }
     for (int64_t i = 0; i < Z; i++) {
         double dz = 0;
         for (int64_t j = 0; j < H; j++) dz += old[Z + j * Z + i] * t->dh[j];
+        t->hidden_square += dz * dz;
         TY(reference_adamw)(&t->p[z + i], &m[z + i], &s[z + i], dz, a->hidden_lr, a);
     }
     free(old);
@@ -296,9 +304,16 @@ static void TY(free_fast)(TY(fast) *f) {
 
 /* Gradients that come and go, and rates that push units over zero and back. */
 static void TY(set_step)(TY(fast) *f, int64_t step) {
-    f->layer.adamw = (oplora_adamw){step % 5 == 3 ? 0 : 1e-2, 3e-2, 0.9, 0.999, 1e-8, 0.7, step};
+    f->layer.adamw = (oplora_adamw){step % 5 == 3 ? 0 : 1e-2, 0.2, 0.9, 0.999, 1e-8, 0.7, step};
     for (int k = 0; k < f->layer.n_factors; k++)
         for (int64_t i = 0; i < f->factors[k].rows; i++) ((T *)f->factors[k].g)[i] = (T)(step % 4 ? noise() : 0);
+}
+
+/* Columns that move though their unit is off now. */
+static int64_t TY(count_still)(const TY(oplora_exact) *l) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < l->H; j++) count += l->moving[j] && l->report[3 + j] == 0;
+    return count;
 }
 
 /* All layers in one call, small and large ones mixed, against the reference; the same bits for every split. */
@@ -307,6 +322,7 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
     TY(fast) fast[SPLITS][MOST];
     TY(truth) truth[MOST];
     double *moments[MOST][2];
+    int64_t deaths = 0;
     for (int64_t i = 0; i < n_layers; i++) {
         const uint32_t seed = noise_state;
         for (int s = 0; s < SPLITS; s++) {
@@ -315,7 +331,7 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
         }
         const TY(oplora_exact) *const l = &fast[0][i].layer;
         const int64_t size = oplora_size(l->H, l->Z, l->N);
-        truth[i] = (TY(truth)){l->H, l->Z, l->N, zeros(size, 8), zeros(l->H, 8), zeros(l->N, 8), zeros(l->H, 8)};
+        truth[i] = (TY(truth)){l->H, l->Z, l->N, zeros(size, 8), zeros(l->H, 8), zeros(l->N, 8), zeros(l->H, 8), 0};
         for (int64_t k = 0; k < size; k++) truth[i].p[k] = l->parameters[k];
         for (int k = 0; k < 2; k++) moments[i][k] = zeros(size, 8);
         TY(truth_generate)(&truth[i]);
@@ -353,6 +369,9 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
             CHECK(error <= scale * (sizeof(T) == sizeof(float) ? 1e-4 : 1e-11));
             double squares = 0;
             for (int64_t n = 0; n < f->layer.N; n++) squares += (double)g[n] * g[n];
+            const double square = f->layer.report[2], expected = truth[i].hidden_square;
+            CHECK(fabs(square - expected) <= expected * (sizeof(T) == sizeof(float) ? 1e-2 : 1e-9));
+            deaths += TY(count_still)(&f->layer);
             CHECK(fabs(f->layer.report[0] - squares) <= 1e-12 * squares && f->layer.report[1] == 0);
             free(g);
         }
@@ -364,6 +383,7 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
                     CHECK(!memcmp(fast[s][i].factors[k].out, fast[0][i].factors[k].out, bytes));
             }
     }
+    CHECK(deaths > 0 || steps < 10);
     /* regenerating gives the step's own bits */
     TY(oplora_exact) layers[MOST];
     for (int64_t i = 0; i < n_layers; i++) {
@@ -402,6 +422,7 @@ static void TY(test_refusals)(void) {
         CHECK(TY(oplora_exact_step)(&layer, 1, 0, workspace, NULL) == OPLORA_ENONFINITE);
         CHECK(layer.report[1] == 1);
         CHECK(TY(oplora_exact_measure)(&layer, 1, workspace, NULL) == OPLORA_ENONFINITE);
+        CHECK(TY(oplora_exact_step)(&layer, 1, 1, workspace, NULL) == OPLORA_ENONFINITE);
         CHECK(!memcmp(before, layer.parameters, (size_t)size * sizeof(T)));
         for (int64_t k = 0; k < size; k++) CHECK(layer.exp_avg[k] == 0 && layer.exp_avg_sq[k] == 0);
         g[19] = kept;
