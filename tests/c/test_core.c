@@ -371,6 +371,10 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
             for (int64_t n = 0; n < f->layer.N; n++) squares += (double)g[n] * g[n];
             const double square = f->layer.report[2], expected = truth[i].hidden_square;
             CHECK(fabs(square - expected) <= expected * (sizeof(T) == sizeof(float) ? 1e-2 : 1e-9));
+            for (int64_t j = 0; j < f->layer.H; j++) { /* what a still column is worth, paid or owed */
+                const double worth = f->layer.decay[j] * f->layer.parameters[j * f->layer.N];
+                CHECK(f->layer.moving[j] || TY(near)(worth, TY(w2)(&truth[i], 0, j), 1));
+            }
             deaths += TY(count_still)(&f->layer);
             CHECK(fabs(f->layer.report[0] - squares) <= 1e-12 * squares && f->layer.report[1] == 0);
             free(g);
