@@ -157,7 +157,7 @@ def test_bench_step_quick_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text())
     kinds = [row["kind"] for row in rows]
-    assert kinds == ["memory"] * 6 + ["step"] * 12 + ["roofline"] * 2 + ["forward and backward"]
+    assert kinds == ["memory"] * 6 + ["step"] * 12 + ["roofline"] * 2 + ["forward and backward"] + ["step"] * 6
     assert all(row["device"] and row["threads"] and row["torch"] and row["isa"] for row in rows)
     assert plot.tables(rows)
 
@@ -175,13 +175,14 @@ def made_up_rows() -> list[harness.Row]:
         "commit": "abc",
         "date": "d",
     }
-    facts |= {"allocator": "keeping"}
+    facts |= {"allocator": "default"}
     rows = []
     for i, contender in enumerate(bench_step.METHODS):
         common = {"size": "a model, r = 8", "contender": contender, "w2_numbers": 2_500_000, **facts}
         times = {"ms": 10.0 * (i + 1), "ratio": i + 1.0, "ratio_20": i + 0.5, "ratio_80": i + 1.5}
         rows.append({"kind": "memory", "held_bytes": 3_000_000 * i, "peak_bytes": 4_000_000 * (i + 1), **common})
-        rows += [{"kind": "step", "micro_batches": n, **times, **common} for n in (1, 8)]
+        for allocator in ("default", "keeping") if contender == plot.KEPT else ("default",):
+            rows += [{"kind": "step", "micro_batches": n, **times, **common, "allocator": allocator} for n in (1, 8)]
         if "oplora" in contender:
             speed = {
                 "ms": 4.0,
