@@ -112,7 +112,7 @@ def tables(rows: list[Row]) -> str:
         "Time of an optimizer step with everything around it but the model's own forward and backward, as a\n"
         "multiple of `oplora.AdamW`'s (20% to 80% quantile of the rounds):",
         time_table(rows),
-        "*Freed memory kept*: with glibc told to keep what is freed (`mallopt`). Without that, as training usually runs,\n"
+        "*Freed memory kept*: with glibc told to keep what is freed (`mallopt`). Otherwise, as training usually runs,\n"
         "every dW2 of the eager way pays for its pages anew.",
         "Memory beside the model, to which A and B belong:",
         memory_table(rows),

@@ -212,14 +212,14 @@ def test_tables_need_every_row():
 def test_readme_is_replaced_between_the_markers(tmp_path, monkeypatch):
     (tmp_path / "bench_step.json").write_text(json.dumps(made_up_rows()))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nold\n{plot.END}\nafter\n")
+    readme.write_text(f"before\n{plot.BEGIN}\nstale table\n{plot.END}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path), "--readme", str(readme)])
     for _ in range(2):  # a second time changes nothing
         plot.main()
         text = readme.read_text()
         assert text.startswith(f"before\n{plot.BEGIN}\n\nTime of")
         assert text.endswith(f"\n\n{plot.END}\nafter\n")
-        assert "old" not in text
+        assert "stale table" not in text
         assert text.count(plot.time_table(made_up_rows())) == 1
 
 
