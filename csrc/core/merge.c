@@ -1,20 +1,18 @@
 /* merge: a LoRA adapter folded into the weight that it adapts, on the checkpoint's own numbers.
  *
- *     W += scaling B A     W (out_features, in_features) or its transpose, in float32, float64, float16 or
- * bfloat16 A (r, in_features), B (out_features, r) in float32, all row-major
+ *     W += scaling B A     W (out_features, in_features) or its transpose, in float32, float64, float16 or bfloat16;
+ *                          A (r, in_features), B (out_features, r) in float32; all row-major
  *
  * 2 r products and sums an entry of W, which is read and written once. Row by row of W,
  *
  *     row i of the product = sum over k of left[i, k] * (row k of right)
  *
- * with left = B, right = A, or left = A^T, right = B^T where W is transposed: rows are added to rows, all
- * contiguous, by the same vectorised loop as in generate. A tile of the columns of `right`, packed once,
- * stays in the cache while all rows of W pass by. Sums run in the order of k, so the bits don't depend on the
- * instruction set or the tiles.
+ * with left = B, right = A, or left = A^T, right = B^T where W is transposed: rows are added to rows, all contiguous,
+ * by the same vectorised loop as in generate. A tile of the columns of `right`, packed once, stays in the cache while
+ * all rows of W pass by. Sums run in the order of k, so the bits don't depend on the instruction set or the tiles.
  *
- * float16 and bfloat16 are converted in integer arithmetic, without the processor's own instructions: every
- * build rounds alike. The only sums in float there, with 0.5, are right also where the process flushes
- * subnormals to zero. */
+ * float16 and bfloat16 are converted in integer arithmetic, without the processor's own instructions: every build
+ * rounds alike. The only sums in float there, with 0.5, are right also where the process flushes subnormals to zero. */
 #ifndef T
 
 #include "dispatch.h"
@@ -69,8 +67,7 @@ static inline uint16_t float16_of(float value) {
     return (uint16_t)(sign | (magnitude < 0x38800000 ? subnormal : magnitude < 0x47800000 ? normal : large));
 }
 
-/* ---- one row: w[i] += scaling * sum[i], rounded once. w need not be aligned, so every access is a memcpy
- * ---- */
+/* ---- one row: w[i] += scaling * sum[i], rounded once. w need not be aligned, so every access is a memcpy ---- */
 
 #define DEFINE_ADD(name, T, STORED, WIDEN, NARROW) \
     static void name(unsigned char *restrict w, const T *restrict sum, T scaling, int64_t n) { \
