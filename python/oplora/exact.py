@@ -4,11 +4,12 @@
 pages of moments that no step has touched (units that never fired) are not resident.
 """
 
+import contextlib
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,15 +53,22 @@ class Settings:
             raise OPLoRAValueError(f"oplora: seed is {self.seed!r}, expected a whole number in [0, 2^64).")
 
 
-def allocate(count: int, dtype: torch.dtype) -> Tensor:
-    """Zeros by NumPy: pages come when they are first touched, and as huge ones, with which columns stream faster."""
+def allocate(count: int, dtype: torch.dtype, *, huge_pages: bool) -> Tensor:
+    """Zeros of one piece, whose pages come when they are first touched.
+
+    W2 asks for huge pages, with which its columns stream faster. Its moments ask for none: a huge page would span
+    columns of units that are on and off, and make resident what no step has touched, a third of the state.
+    """
     try:
-        return torch.from_numpy(np.zeros(count, dtype=np.float64 if dtype == torch.float64 else np.float32))
-    except (MemoryError, ValueError) as error:
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
         raise OPLoRAMemoryError(
             f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt "
             "fewer layers."
         ) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def count_parameters(factors: Factors, settings: Settings) -> int:
@@ -110,7 +118,9 @@ class ExactState:
         pieces: dict[torch.dtype, list[Iterator[Tensor]]] = {}
         for dtype in {f.dtype for f in factors}:
             counts = [count_parameters(f, settings) for f in factors if f.dtype == dtype]
-            pieces[dtype] = [iter(allocate(sum(counts), dtype).split(counts)) for _ in range(3)]
+            pieces[dtype] = [
+                iter(allocate(sum(counts), dtype, huge_pages=is_w2).split(counts)) for is_w2 in (True, False, False)
+            ]
         return [cls(f, settings, i, [next(piece) for piece in pieces[f.dtype]]) for i, f in enumerate(factors)]
 
     @property

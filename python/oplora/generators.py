@@ -30,7 +30,7 @@ class Generator(nn.Module):
         super().__init__()
         self.factors = factors
         self.report: dict[str, Tensor] = {}  # of the last backward(), for stats
-        flat = allocate(count_parameters(factors, settings), factors.dtype)
+        flat = allocate(count_parameters(factors, settings), factors.dtype, huge_pages=True)
         start_parameters(flat, factors, settings, index)
         device = factors.layer.parameters()[0].device
         for name, view in views(flat, settings.hidden_width, settings.latent_width).items():
