@@ -80,7 +80,9 @@ def undefined_symbols(library: str) -> list[str]:
 def test_torch_library_uses_the_stable_abi_alone() -> None:
     symbols = undefined_symbols("liboplora_torch.so")
     assert any(s.startswith("aoti_torch") for s in symbols)
-    assert not [s for s in symbols if s.startswith(("_ZN3c10", "_ZN2at", "_ZNK3c10", "_ZNK2at", "_ZN5torch", "Py", "_Py"))]
+    assert not [
+        s for s in symbols if s.startswith(("_ZN3c10", "_ZN2at", "_ZNK3c10", "_ZNK2at", "_ZN5torch", "Py", "_Py"))
+    ]
 
 
 def test_numpy_module_needs_no_torch_and_no_openmp() -> None:
@@ -119,7 +121,9 @@ def test_unknown_name_is_an_attribute_error_that_lists_the_names() -> None:
         _ = oplora.Adam
 
 
-def test_readme_example_runs() -> None:
+def test_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.search(r"```python\n(import oplora.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert code, "README.md has no example that starts with `import oplora`"
+    monkeypatch.chdir(tmp_path)
     assert "loss" in run(sys.executable, "-c", code.group(1))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
