@@ -236,15 +236,13 @@ def _bases(states: Sequence[ExactState]) -> list[Tensor | None]:
 
 def _targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
     """Where the core writes: into the factors themselves, or for those of another dtype or layout into buffers."""
-    return [
-        p.detach() if p.dtype == dtype and p.is_contiguous() else torch.empty(p.shape, dtype=dtype) for p in parameters
-    ]
+    return [p if p.dtype == dtype and p.is_contiguous() else torch.empty(p.shape, dtype=dtype) for p in parameters]
 
 
 def _finish(states: Sequence[ExactState], parameters: list[torch.nn.Parameter], targets: list[Tensor]) -> None:
     """Rounds what lies in buffers into its factor, and tells autograd and the ties what was written."""
     for parameter, target in zip(parameters, targets, strict=True):
-        if target.dtype != parameter.dtype or not parameter.is_contiguous():
+        if target is not parameter:
             parameter.detach().copy_(target)
     torch.autograd.graph.increment_version(parameters)
     begin = 0
