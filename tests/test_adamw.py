@@ -222,6 +222,42 @@ def test_peft_options_train_as_generators_under_torch_adamw_do(config: dict[str,
     assert results[0][0] != results[0][-1]
 
 
+class Pictures(nn.Module):
+    """The other layers that PEFT's LoRA adapts: an embedding and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.convolve = nn.Conv2d(1, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolve(self.table(x)[:, None]).square().mean()
+
+
+def test_embeddings_and_convolutions_train_as_generators_under_torch_adamw_do() -> None:
+    losses = []
+    for make in (
+        lambda m: oplora.AdamW(m, lr=1e-2),
+        lambda m: oplora.create_oplora_optimizer(m, torch.optim.AdamW, lr=1e-2, weight_decay=1e-2),
+    ):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            Pictures().double(),
+            LoraConfig(r=2, target_modules=["table", "convolve"]),
+            autocast_adapter_dtype=False,
+        )
+        optimizer = make(model)
+        losses.append([])
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = model(torch.arange(10).view(2, 5))
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_conv1d_of_gpt2_trains() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -7,6 +7,7 @@ from tolerance import assert_as_good_as_torch
 from torch import Tensor
 
 import oplora
+from oplora import reference
 
 SIZES = [(1, 1, 1), (3, 5, 7), (32, 128, 2049), (5, 3, 40001), (768, 16, 300), (33, 130, 1134)]
 
@@ -108,6 +109,14 @@ def test_generate_same_bits_for_any_number_of_threads(threads, columns: bool) ->
         results.append([oplora.generate(*args), *backward])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_reference_of_other_devices_is_the_same_maths() -> None:
+    args = arguments(32, 128, 2049)
+    torch.testing.assert_close(reference.generate(*args), oplora.generate(*args))
+    ours = torch.ops.oplora.generate_backward(args[4], *args[:4])
+    for a, b in zip(reference.generate_backward(args[4], *args[:4]), ours, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_generate_ignores_columns_of_units_that_are_off() -> None:
