@@ -314,13 +314,13 @@ static void TY(report_hidden)(const TY(plan) *p) {
     p->layer->report[2] = dz2 + d2 * (z2 + 1);
 }
 
-/* AdamW on z, W1 and c1 from the report's d, and the next h. */
-static void TY(step_hidden)(TY(plan) *p) {
+/* AdamW on z, W1 and c1 from the report's d, and the next h. dz is at hand unless the report is of an earlier call. */
+static void TY(step_hidden)(TY(plan) *p, int measured_before) {
     const TY(oplora_exact) *const l = p->layer;
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const double *const d = l->report + 3 + l->H;
     const int64_t W1 = p->W1 - l->parameters, c1 = p->c1 - l->parameters, z = p->z - l->parameters;
-    TY(oplora_hidden_latent_gradient)(d, p->W1, l->H, l->Z, p->latent);
+    if (measured_before) TY(oplora_hidden_latent_gradient)(d, p->W1, l->H, l->Z, p->latent);
     for (int64_t i = 0; i < l->Z; i++) p->dz[i] = (T)p->latent[i];
     for (int64_t j = 0; j < l->H; j++) p->h[j] = (T)l->report[3 + j];
     for (int64_t j = 0; j < l->H; j++) {
@@ -354,7 +354,7 @@ static void TY(measure_layer)(const TY(job) *job, TY(plan) *p) {
 
 static void TY(step_layer)(const TY(job) *job, TY(plan) *p) {
     if (!job->measured) TY(measure_layer)(job, p);
-    TY(step_hidden)(p);
+    TY(step_hidden)(p, job->measured);
     TY(run_tasks)(job, p->first_task, p->first_task + p->tasks, TY(update_task));
     TY(settle_columns)(p);
 }
@@ -394,7 +394,7 @@ static oplora_status TY(measure_large)(TY(job) *job, TY(plan) *p, oplora_paralle
 
 static oplora_status TY(step_large)(TY(job) *job, TY(plan) *p, oplora_parallel_fn par) {
     if (!job->measured) OPLORA_FORWARD(TY(measure_large)(job, p, par));
-    TY(step_hidden)(p);
+    TY(step_hidden)(p, job->measured);
     OPLORA_FORWARD(TY(spread_tasks)(job, p->first_task, p->tasks, TY(update_tasks), par));
     TY(settle_columns)(p);
     return OPLORA_OK;

@@ -21,10 +21,12 @@ void TY(oplora_hidden)(const T *z, const T *W1, const T *c1, int64_t H, int64_t 
 }
 
 /* dz = W1^T d for d = dL/d(W1 z + c1). */
-void TY(oplora_hidden_latent_gradient)(const double *d, const T *W1, int64_t H, int64_t Z, double *dz) {
+void TY(oplora_hidden_latent_gradient)(const double *d, const T *W1, int64_t H, int64_t Z, double *restrict dz) {
     for (int64_t i = 0; i < Z; i++) dz[i] = 0;
-    for (int64_t j = 0; j < H; j++)
-        for (int64_t i = 0; d[j] != 0 && i < Z; i++) dz[i] += d[j] * W1[j * Z + i];
+    for (int64_t j = 0; j < H; j++) {
+        if (d[j] == 0) continue; /* the unit is off */
+        for (int64_t i = 0; i < Z; i++) dz[i] += d[j] * W1[j * Z + i];
+    }
 }
 
 #endif

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import is_not
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ class AdaptedLayer:
 
     def parameters(self) -> list[nn.Parameter]:
         """The tensors themselves, as the layer holds them now."""
+        containers, adapter = self.module._modules, self.adapter
         try:
-            return [_tensor(self.module, tensor, self.adapter) for tensor in self.tensors]
+            return [_held(containers[tensor], adapter) for tensor in self.tensors]
         except KeyError as error:
             raise OPLoRARuntimeError(
                 f"oplora: layer {self.name} no longer holds adapter {self.adapter!r}. Make a new optimizer after "
@@ -76,13 +78,13 @@ class AdaptedLayer:
             )
 
 
-def _tensor(module: Any, tensor: str, adapter: str) -> nn.Parameter:
-    # by way of _modules: nn.Module's attribute look-up would cost a step of many small layers a tenth of its time
-    container = module._modules[tensor]
-    if not isinstance(container, nn.ModuleDict):
-        held: nn.Parameter = container[adapter]
-        return held
-    parameter: nn.Parameter = container._modules[adapter].weight  # type: ignore[union-attr, assignment]
+def _held(container: Any, adapter: str) -> nn.Parameter:
+    """What a ModuleDict of layers or a ParameterDict holds for the adapter.
+
+    By way of their own dicts: nn.Module's attribute look-up would cost a step of many small layers a tenth of its time.
+    """
+    held = container._modules.get(adapter)
+    parameter: nn.Parameter = container._parameters[adapter] if held is None else held._parameters["weight"]
     return parameter
 
 
@@ -95,7 +97,7 @@ def _adapters_of(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(adapter, tensor, parameter) for every low-rank tensor of one PEFT layer."""
     for tensor in STARTS:
         for adapter in getattr(module, tensor, ()):
-            yield adapter, tensor, _tensor(module, tensor, adapter)
+            yield adapter, tensor, _held(getattr(module, tensor), adapter)
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -222,13 +224,15 @@ class Factors:
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
         """Contiguous, in the generator's dtype; zeros where one is missing, None where all are."""
-        if all(p.grad is None for p in parameters):
+        gradients, dtype = [p.grad for p in parameters], self.dtype
+        ready = [g for g in gradients if g is not None and g.dtype == dtype and g.is_contiguous()]
+        if len(ready) == len(parameters):
+            return ready
+        if all(g is None for g in gradients):
             return None
         return [
-            torch.zeros(p.shape, dtype=self.dtype, device=p.device)
-            if (grad := p.grad) is None
-            else (grad if grad.dtype == self.dtype and grad.is_contiguous() else grad.to(self.dtype).contiguous())
-            for p in parameters
+            torch.zeros(p.shape, dtype=dtype, device=p.device) if g is None else g.to(dtype).contiguous()
+            for p, g in zip(parameters, gradients, strict=True)
         ]
 
     def keep(self, v: Sequence[Tensor]) -> None:
@@ -243,9 +247,11 @@ class Factors:
         self._versions = [p._version for p in self._written]
 
     def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
-        return len(self._written) != len(parameters) or any(
-            p is not mine or p._version != version
-            for p, mine, version in zip(parameters, self._written, self._versions, strict=True)
+        written = self._written
+        return (
+            len(written) != len(parameters)
+            or any(map(is_not, parameters, written))
+            or [p._version for p in parameters] != self._versions
         )
 
     def adopt_edits(self, generate: Callable[[], Sequence[Tensor]]) -> bool:

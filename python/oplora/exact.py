@@ -30,8 +30,6 @@ __all__ = [
     "write_factors",
 ]
 
-ADAMW = ("lr", "hidden_lr", "beta1", "beta2", "eps", "weight_decay")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -110,7 +108,7 @@ class ExactState:
         start_parameters(self.parameters, factors, settings, index)
         self.decay = torch.ones(self.H, dtype=torch.float64)
         self.moving = torch.zeros(self.H, dtype=torch.uint8)
-        self.report: Tensor | None = None  # the core's, of the last step that was measured
+        self.measured: tuple[Tensor, int] | None = None  # the core's last report of all layers, where this one's begins
 
     @classmethod
     def make_all(cls, factors: Sequence[Factors], settings: Settings) -> list["ExactState"]:
@@ -130,6 +128,14 @@ class ExactState:
     @property
     def report_size(self) -> int:
         return 3 + 2 * self.H
+
+    @property
+    def report(self) -> Tensor | None:
+        """The core's numbers of the last step; oplora_core.h says what is where."""
+        if self.measured is None:
+            return None
+        everything, begin = self.measured
+        return everything[begin : begin + self.report_size]
 
     def generate(self) -> list[Tensor]:
         """v, a piece for each factor, without their bases."""
@@ -183,7 +189,7 @@ class ExactState:
         for key in ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving"):
             getattr(self, key).copy_(saved[key])
         self.steps = saved["step"]
-        self.report = None
+        self.measured = None
         self.factors.load_state(saved)
 
 
@@ -289,13 +295,16 @@ def step(layers: Layers, adamw: dict[str, float], measured: Tensor | None) -> tu
         _bases(states),
         layers.gradients,
         _sizes(states),
-        [adamw[key] for key in ADAMW] * len(states),
+        list(adamw.values()) * len(states),
         [s.steps + 1 for s in states],
         report,
         measured is not None,
     )
     if done:
+        begin = 0
         for state in states:
             state.steps += 1
+            state.measured = report, begin
+            begin += state.report_size
         _finish(states, layers.parameters, targets)
     return done, report

@@ -114,8 +114,6 @@ class AdamW(torch.optim.Optimizer):
             if not done:
                 self._refuse_nonfinite(_nonfinite_layers([layers], [report]))
                 return loss
-            for state, piece in zip(layers.states, layers.reports(report), strict=True):
-                state.report = piece
         if self._plain is not None:
             self._plain.param_groups, self._plain.state = self.param_groups[1:], self.state
             self._plain.step()
@@ -162,6 +160,7 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups[-1] = self._plain.param_groups[-1]
 
     def _numbers(self) -> dict[str, float]:
+        """oplora_core.h's oplora_adamw, in its order, but for the step."""
         group = self.param_groups[0]
         lr = float(group["lr"])
         beta1, beta2 = group["betas"]
