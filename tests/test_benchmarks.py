@@ -44,8 +44,8 @@ def test_in_turns_alternates_the_order_and_leaves_out_the_warm_up():
 
 
 def test_in_turns_times_the_run_alone():
-    slow = harness.Contender(lambda: time.sleep(0.02), before=lambda: time.sleep(0.06))
-    assert 0.02 <= min(harness.in_turns({"slow": slow}, rounds=2)["slow"]) < 0.06
+    slow = harness.Contender(lambda: time.sleep(0.02), before=lambda: time.sleep(0.3))
+    assert 0.02 <= min(harness.in_turns({"slow": slow}, rounds=2)["slow"]) < 0.3
 
 
 def test_in_turns_stops_at_the_limit_after_three_rounds():
@@ -67,7 +67,8 @@ def test_bytes_held_counts_each_storage_once():
 def test_peak_memory_sees_what_is_freed_again():
     with harness.PeakMemory() as peak:
         torch.ones(2**24)
-    assert 2**26 <= peak.bytes < 2**26 + 2**24
+    slack = 2**20  # the kernel adds up each thread's pages in batches
+    assert 2**26 - slack <= peak.bytes < 2**26 + 2**24
 
 
 def test_write_rows_leaves_one_whole_file(tmp_path):
