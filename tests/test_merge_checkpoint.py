@@ -483,6 +483,16 @@ REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
         {"base": {"e.weight": torch.ones(4, 3)}, "adapter": {PREFIX + "e.weight": torch.ones(5, 3)}},
         r"e\.weight.*shape \(4, 3\).*resize",
     ),
+    "an embedding with three dimensions": (
+        {
+            "base": {"e.weight": torch.ones(5, 7, 3)},
+            "adapter": {
+                PREFIX + "e.lora_embedding_A": torch.ones(2, 7, 3),
+                PREFIX + "e.lora_embedding_B": torch.ones(5, 2, 1),
+            },
+        },
+        r"e\.lora_embedding_A.*BASE has 'e\.weight'",
+    ),
     "a tensor of another kind": (
         {"base": {"e": torch.ones(3)}, "adapter": {PREFIX + "e": torch.ones(3, dtype=torch.int64)}},
         "can't be converted to F32",

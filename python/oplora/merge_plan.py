@@ -222,7 +222,8 @@ class _Planner:
         shapes = [adapted]
         if len(adapted) == 2:
             shapes = [adapted[::-1]] if layer.embedding else [adapted, adapted[::-1]]
-        if target.shape not in shapes or B.shape[2:] != (1,) * (len(A.shape) - 2):
+        fits = target.shape in shapes and B.shape[2:] == (1,) * (len(A.shape) - 2)
+        if not fits or (layer.embedding and len(adapted) != 2):
             raise self._refused(A, f"with lora_B of shape {B.shape} it adapts {shapes[0]}, but BASE has {target}")
         transposed = layer.embedding or (len(adapted) == 2 and self._is_transposed(layer, target, contradicted))
         return Delta(A, B, self.config.scaling(layer.module, A.shape[0]), transposed)
