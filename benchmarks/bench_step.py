@@ -211,7 +211,7 @@ METHODS: dict[str, Callable[[Inputs], Method]] = {OURS: oplora_exact, **RIVALS}
 
 def generators_of(optimizer: Optimizer, key: str) -> Iterator[dict[str, Tensor]]:
     """z, W1, c1, W2, c2 of every generator in oplora's optimizer, of its "parameters" or of a moment."""
-    from oplora.exact import views
+    from oplora.start import views
 
     for saved in optimizer.state_dict()["generators"].values():
         yield views(saved[key], saved["hidden_width"], saved["latent_width"])

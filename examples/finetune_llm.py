@@ -352,8 +352,7 @@ def generate(model: torch.nn.Module, tokenizer: transformers.PreTrainedTokenizer
 @torch.no_grad()
 def save_and_reload(model: PeftModel, folder: Path, blocks: Tensor, args: argparse.Namespace) -> PeftModel:
     """The adapter in a fresh model, by PEFT alone; its logits must be the training model's, bit for bit."""
-    with written_whole(folder) as new:
-        model.save_pretrained(new)
+    oplora.save_adapter(model, folder)
     fresh = PeftModel.from_pretrained(load_base(args), folder).eval()
     ids = blocks[: args.batch_size].to(args.device)
     mine, theirs = model.eval()(input_ids=ids).logits, fresh(input_ids=ids).logits

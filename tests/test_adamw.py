@@ -17,11 +17,12 @@ from torch import nn
 import oplora
 import oplora.exact
 import oplora.optim
+import oplora.start
 
 
 def start_equal(optimizer: oplora.AdamW, generators: oplora.Generators) -> None:
     for state, generator in zip(optimizer._states, generators, strict=True):
-        for name, view in oplora.exact.views(state.parameters, state.H, state.Z).items():
+        for name, view in oplora.start.views(state.parameters, state.H, state.Z).items():
             assert torch.equal(view, getattr(generator, name))
 
 
@@ -41,7 +42,7 @@ def test_start_depends_on_seed_and_layer() -> None:
 def test_start_is_the_papers() -> None:
     model = make_model(r=64)
     state = oplora.AdamW(model, hidden_width=32, latent_width=128)._states[0]
-    start = oplora.exact.views(state.parameters, 32, 128)
+    start = oplora.start.views(state.parameters, 32, 128)
     of_a = 64 * 13
     assert start["W2"][:of_a].abs().max() <= 32**-0.5
     assert start["W2"][:of_a].std().item() == pytest.approx(32**-0.5 / 3**0.5, rel=0.02)
@@ -103,6 +104,20 @@ def test_other_parameters_get_plain_adamw(bias: str) -> None:
     assert names
     for n in names:
         assert torch.equal(model.get_parameter(n), twin.get_parameter(n))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_added_group_is_stepped_by_plain_adamw_at_its_own_rate(bias: str) -> None:
+    optimizer = oplora.AdamW(make_model(bias=bias), lr=1e-2)
+    ours, theirs = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [ours], "lr": 0.5})
+    plain = torch.optim.AdamW([theirs], lr=0.5)
+    for _ in range(3):
+        ours.grad = torch.rand(3)
+        theirs.grad = ours.grad.clone()
+        optimizer.step(), plain.step()
+    assert torch.equal(ours, theirs)
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_modules_to_save_are_stepped() -> None:
@@ -729,7 +744,7 @@ def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.Monk
     optimizer = oplora.AdamW(model, lr=lr, hidden_width=width, latent_width=1, hidden_lr_ratio=0.0, weight_decay=0.0)
     state = optimizer._states[0]
     assert state.H * state.N > 2**31
-    bias = oplora.exact.views(state.parameters, width, 1)["c1"]
+    bias = oplora.start.views(state.parameters, width, 1)["c1"]
     bias[:-1], bias[-1] = -1, 3
     oplora.exact.write_factors(optimizer._states)
     A, B = state.factors.layer.parameters()

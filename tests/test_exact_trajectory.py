@@ -12,8 +12,8 @@ from tolerance import assert_as_good_as_torch
 from torch import Tensor, nn
 
 import oplora
-import oplora.exact
 import oplora.generators
+import oplora.start
 
 STEPS = 100
 
@@ -151,7 +151,7 @@ def test_units_that_die_and_come_back_follow_eager_adamw() -> None:
     model = make_model(torch.float64)
     optimizer = oplora.AdamW(model, lr=2e-2, weight_decay=0.3, hidden_width=16, latent_width=4)
     state = optimizer._states[0]
-    views = oplora.exact.views(state.parameters, state.H, state.Z)
+    views = oplora.start.views(state.parameters, state.H, state.Z)
     eager = EagerGenerator(views, state.factors.shapes)
     reference = torch.optim.AdamW(eager.parameters(), lr=2e-2, weight_decay=0.3)
     rng = torch.Generator().manual_seed(3)
@@ -183,7 +183,7 @@ def test_units_that_die_and_come_back_follow_eager_adamw() -> None:
 def test_true_columns_are_decay_times_stored_ones() -> None:
     model = make_model(torch.float64)
     optimizer = oplora.AdamW(model, lr=1e-2, weight_decay=0.5, hidden_lr_ratio=0.0)
-    start = oplora.exact.views(optimizer._states[0].parameters, 32, 128)["W2"].clone()
+    start = oplora.start.views(optimizer._states[0].parameters, 32, 128)["W2"].clone()
     for x, y in batches(10, torch.float64):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
@@ -191,9 +191,9 @@ def test_true_columns_are_decay_times_stored_ones() -> None:
     state = optimizer._states[0]
     still = state.moving == 0
     assert 0 < int(still.sum()) < 32
-    assert torch.equal(oplora.exact.views(state.parameters, 32, 128)["W2"][:, still], start[:, still])
+    assert torch.equal(oplora.start.views(state.parameters, 32, 128)["W2"][:, still], start[:, still])
     assert torch.allclose(state.decay[still], torch.tensor((1 - 1e-2 * 0.5) ** 10, dtype=torch.float64), rtol=1e-14)
-    assert not oplora.exact.views(state.exp_avg_sq, 32, 128)["W2"][:, still].any()
+    assert not oplora.start.views(state.exp_avg_sq, 32, 128)["W2"][:, still].any()
 
 
 def tiny_llama(dtype: torch.dtype) -> nn.Module:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import oplora
-import oplora.exact
+import oplora.start
 
 # ---- wrap ----
 
@@ -120,7 +120,7 @@ def test_stats_are_the_two_terms_of_the_papers_step() -> None:
     optimizer = oplora.AdamW(model, lr=1e-2)
     train(model, optimizer, 3, torch.float64)
     state = optimizer._states[0]
-    tensors = {k: v.clone().requires_grad_() for k, v in oplora.exact.views(state.parameters, 32, 128).items()}
+    tensors = {k: v.clone().requires_grad_() for k, v in oplora.start.views(state.parameters, 32, 128).items()}
     train(model, optimizer, 1, torch.float64)
     g = torch.cat([p.grad.flatten() for p in state.factors.layer.parameters()])
     h = torch.relu(tensors["W1"] @ tensors["z"] + tensors["c1"])

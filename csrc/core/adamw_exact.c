@@ -193,14 +193,12 @@ static TY(task) TY(task_at)(const TY(job) *job, const TY(span) *span, int64_t ta
 /* Calls body on the tasks [begin, end) of the whole job. */
 static void TY(run_tasks)(const TY(job) *job, int64_t begin, int64_t end, void (*body)(const TY(task) *)) {
     if (begin >= end) return;
-    const uint64_t subnormals = oplora_flush_subnormals();
     const TY(span) *span = TY(span_of)(job, begin);
     for (int64_t t = begin; t < end; t++) {
         while (t >= span[1].first_task) span++;
         const TY(task) task = TY(task_at)(job, span, t);
         body(&task);
     }
-    oplora_restore_subnormals(subnormals);
 }
 
 static void TY(square_task)(const TY(task) *t) {
@@ -276,7 +274,9 @@ static void TY(generate_task)(const TY(task) *t) {
 #define TASK_RANGE(name, body) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         const TY(job) *const job = context; \
+        const uint64_t subnormals = oplora_flush_subnormals(); \
         TY(run_tasks)(job, job->first_task + begin, job->first_task + end, TY(body)); \
+        oplora_restore_subnormals(subnormals); \
     }
 TASK_RANGE(square_tasks, square_task)
 TASK_RANGE(reduce_tasks, reduce_task)

@@ -11,7 +11,6 @@
 #include <memory>
 #include <optional>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 #include "../core/oplora_core.h"

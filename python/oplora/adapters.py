@@ -123,17 +123,16 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
         )
     layers, seen, known = [], set[int](), set[str]()
     for name, module in _lora_layers(model):
-        trained: dict[str, list[str]] = {}
+        plain_name, trained = _plain_name(name), dict[str, list[str]]()
         for adapter, tensor, parameter in _adapters_of(module):
             known.add(adapter)
             if adapter_name not in (None, adapter) or not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            full_name = f"{_plain_name(name)}.{adapter}"
-            _check_parameter(full_name, tensor, parameter)
+            _check_parameter(f"{plain_name}.{adapter}", tensor, parameter)
             trained.setdefault(adapter, []).append(tensor)
         layers += [
-            AdaptedLayer(f"{_plain_name(name)}.{adapter}", module, adapter, tuple(tensors))
+            AdaptedLayer(f"{plain_name}.{adapter}", module, adapter, tuple(tensors))
             for adapter, tensors in trained.items()
         ]
     if not layers:
@@ -246,7 +245,12 @@ class Factors:
         self._written = self.layer.parameters() if parameters is None else parameters
         self._versions = [p._version for p in self._written]
 
-    def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def values(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """What the tensors are for what is generated: base + v, in their shapes and the generator's dtype."""
+        pieces = [piece.view(shape) for piece, shape in zip(v, self.shapes, strict=True)]
+        return [piece if base is None else base + piece for base, piece in zip(self.bases, pieces, strict=True)]
+
+    def _were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
         written = self._written
         return (
             len(written) != len(parameters)
@@ -254,18 +258,17 @@ class Factors:
             or [p._version for p in parameters] != self._versions
         )
 
-    def adopt_edits(self, generate: Callable[[], Sequence[Tensor]]) -> bool:
-        """After were_touched: whether somebody changed the values; if so they become the new start.
+    def adopt_edits(self, parameters: list[nn.Parameter], generate: Callable[[], Sequence[Tensor]]) -> bool:
+        """Whether somebody changed the values since they were written; if so they become the new start.
 
         Values that are base + generate() are ours, and so are those that the base was made from: before its first step
         a kept factor is not yet the rounded sum.
         """
-        v = [piece.view(shape) for piece, shape in zip(generate(), self.shapes, strict=True)]
-        before = list(self.bases)
-        sums = [piece if base is None else base + piece for base, piece in zip(before, v, strict=True)]
-        values = [p.detach() for p in self.layer.parameters()]
-        if all(torch.equal(value, m.to(value.dtype)) for value, m in zip(values, sums, strict=True)):
-            self.remember_written()
+        if not self._were_touched(parameters):
+            return False
+        v, before = generate(), list(self.bases)
+        if all(torch.equal(p.detach(), m.to(p.dtype)) for p, m in zip(parameters, self.values(v), strict=True)):
+            self.remember_written(parameters)
             return False
         self.keep(v)
         return not all(

@@ -1,6 +1,6 @@
 """What `oplora.wrap` puts into a model."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from .errors import OPLoRAValueError
@@ -63,5 +63,6 @@ class OPLoRAConfig:
         """The same as PEFT's config, which is what the adapter's file holds."""
         from peft import LoraConfig
 
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "adapter_name"}
+        fields = asdict(self)
+        del fields["adapter_name"]
         return LoraConfig(**fields)

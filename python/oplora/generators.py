@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
 from .errors import OPLoRAValueError
-from .exact import Settings, allocate, count_parameters, start_parameters, views
+from .start import Settings, allocate, count_parameters, start_parameters, views
 
 __all__ = ["Generators", "create_oplora_optimizer"]
 
@@ -42,18 +42,17 @@ class Generator(nn.Module):
         return list(v.detach().split(self.factors.sizes))
 
     def refresh(self) -> None:
-        pieces = self.generate()
-        for parameter, base, piece in zip(self.factors.layer.parameters(), self.factors.bases, pieces, strict=True):
-            v = piece.view(parameter.shape)
-            parameter.detach().copy_(v if base is None else base + v)
-        self.factors.remember_written()
+        parameters = self.factors.layer.parameters()
+        for parameter, value in zip(parameters, self.factors.values(self.generate()), strict=True):
+            parameter.detach().copy_(value)
+        self.factors.remember_written(parameters)
 
-    def backward(self) -> bool:
-        """Moves the factors' gradients into this module's; whether there were any."""
+    def backward(self) -> None:
+        """Moves the factors' gradients, if there are any, into this module's."""
         parameters = self.factors.layer.parameters()
         gradients = self.factors.gradients(parameters)
         if gradients is None:
-            return False
+            return
         self.factors.layer.refuse_if_folded()
         g = torch.cat([gradient.flatten() for gradient in gradients])
         grad_z, grad_W1, grad_c1, h = torch.ops.oplora.generate_backward(g, self.z, self.W1, self.c1, self.W2)
@@ -64,7 +63,6 @@ class Generator(nn.Module):
         for parameter in parameters:
             parameter.grad = None
         self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
-        return True
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.factors.state_dict()
@@ -159,7 +157,7 @@ class Generators(nn.Module):
         adopted = []
         for generator in self:
             tie = generator.factors
-            if tie.were_touched(tie.layer.parameters()) and tie.adopt_edits(generator.generate):
+            if tie.adopt_edits(tie.layer.parameters(), generator.generate):
                 adopted.append(tie.layer.name)
             generator.backward()
         if adopted:

@@ -1,15 +1,17 @@
 """AdamW with a generator behind every adapted layer: the one changed line."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import exact, ops  # noqa: F401  (ops loads the torch library that exact calls)
+from . import exact
 from .adapters import AdaptedLayer, Factors, find_layers, keep_starts, other_parameters, warn_adopted
 from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .exact import ExactState, Layers, Settings, count_parameters
+from .exact import ExactState, Layers
+from .start import Settings, count_parameters
 
 __all__ = ["AdamW"]
 
@@ -73,8 +75,9 @@ class AdamW(torch.optim.Optimizer):
         self.skip_nonfinite = skip_nonfinite
         factors = [Factors.of(layer) for layer in layers]
         _refuse_more_than_memory(factors, settings)
+        keeps = keep_starts(factors, init)
         self._states = STATES[state].make_all(factors, settings)
-        for generator, keep in zip(self._states, keep_starts(factors, init), strict=True):
+        for generator, keep in zip(self._states, keeps, strict=True):
             generator.begin(keep)
         self._measured: tuple[list[Tensor], list[int], list[Tensor]] | None = None
 
@@ -106,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
         if self._refuse_nonfinite(self._nonfinite_others()):
             return loss
         if len(stepping) > 1 and reports is None:  # several dtypes: none may step before all are known to be finite
-            reports = [exact.measure(layers)[1] for layers in stepping]
+            reports = [exact.measure(layers) for layers in stepping]
             if self._refuse_nonfinite(_nonfinite_layers(stepping, reports)):
                 return loss
         for i, layers in enumerate(stepping):
@@ -132,7 +135,7 @@ class AdamW(torch.optim.Optimizer):
             and step() refuses them.
         """
         stepping = self._stepping()
-        reports = [exact.measure(layers)[1] for layers in stepping]
+        reports = [exact.measure(layers) for layers in stepping]
         others = [p.grad for p in self._others() if p.grad is not None]
         square = sum(_report_square(layers, report) for layers, report in zip(stepping, reports, strict=True))
         square += sum(float(norm) ** 2 for norm in torch._foreach_norm([g.double() for g in others])) if others else 0.0
@@ -159,19 +162,11 @@ class AdamW(torch.optim.Optimizer):
                 self._plain.add_param_group({**added, "params": list(added["params"])})
             self.param_groups[-1] = self._plain.param_groups[-1]
 
-    def _numbers(self) -> dict[str, float]:
-        """oplora_core.h's oplora_adamw, in its order, but for the step."""
+    def _numbers(self) -> list[float]:
+        """lr, hidden_lr, beta1, beta2, eps, weight_decay: as exact.step takes them."""
         group = self.param_groups[0]
         lr = float(group["lr"])
-        beta1, beta2 = group["betas"]
-        return {
-            "lr": lr,
-            "hidden_lr": lr * group["hidden_lr_ratio"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-        }
+        return [lr, lr * group["hidden_lr_ratio"], *group["betas"], group["eps"], group["weight_decay"]]
 
     def _others(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups[1:] for p in group["params"])
@@ -189,7 +184,7 @@ class AdamW(torch.optim.Optimizer):
             if gradients is None:
                 continue
             factors.layer.refuse_if_folded()
-            if factors.were_touched(parameters) and factors.adopt_edits(state.generate):
+            if factors.adopt_edits(parameters, state.generate):
                 adopted.append(state.name)
             if factors.dtype not in by_dtype:
                 by_dtype[factors.dtype] = Layers([], [], [])
@@ -297,8 +292,6 @@ def _refuse_devices(layers: list[AdaptedLayer]) -> None:
 
 def _refuse_more_than_memory(factors: list[Factors], settings: Settings) -> None:
     """Before anything is allocated: the system may grant more than it has and kill the process later."""
-    import os
-
     needed = sum(3 * count_parameters(f, settings) * f.dtype.itemsize for f in factors)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:

@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError
 
 __all__ = ["save"]
@@ -36,17 +38,10 @@ def save(model: Any, path: Path) -> None:
             target = path / file.relative_to(beside)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(file, target)
-    except Exception as error:
-        if not _is_of_the_disk(error):
-            raise
+    except (OSError, SafetensorError) as error:  # safetensors reports failed writes as errors of its own
         raise OPLoRAFileError(
             f"oplora.save_adapter: writing the adapter into {path} failed ({error}). Free some space or choose another "
             "folder; the adapter is still in the model."
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    """safetensors reports failed writes as errors of its own."""
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"

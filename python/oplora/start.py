@@ -1,0 +1,80 @@
+"""What a generator starts from: its settings, the memory of its flat parameters, and the paper's random numbers."""
+
+import contextlib
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _core
+from .adapters import Factors
+from .errors import OPLoRAMemoryError, OPLoRAValueError
+
+__all__ = ["Settings", "allocate", "count_parameters", "start_parameters", "views"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a generator is made with; the numbers of the paper, but for the seed."""
+
+    hidden_width: int = 32
+    latent_width: int = 128
+    latent_std: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_width", "latent_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise OPLoRAValueError(f"oplora: {name} is {value!r}, expected a whole number of at least 1.")
+        if not 0 <= self.latent_std < float("inf"):
+            raise OPLoRAValueError(f"oplora: latent_std is {self.latent_std!r}, expected a number of at least 0.")
+        if not 0 <= self.seed < 2**64:
+            raise OPLoRAValueError(f"oplora: seed is {self.seed!r}, expected a whole number in [0, 2^64).")
+
+
+def allocate(count: int, dtype: torch.dtype, *, huge_pages: bool) -> Tensor:
+    """Zeros of one piece, whose pages come when they are first touched.
+
+    W2 asks for huge pages, with which its columns stream faster. Its moments ask for none: a huge page would span
+    columns of units that are on and off, and make resident what no step has touched, a third of the state.
+    """
+    try:
+        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError) as error:
+        raise OPLoRAMemoryError(
+            f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt "
+            "fewer layers."
+        ) from error
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def count_parameters(factors: Factors, settings: Settings) -> int:
+    """Numbers in one generator: W2, c2, W1, c1 and z."""
+    H, Z, N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
+    return H * N + N + H * Z + H + Z
+
+
+def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: int) -> None:
+    """Writes the paper's start of the generator of the model's layer `index` into its flat parameters (on the CPU)."""
+    H, Z = settings.hidden_width, settings.latent_width
+    _core.start(
+        flat.numpy(),
+        hidden_width=H,
+        latent_width=Z,
+        seed=settings.seed,
+        layer=index,
+        latent_std=settings.latent_std,
+        uniform=factors.uniform_rows(),
+    )
+
+
+def views(flat: Tensor, hidden_width: int, latent_width: int) -> dict[str, Tensor]:
+    """z (Z,), W1 (H, Z), c1 (H,), W2 (N, H), c2 (N,) as views of the flat parameters (or of a moment)."""
+    H, Z = hidden_width, latent_width
+    N = (flat.numel() - H * Z - H - Z) // (H + 1)
+    W2, c2, W1, c1, z = flat.split([H * N, N, H * Z, H, Z])
+    return {"z": z, "W1": W1.view(H, Z), "c1": c1, "W2": W2.view(H, N).t(), "c2": c2}
