@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
+import oplora
 import torch
 from harness import Contender, PeakMemory, Row
 from torch import Tensor, nn
@@ -161,13 +162,17 @@ class Eager:
 
 
 Method = LoRA | Eager
+Methods = dict[str, Callable[[Inputs], Method]]
+
+
+def oplora_in(inputs: Inputs, state: str, start: str | None = None) -> LoRA:
+    """oplora.AdamW with a state and a start of choice; None is that state's own."""
+    widths = {"hidden_width": inputs.size.hidden_width, "latent_width": LATENT_WIDTH}
+    return LoRA(inputs, oplora.AdamW(inputs.model, lr=LR, state=state, start=start, **widths))
 
 
 def oplora_exact(inputs: Inputs) -> LoRA:
-    import oplora
-
-    widths = {"hidden_width": inputs.size.hidden_width, "latent_width": LATENT_WIDTH}
-    return LoRA(inputs, oplora.AdamW(inputs.model, lr=LR, state="exact", **widths))
+    return oplora_in(inputs, "exact")
 
 
 def oplora_all_units(inputs: Inputs) -> LoRA:
@@ -196,17 +201,17 @@ def lora_default(inputs: Inputs) -> LoRA:
 
 OURS = "oplora exact"
 ALL_UNITS = "oplora exact, all units on"
-EAGER: dict[str, Callable[[Inputs], Method]] = {
+EAGER: Methods = {
     "eager, AdamW fused": eager_fused,
     "eager, AdamW foreach": eager_foreach,
 }
-RIVALS: dict[str, Callable[[Inputs], Method]] = {
+RIVALS: Methods = {
     ALL_UNITS: oplora_all_units,
     **EAGER,
     "lora, AdamW fused": lora_fused,
     "lora, AdamW default": lora_default,
 }
-METHODS: dict[str, Callable[[Inputs], Method]] = {OURS: oplora_exact, **RIVALS}
+METHODS: Methods = {OURS: oplora_exact, **RIVALS}
 
 
 def generators_of(optimizer: Optimizer, key: str) -> Iterator[dict[str, Tensor]]:
@@ -240,19 +245,25 @@ def full_step(method: Method, micro_batches: int) -> Contender:
     return Contender(run)
 
 
-def time_pairs(size: Size, rounds: int, rivals: dict[str, Callable[[Inputs], Method]]) -> Iterator[Row]:
-    """Each rival in turns with oplora, a pair at a time: only two states are in memory."""
+def time_pairs(
+    size: Size,
+    rounds: int,
+    rivals: Methods,
+    ours_name: str = OURS,
+    ours_build: Callable[[Inputs], Method] = oplora_exact,
+) -> Iterator[Row]:
+    """Each rival in turns with ours, a pair at a time: only two states are in memory."""
     ours_seconds: dict[int, list[float]] = {n: [] for n in MICRO_BATCHES}
     for name, build in rivals.items():
-        ours, rival = oplora_exact(Inputs(size)), build(Inputs(size))
+        ours, rival = ours_build(Inputs(size)), build(Inputs(size))
         for n in MICRO_BATCHES:
-            seconds = harness.in_turns({OURS: full_step(ours, n), name: full_step(rival, n)}, rounds)
-            ours_seconds[n] += seconds[OURS]
-            yield step_row(name, n, seconds[name], seconds[OURS])
+            seconds = harness.in_turns({ours_name: full_step(ours, n), name: full_step(rival, n)}, rounds)
+            ours_seconds[n] += seconds[ours_name]
+            yield step_row(name, n, seconds[name], seconds[ours_name])
         del ours, rival
         harness.release_freed_memory()
     for n in MICRO_BATCHES:
-        yield step_row(OURS, n, ours_seconds[n], ours_seconds[n])
+        yield step_row(ours_name, n, ours_seconds[n], ours_seconds[n])
 
 
 def step_row(contender: str, micro_batches: int, seconds: Sequence[float], ours: Sequence[float]) -> Row:
@@ -270,17 +281,17 @@ def step_row(contender: str, micro_batches: int, seconds: Sequence[float], ours:
 # ---- memory ----
 
 
-def measure_memory(name: str, size: Size, threads: int) -> Row:
+def measure_memory(build: Callable[[Inputs], Method], size: Size, threads: int) -> Row:
     """For a process of its own: what the contender holds when its optimizer steps, and its peak over three
     steps of two micro-batches, above the model with A and B and the micro-batches' gradients."""
     torch.set_num_threads(threads)
-    two_micro_batches(METHODS[name](Inputs(QUICK["quick"])))  # loads libraries, starts threads
+    two_micro_batches(build(Inputs(QUICK["quick"])))  # loads libraries, starts threads
     inputs = Inputs(size)
     with PeakMemory() as peak:
-        method = METHODS[name](inputs)
+        method = build(inputs)
         for _ in range(3):
             held = two_micro_batches(method)
-    return {"contender": name, "held_bytes": held, "peak_bytes": peak.bytes}
+    return {"held_bytes": held, "peak_bytes": peak.bytes}
 
 
 def two_micro_batches(method: Method) -> int:
@@ -292,12 +303,10 @@ def two_micro_batches(method: Method) -> int:
     return held
 
 
-def memory_rows(size: Size) -> Iterator[Row]:
-    for name in METHODS:
-        yield {
-            "kind": "memory",
-            **harness.in_own_process(measure_memory, name, size, torch.get_num_threads()),
-        }
+def memory_rows(size: Size, methods: Methods) -> Iterator[Row]:
+    for name, build in methods.items():
+        measured = harness.in_own_process(measure_memory, build, size, torch.get_num_threads())
+        yield {"kind": "memory", "contender": name, **measured}
 
 
 # ---- what bounds oplora's step ----
@@ -393,8 +402,6 @@ def forward_backward(model: nn.Module, optimizer: Optimizer, tokens: Tensor) -> 
 
 def time_training(rounds: int, quick: bool) -> Iterator[Row]:
     """The model's own forward and backward have to cost under oplora.AdamW what they cost plain LoRA."""
-    import oplora
-
     tokens = torch.randint(256, (2, 128), generator=torch.Generator().manual_seed(0))
     ours, plain = llama(quick), llama(quick)
     parameters = sum(p.numel() for p in ours.parameters() if not p.requires_grad)
@@ -423,7 +430,7 @@ def measure(sizes: dict[str, Size], rounds: int, quick: bool) -> Iterator[Row]:
     array_bytes = 2**24 if quick else max(2**28, 8 * harness.last_level_cache_bytes())
     allocator = {"allocator": "default"}
     for size in sizes.values():
-        for rows in (memory_rows(size), time_pairs(size, rounds, RIVALS), roofline(size, rounds, array_bytes)):
+        for rows in (memory_rows(size, METHODS), time_pairs(size, rounds, RIVALS), roofline(size, rounds, array_bytes)):
             yield from ({**size.columns(), **row, **allocator} for row in rows)
     yield from ({**row, **allocator} for row in time_training(rounds, quick))
     harness.keep_freed_memory()  # once and for all: the eager way as fast as it can be made

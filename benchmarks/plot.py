@@ -1,19 +1,22 @@
 """Figures and tables of the results, from their files alone.
 
 python benchmarks/plot.py                       results/*.json -> results/*.png
-python benchmarks/plot.py --table               the markdown tables of results/bench_step.json
-python benchmarks/plot.py --readme README.md    the same, between the markers in that file
+python benchmarks/plot.py --table               their markdown tables
+python benchmarks/plot.py --readme README.md    the same, between the markers in that file that name a benchmark:
+                                                <!-- bench_step:begin --> and <!-- bench_step:end -->
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import Row, read_rows
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- bench_step:begin -->", "<!-- bench_step:end -->"
 OURS = "oplora exact"
 RIVALS = {  # in a row's words: in the tables' and the figures'
     "oplora exact, all units on": "the same, all units on",
@@ -22,9 +25,14 @@ RIVALS = {  # in a row's words: in the tables' and the figures'
     "lora, AdamW fused": "plain LoRA, AdamW fused",
     "lora, AdamW default": "plain LoRA, AdamW default",
 }
-
-
 KEPT = "eager, AdamW fused"  # shown under both allocators
+STATES = {  # contenders of bench_lean and bench_width
+    "oplora lean, sign": "lean, signs",
+    "oplora lean, uniform": "lean, uniform",
+    "oplora exact": "exact",
+    "eager, AdamW fused": "eager",
+    "lora, AdamW fused": "plain LoRA",
+}
 
 
 # ---- reading ----
@@ -36,23 +44,42 @@ def of_kind(rows: Iterable[Row], kind: str) -> list[Row]:
 
 def one(rows: Iterable[Row], **columns: object) -> Row:
     """The row with these values."""
-    found = [row for row in rows if all(row.get(key) == value for key, value in columns.items())]
+    found = where(rows, **columns)
     if len(found) != 1:
         raise SystemExit(f"{len(found)} rows with {columns}, expected one; run the benchmark again")
     return found[0]
 
 
 def sizes_of(rows: Iterable[Row]) -> list[str]:
-    """In the order of the file."""
-    return list(dict.fromkeys(row["size"] for row in rows))
+    return values_of(rows, "size")
 
 
-# ---- the README's tables ----
+def values_of(rows: Iterable[Row], column: str) -> list[Any]:
+    """In the order of the file, each once."""
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def where(rows: Iterable[Row], **columns: object) -> list[Row]:
+    """The rows with these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in columns.items())]
+
+
+# ---- tables: all ----
 
 
 def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def machine(row: Row) -> str:
+    return (
+        f"{row['device']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}, {row['isa']}, float32, "
+        f"torch {row['torch']}, oplora {row['oplora']} ({row['commit']}), {row['date']}."
+    )
+
+
+# ---- tables: bench_step ----
 
 
 def ratio(row: Row) -> str:
@@ -102,12 +129,8 @@ def roofline_table(rows: list[Row]) -> str:
     return markdown(header, map(cells, of_kind(rows, "roofline")))
 
 
-def tables(rows: list[Row]) -> str:
-    first, training = rows[0], of_kind(rows, "forward and backward")[0]
-    machine = (
-        f"{first['device']}, {first['threads']} threads, {first['isa']}, float32, torch {first['torch']}, "
-        f"oplora {first['oplora']} ({first['commit']}), {first['date']}."
-    )
+def step_tables(rows: list[Row]) -> str:
+    training = of_kind(rows, "forward and backward")[0]
     parts = [
         "Time of an optimizer step with everything around it but the model's own forward and backward, as a\n"
         "multiple of `oplora.AdamW`'s (20% to 80% quantile of the rounds):",
@@ -120,18 +143,290 @@ def tables(rows: list[Row]) -> str:
         roofline_table(rows),
         f"The model's own forward and backward ({training['size']}) take {ratio(training)}\n"
         "of the time they take under plain LoRA.",
-        f"Measured on {machine}",
+        f"Measured on {machine(rows[0])}",
     ]
     return "\n\n".join(parts)
 
 
-def replace_between(text: str, new: str) -> str:
+# ---- tables: bench_lean ----
+
+
+def contenders_of(rows: Iterable[Row]) -> list[str]:
+    there = {row["contender"] for row in rows}
+    return [name for name in STATES if name in there]
+
+
+def is_lora(contender: str) -> bool:
+    return contender.startswith("lora")
+
+
+def lean_memory_table(rows: list[Row]) -> str:
+    def cells(row: Row) -> list[str]:
+        numbers = [f"{row[key]:.1f}" for key in ("bytes_per_entry", "hidden_path_per_entry", "peak_per_entry")]
+        width = "" if is_lora(row["contender"]) else str(row["hidden_width"])
+        return [STATES[row["contender"]], width, *numbers]
+
+    header = ["bytes an entry", "H", "held", "of them z, W1, c1", "at the peak"]
+    return markdown(header, map(cells, rows))
+
+
+def growing_with(rows: Iterable[Row], column: str) -> list[Row]:
+    """The rows of kind growth in which N grows (factor_numbers, at H = 32 or whatever most have), or H."""
+    other = {"factor_numbers": "hidden_width", "hidden_width": "factor_numbers"}[column]
+    rows = of_kind(rows, "growth")
+    spans = {value: len(values_of(where(rows, **{other: value}), column)) for value in values_of(rows, other)}
+    found = where(rows, **{other: max(spans, key=spans.__getitem__)})
+    return sorted(found, key=lambda row: int(row[column]))
+
+
+def growth_table(rows: list[Row], column: str) -> str:
+    names = contenders_of(rows)
+
+    def cells(value: int) -> list[str]:
+        found = {row["contender"]: row for row in where(rows, **{column: value})}
+        return [f"{value:,}", *(f"{found[name]['ms']:.2f}" if name in found else "" for name in names)]
+
+    header = [{"factor_numbers": "N", "hidden_width": "H"}[column], *(f"{STATES[name]}, ms" for name in names)]
+    return markdown(header, map(cells, values_of(rows, column)))
+
+
+def lean_step_table(rows: list[Row]) -> str:
+    ours = rows[0]["over"]
+    rivals = [name for name in contenders_of(rows) if name != ours]
+
+    def cells(size: str, n: int) -> list[str]:
+        found = where(rows, size=size, micro_batches=n)
+        ratios = [ratio(one(found, contender=rival)) for rival in rivals]
+        return [size, str(n), f"{one(found, contender=ours)['ms']:.1f} ms", *ratios]
+
+    header = ["adapted layers", "micro-batches", STATES[ours], *(STATES[rival] for rival in rivals)]
+    counts = sorted(values_of(rows, "micro_batches"))
+    return markdown(header, (cells(size, n) for size in sizes_of(rows) for n in counts))
+
+
+def lean_roofline_table(rows: list[Row]) -> str:
+    def cells(row: Row) -> list[str]:
+        what = [STATES[row["contender"]], f"{row['factor_numbers'] / 1e6:.1f} M", str(row["hidden_width"]), row["part"]]
+        speed = [f"{row[key]:.1f}" for key in ("gbps", "bandwidth_gbps", "cached_gbps")]
+        return [*what, f"{row['ms']:.1f} ms", *speed, f"{row['share_of_bandwidth']:.0%}", row["bound"]]
+
+    header = [
+        "`step()` alone",
+        "N",
+        "H",
+        "part",
+        "time",
+        "GB/s",
+        "of the machine's",
+        "in the caches",
+        "share",
+        "bound by",
+    ]
+    return markdown(header, map(cells, rows))
+
+
+def lean_tables(rows: list[Row]) -> str:
+    """Of the kinds that the file has."""
+    growth, steps = of_kind(rows, "growth"), of_kind(rows, "step")
+    memory, roofline = of_kind(rows, "memory"), of_kind(rows, "roofline")
+    parts: list[str] = []
+    if memory:
+        parts += [
+            f"Bytes that training takes for each of {memory[0]['factor_numbers'] / 1e6:.1f} M factor entries "
+            f"({memory[0]['size']}),\nthe entry and its gradient included:",
+            lean_memory_table(memory),
+        ]
+    for column, title in (
+        ("factor_numbers", "N, at H = {hidden_width}"),
+        ("hidden_width", "H, at N = {factor_numbers:,}"),
+    ):
+        if growth:
+            some = growing_with(growth, column)
+            parts += [f"Time of `step()` alone against {title.format(**some[0])}:", growth_table(some, column)]
+    if steps:
+        parts += [
+            "Time of an optimizer step with everything around it but the model's own forward and backward, as a\n"
+            "multiple of the lean state's (20% to 80% quantile of the rounds):",
+            lean_step_table(steps),
+        ]
+    if roofline:
+        parts += ["What bounds it:", lean_roofline_table(roofline)]
+    return "\n\n".join([*parts, f"Measured on {machine(rows[0])}"])
+
+
+# ---- tables: bench_fidelity ----
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The losses of one setting over its seeds. The deviation is the sample's."""
+
+    mean: float
+    std: float
+    runs: int
+    diverged: int = 0
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], column: str = "loss") -> "Spread":
+        values = [row[column] for row in rows if row[column] is not None]
+        mean = float(np.mean(values)) if values else math.nan
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return cls(mean, std, len(rows), len(rows) - len(values))
+
+    def __str__(self) -> str:
+        if self.runs == 0:
+            return ""
+        if self.diverged:
+            return f"{self.diverged} of {self.runs} diverged"
+        return f"{self.mean:.4f}" if math.isnan(self.std) else f"{self.mean:.4f} ± {self.std:.4f}"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One task at one rate, from one start: what each state ends at."""
+
+    title: str
+    setting: str
+    lora: Spread
+    exact: Spread
+    lean: Spread
+
+    @property
+    def difference(self) -> float | None:
+        """(lean's mean - exact's) in exact's standard deviations; None if there is none, or if a run diverged."""
+        if self.exact.diverged or self.lean.diverged or not self.exact.std > 0 or not self.lean.runs:
+            return None
+        return (self.lean.mean - self.exact.mean) / self.exact.std
+
+    def cells(self) -> list[str]:
+        difference = self.difference
+        last = ["", ""] if difference is None else [f"{difference:+.2f}", "yes" if abs(difference) <= 1 else "**no**"]
+        return [self.title, self.setting, str(self.lora), str(self.exact), str(self.lean), *last]
+
+
+def fidelity_summary(rows: Iterable[Row], start: str) -> list[Agreement]:
+    """A line for each task, rate and set-up of the generators; two where the task holds data out."""
+    rows = of_kind(rows, "run")
+    lora = where(rows, state="lora")
+    ours = where(rows, start=start)
+    summary = []
+    for task in values_of(ours, "task"):
+        for lr, init, hidden_lr_ratio in dict.fromkeys(
+            (row["lr"], row["init"], row["hidden_lr_ratio"]) for row in where(ours, task=task)
+        ):
+            same = where(ours, task=task, lr=lr, init=init, hidden_lr_ratio=hidden_lr_ratio)
+            plain = where(lora, task=task, lr=lr)
+            setting = f"{lr:g}" if (init, hidden_lr_ratio) == ("paper", 1.0) else f"{lr:g}, {init}, {hidden_lr_ratio:g}"
+            for column, what in (("loss", ""), ("held_out", ", held out")):
+                if any(row[column] is not None for row in same) or column == "loss":
+                    spreads = (
+                        Spread.of(some, column)
+                        for some in (plain, where(same, state="exact"), where(same, state="lean"))
+                    )
+                    summary.append(Agreement(same[0]["title"] + what, setting, *spreads))
+    return summary
+
+
+def fidelity_tables(rows: list[Row]) -> str:
+    header = ["final loss", "rate", "plain LoRA", "exact", "lean", "lean - exact, in stds", "within one"]
+    parts = []
+    for start in (start for start in values_of(rows, "start") if start is not None):
+        summary = fidelity_summary(rows, start)
+        known = [line.difference for line in summary if line.difference is not None]
+        within = sum(abs(difference) <= 1 for difference in known)
+        parts += [
+            f'State lean against state exact, both from the start "{start}": mean and standard deviation over the '
+            f"seeds. Of {len(known)} differences {within} are within one of exact's standard deviations.",
+            markdown(header, (line.cells() for line in summary)),
+        ]
+    parts += [
+        "*Rate*: with two words behind it where A and B keep PEFT's start and the hidden path's rate is so much lower.",
+        f"Trained on {machine(rows[0])}",
+    ]
+    return "\n\n".join(parts)
+
+
+# ---- tables: bench_width ----
+
+
+def width_table(rows: list[Row]) -> str:
+    """The lean state's losses by width and rate, exact's behind them where it ran."""
+    rates = sorted(values_of(rows, "lr"))
+
+    def cells(H: int) -> list[str]:
+        lean, exact = (where(rows, state=state, hidden_width=H) for state in ("lean", "exact"))
+        losses = [(mean_loss(where(lean, lr=lr)), mean_loss(where(exact, lr=lr))) for lr in rates]
+        return [f"H = {H}", *(f"{mine} ({other})" if other else mine for mine, other in losses)]
+
+    plain = where(rows, state="lora")
+    lines = [["plain LoRA", *(mean_loss(where(plain, lr=lr)) for lr in rates)]]
+    lines += [cells(H) for H in sorted(values_of(where(rows, state="lean"), "hidden_width"))]
+    return markdown([rows[0]["title"], *(f"{lr:g}" for lr in rates)], lines)
+
+
+def mean_loss(rows: Sequence[Row]) -> str:
+    spread = Spread.of(rows)
+    return str(spread) if spread.diverged or not spread.runs else f"{spread.mean:.4f}"
+
+
+def width_memory_table(rows: list[Row]) -> str:
+    names = [name for name in contenders_of(rows) if not is_lora(name)]
+
+    def cell(name: str, H: int) -> str:
+        row = one(rows, contender=name, hidden_width=H)
+        return f"{row['bytes_per_entry']:.0f}{'' if row['measured'] else ' (counted)'}"
+
+    widths = sorted({row["hidden_width"] for row in rows})
+    header = ["bytes an entry", *(STATES[name] for name in names)]
+    return markdown(header, ([f"H = {H}", *(cell(name, H) for name in names)] for H in widths))
+
+
+def width_tables(rows: list[Row]) -> str:
+    runs, memory = of_kind(rows, "run"), of_kind(rows, "memory")
+    plain = next(row for row in memory if is_lora(row["contender"]))
+    parts = ["Final losses of the lean state (of the exact one) by width and learning rate, means over the seeds:"]
+    parts += [width_table(where(runs, task=task)) for task in values_of(runs, "task")]
+    parts += [
+        f"Bytes that training takes for an entry, on {plain['size']}; plain LoRA: {plain['bytes_per_entry']:.0f}.",
+        width_memory_table(memory),
+        f"Measured on {machine(memory[0])}",
+    ]
+    return "\n\n".join(parts)
+
+
+# ---- between the markers ----
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "bench_step": step_tables,
+    "bench_lean": lean_tables,
+    "bench_fidelity": fidelity_tables,
+    "bench_width": width_tables,
+}
+
+
+def markers(stem: str) -> tuple[str, str]:
+    return f"<!-- {stem}:begin -->", f"<!-- {stem}:end -->"
+
+
+def replace_all(text: str, results: Path) -> str:
+    """The text with the tables of each benchmark whose markers it has."""
+    there = [stem for stem in TABLES if any(marker in text for marker in markers(stem))]
+    if not there:
+        raise SystemExit(f"the file has no {' ... '.join(markers(next(iter(TABLES))))}, nor another benchmark's")
+    for stem in there:
+        text = replace_between(text, stem, TABLES[stem](read_rows(results / f"{stem}.json")))
+    return text
+
+
+def replace_between(text: str, stem: str, new: str) -> str:
     """The text with what lies between the two markers replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the file has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+    begin, end = markers(stem)
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"the file has no {begin} ... {end}")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
 # ---- figures ----
@@ -179,7 +474,113 @@ def dots(axes: Any, rows: list[Row], columns: tuple[str, str, str], scale: float
     axes.grid(axis="x", which="both", alpha=0.25)
 
 
-FIGURES: dict[str, Callable[[list[Row], Path], None]] = {"bench_step": draw_step}
+def draw_lean(rows: list[Row], path: Path) -> None:
+    """The time of a step against N and against H, and the bytes an entry against H."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for panel, column in zip(axes, ("factor_numbers", "hidden_width"), strict=False):
+        some = growing_with(rows, column)
+        for name in contenders_of(some):
+            curve(panel, where(some, contender=name), column, "ms", name)
+        panel.set_ylabel("optimizer.step(), ms")
+    axes[0].set_xlabel("factor entries N, at H = 32")
+    axes[1].set_xlabel("hidden width H, at N = 1e6")
+    memory = of_kind(rows, "memory")
+    for name in contenders_of(memory):
+        curve(axes[2], sorted(where(memory, contender=name), key=hidden_width), "hidden_width", "bytes_per_entry", name)
+    axes[2].set(xlabel="hidden width H", ylabel="bytes an entry of the factors")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STATES))
+    figure.suptitle(f"One optimizer step on {rows[0]['device']}, {rows[0]['threads']} threads")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def hidden_width(row: Row) -> int:
+    width: int = row["hidden_width"]
+    return width
+
+
+def curve(axes: Any, rows: Sequence[Row], x: str, y: str, name: str) -> None:
+    """A contender's line, in its colour, on logarithmic axes."""
+    color = f"C{list(STATES).index(name)}"
+    axes.plot([row[x] for row in rows], [row[y] for row in rows], "o-", color=color, label=STATES[name])
+    axes.set(xscale="log", yscale="log")
+    axes.grid(which="both", alpha=0.25)
+
+
+def draw_width(rows: list[Row], path: Path) -> None:
+    """For each task: the loss against the rate at every width, and the best rate's loss against the memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, memory = of_kind(rows, "run"), of_kind(rows, "memory")
+    names = values_of(runs, "task")
+    figure, axes = pyplot.subplots(len(names), 2, figsize=(13, 4.5 * len(names)), squeeze=False, layout="constrained")
+    for (left, right), task in zip(axes, names, strict=True):
+        some = where(runs, task=task)
+        loss_against_rate(left, some)
+        loss_against_memory(right, some, memory)
+        for panel in (left, right):
+            panel.set(title=some[0]["title"], ylabel=loss_label(some), yscale="log")
+            panel.grid(which="both", alpha=0.25)
+            panel.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def loss_label(rows: Sequence[Row]) -> str:
+    return "final loss over the optimum, - 1" if floor_of(rows) else "final loss"
+
+
+def floor_of(rows: Sequence[Row]) -> float:
+    """What no adapter of this rank can go below: 1 where the loss is over that, else not known."""
+    return 1.0 if "factorisation" in rows[0]["task"] else 0.0
+
+
+def loss_against_rate(axes: Any, rows: list[Row]) -> None:
+    widths = sorted(values_of(where(rows, state="lean"), "hidden_width"))
+    lines = {"plain LoRA": where(rows, state="lora")}
+    lines |= {f"lean, H = {H}": where(rows, state="lean", hidden_width=H) for H in widths}
+    for i, (label, line) in enumerate(lines.items()):
+        rates = sorted(values_of(line, "lr"))
+        losses = [Spread.of(where(line, lr=lr)).mean - floor_of(rows) for lr in rates]
+        axes.plot(rates, losses, "s--" if i == 0 else "o-", color="black" if i == 0 else f"C{i - 1}", label=label)
+    axes.set(xlabel="learning rate", xscale="log")
+
+
+def best_loss(rows: list[Row]) -> float:
+    """At the best rate; those at which a run diverged don't count."""
+    spreads = [Spread.of(where(rows, lr=lr)) for lr in values_of(rows, "lr")]
+    return min((spread.mean for spread in spreads if not spread.diverged), default=math.nan)
+
+
+def loss_against_memory(axes: Any, rows: list[Row], memory: list[Row]) -> None:
+    """The eager way is drawn at the exact state's losses: it trains the same."""
+    for name in contenders_of(memory):
+        state = "lora" if is_lora(name) else "lean" if "lean" in name else "exact"
+        losses = where(rows, state=state)
+        widths = [None] if state == "lora" else sorted(values_of(losses, "hidden_width"))
+        sizes = [where(memory, contender=name, **({"hidden_width": H} if H else {}))[0] for H in widths]
+        x = [row["bytes_per_entry"] for row in sizes]
+        y = [best_loss(where(losses, hidden_width=H)) - floor_of(rows) for H in widths]
+        axes.plot(x, y, "o-", color=f"C{list(STATES).index(name)}", label=STATES[name])
+        for H, *place in zip(widths, x, y, strict=True):
+            axes.annotate(f"{H}" if H else "", place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="bytes an entry of the factors (numbers: H), each at its best rate", xscale="log")
+    axes.xaxis.set_minor_formatter("")
+
+
+FIGURES: dict[str, Callable[[list[Row], Path], None]] = {
+    "bench_step": draw_step,
+    "bench_lean": draw_lean,
+    "bench_width": draw_width,
+}
 
 
 def main() -> None:
@@ -188,17 +589,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--readme", type=Path)
     arguments = parser.parse_args()
-    if arguments.table or arguments.readme:
-        new = tables(read_rows(arguments.results / "bench_step.json"))
-        if arguments.readme:
-            arguments.readme.write_text(replace_between(arguments.readme.read_text(), new))
-        else:
-            print(new)
+    if arguments.readme:
+        arguments.readme.write_text(replace_all(arguments.readme.read_text(), arguments.results))
         return
-    for stem, draw in FIGURES.items():
-        source = arguments.results / f"{stem}.json"
-        draw(read_rows(source), source.with_suffix(".png"))
-        print(source.with_suffix(".png"))
+    measured = {stem: arguments.results / f"{stem}.json" for stem in TABLES}
+    for stem, source in measured.items():
+        if not source.exists():
+            continue
+        if arguments.table:
+            print(TABLES[stem](read_rows(source)))
+        elif stem in FIGURES:
+            FIGURES[stem](read_rows(source), source.with_suffix(".png"))
+            print(source.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, and that they run. Their figures are nobody's test."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,9 +14,13 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_fidelity  # noqa: E402
+import bench_lean  # noqa: E402
 import bench_step  # noqa: E402
+import bench_width  # noqa: E402
 import harness  # noqa: E402
 import plot  # noqa: E402
+import tasks  # noqa: E402
 
 # ---- harness ----
 
@@ -160,7 +165,175 @@ def test_bench_step_quick_runs(tmp_path):
     kinds = [row["kind"] for row in rows]
     assert kinds == ["memory"] * 6 + ["step"] * 12 + ["roofline"] * 2 + ["forward and backward"] + ["step"] * 6
     assert all(row["device"] and row["threads"] and row["torch"] and row["isa"] for row in rows)
-    assert plot.tables(rows)
+    assert plot.step_tables(rows)
+
+
+# ---- tasks ----
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs a benchmark's quick mode in this process, which has its libraries; returns the rows that it left."""
+
+    def quick(benchmark, *arguments):
+        output = tmp_path / f"{benchmark.__name__}.json"
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--quick", "--output", str(output), *arguments])
+        threads = torch.get_num_threads()
+        try:
+            benchmark.main()
+        finally:
+            torch.set_num_threads(threads)
+        return harness.read_rows(output)
+
+    return quick
+
+
+def toy_case(seed):
+    return tasks.oplora_case("toy factorisation", "exact", "sign", tasks.Rate(1e-2), seed)
+
+
+def test_factorisation_starts_at_m_over_its_rank_r_optimum():
+    problem = tasks.Factorisation(seed=0, n=12, r=2)
+    U, S, V = torch.linalg.svd(problem.M)
+    best = (problem.M - (U[:, :2] * S[:2]) @ V[:2]).square().mean()
+    assert problem.loss().item() == pytest.approx((problem.M.square().mean() / best).item(), rel=1e-4)
+
+
+def test_rotated_by_a_quarter_turn_and_back():
+    images = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    quarter = torch.full((3,), math.pi / 2)
+    torch.testing.assert_close(tasks.rotated(images, quarter), images.rot90(1, (1, 2)))
+    torch.testing.assert_close(tasks.rotated(tasks.rotated(images, quarter), -quarter), images)
+
+
+def test_pretrained_digits_are_known_upright_and_not_rotated():
+    model, images, labels = tasks.pretrained_on(tasks.toy_digits)
+    upright, _ = tasks.toy_digits()
+    hits = [(model(x.flatten(1)).argmax(1) == labels).float().mean() for x in (upright, images)]
+    assert hits[0] > 0.95
+    assert hits[1] < 0.8
+
+
+def test_runs_of_a_case_have_the_same_losses_and_other_seeds_others():
+    first, again, other = (tasks.run(toy_case(seed)) for seed in (0, 0, 1))
+    assert first["losses"] == again["losses"] != other["losses"]
+    assert [mark for mark, _ in first["losses"]] == [2, 8, 24]
+    assert first["loss"] == first["losses"][-1][1]
+    assert tasks.case_of(first) == toy_case(0)
+
+
+def test_lora_run_holds_16_bytes_an_entry_and_its_steps_of_torch():
+    row = tasks.run(tasks.lora_case("toy factorisation", 1e-2, 0))
+    assert row["held_bytes"] == 16 * row["factor_numbers"] + 2 * 4  # a step count for A and one for B
+    assert row["start"] is row["hidden_width"] is row["init"] is None
+
+
+def test_run_that_diverges_says_where():
+    row = tasks.run(tasks.lora_case("toy factorisation", 1e20, 0))
+    assert row["loss"] is None
+    assert 0 < row["diverged_at"] < row["steps"]
+    json.dumps(row, allow_nan=False)
+
+
+def test_mean_before_a_mark_is_of_the_tail():
+    task = tasks.TOYS["toy digits"]
+    assert task.tail == 4
+    assert task.mean_before(6, [9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 50.0]) == 2.5
+    assert task.mean_before(1, [9.0, 1.0]) == 9.0
+
+
+def test_run_all_goes_on_where_it_was(tmp_path, capsys):
+    output = tmp_path / "rows.json"
+    cases = [tasks.lora_case("toy factorisation", lr, 0) for lr in (1e-3, 1e-2)]
+    tasks.run_all(cases[:1], output, {"commit": "old"}, 1, apart=False)
+    rows = tasks.run_all(cases[::-1], output, {"commit": "new"}, 1, apart=False)
+    assert [(row["lr"], row["commit"]) for row in rows] == [(1e-2, "new"), (1e-3, "old")]
+    rows = tasks.run_all(cases[:1], output, {"commit": "newer"}, 1, fresh=True, apart=False)
+    assert [(row["lr"], row["commit"]) for row in rows] == [(1e-3, "newer")]
+    assert {row["lr"]: row["commit"] for row in harness.read_rows(output)} == {1e-2: "new", 1e-3: "newer"}
+    assert "1/1" in capsys.readouterr().out
+
+
+# ---- bench_fidelity ----
+
+
+def test_fidelity_plan_pairs_the_states_from_the_same_seeds():
+    cases = list(bench_fidelity.plan(["factorisation", "smollm2"], ["sign"], seeds=3))
+    for state in ("exact", "lean"):
+        some = [case for case in cases if case.state == state]
+        assert {case.seed for case in some} == {0, 1, 2}
+        assert {case.start for case in some} == {"sign"}
+    assert len([case for case in cases if case.state == "lean"]) == 3 * (3 + 3)
+    assert len([case for case in cases if case.state == "exact"]) == 3 * (3 + 3) + 1  # and a probe
+    assert [case.seed for case in cases if case.state == "lora" and case.task == "smollm2"] == [0, 0, 0]
+    assert len(set(cases)) == len(cases)
+
+
+def test_bench_fidelity_quick_runs_and_resumes(quick, capsys):
+    rows = quick(bench_fidelity, "--threads", "1")
+    assert {row["task"] for row in rows} == set(tasks.TOYS)
+    assert {row["state"] for row in rows} == {"lora", "exact", "lean"}
+    assert all(row["device"] and row["torch"] and row["isa"] and row["threads"] == 1 for row in rows)
+    assert all(row["loss"] is not None and row["bytes_per_entry"] >= 16 for row in rows)
+    assert plot.fidelity_tables(rows).count("| a random LLaMA on counting, held out |") == 2
+    capsys.readouterr()
+    assert quick(bench_fidelity, "--threads", "1") == rows
+    assert capsys.readouterr().out.startswith(f"{len(rows)} rows")
+
+
+def test_quick_rows_stay_out_of_the_results(monkeypatch, capsys):
+    for benchmark in (bench_fidelity, bench_lean, bench_width):
+        monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--quick"])
+        with pytest.raises(SystemExit):
+            benchmark.main()
+    assert capsys.readouterr().err.count("--quick needs --output") == 3
+
+
+# ---- bench_width ----
+
+
+def test_bench_width_quick_runs(quick):
+    rows = quick(bench_width, "--seeds", "1")
+    memory, runs = plot.of_kind(rows, "memory"), plot.of_kind(rows, "run")
+    assert len(memory) == 1 + 3 * 2
+    assert {row["hidden_width"] for row in runs if row["state"] == "lean"} == {8, 32}
+    tables = plot.width_tables(rows)
+    assert tables.count("| H = 32 |") == 3
+    assert tables.count("| plain LoRA |") == 2
+
+
+@pytest.mark.parametrize("name", [bench_lean.EXACT, bench_lean.EAGER])
+def test_counted_bytes_are_those_that_are_held(name):
+    size = bench_lean.layers(1, 5, width=64, r=4)
+    method = bench_lean.METHODS[name](bench_step.Inputs(size))
+    bench_step.two_micro_batches(method)
+    held = bench_step.two_micro_batches(method)
+    assert bench_width.counted_row(name, size)["held_bytes"] == pytest.approx(held, rel=0.01)
+
+
+# ---- bench_lean ----
+
+
+def test_bench_lean_quick_runs(quick):
+    rows = quick(bench_lean, "--threads", "1")
+    kinds = [row["kind"] for row in rows]
+    assert kinds == ["memory"] * 6 + ["growth"] * 10 + ["step"] * 10 + ["roofline"] * 6
+    assert all(row["device"] and row["threads"] and row["torch"] and row["isa"] for row in rows)
+    assert plot.lean_tables(rows).count("| second pass |") == 2
+    assert quick(bench_lean, "--threads", "1", "--kinds", "roofline")[:26] == rows[:26]
+
+
+def test_large_states_are_left_out():
+    at_32 = {
+        name: [size for size in bench_lean.growth_sizes(False) if bench_lean.fits(name, size)]
+        for name in bench_lean.METHODS
+    }
+    sizes = {name: {(bench_lean.numbers(size), size.hidden_width) for size in found} for name, found in at_32.items()}
+    assert max(sizes[bench_lean.OURS]) == (229 * 131072, 32)
+    assert max(sizes[bench_lean.EXACT]) == (76 * 131072, 32)
+    assert max(H for _, H in sizes[bench_lean.EXACT]) == 128
+    assert max(sizes[bench_lean.EAGER]) == (8 * 131072, 32)
+    assert max(H for _, H in sizes[bench_lean.OURS]) == 2048
 
 
 # ---- plot ----
@@ -198,7 +371,7 @@ def made_up_rows() -> list[harness.Row]:
 
 
 def test_tables_of_made_up_rows():
-    lines = plot.tables(made_up_rows()).splitlines()
+    lines = plot.step_tables(made_up_rows()).splitlines()
     time_line = next(line for line in lines if line.startswith("| a model, r = 8 (2.5 M) | 8 |"))
     assert time_line.split(" | ")[2:5] == ["10.0 ms", "2.00x (1.50 to 2.50)", "3.00x (2.50 to 3.50)"]
     assert "| a model, r = 8 | 0 / 4 | 3 / 8 | 6 / 12 | 9 / 16 | 12 / 20 | 15 / 24 |" in lines
@@ -207,26 +380,118 @@ def test_tables_of_made_up_rows():
 
 def test_tables_need_every_row():
     with pytest.raises(SystemExit, match="run the benchmark again"):
-        plot.tables([row for row in made_up_rows() if row["contender"] != "eager, AdamW fused"])
+        plot.step_tables([row for row in made_up_rows() if row["contender"] != "eager, AdamW fused"])
 
 
 def test_readme_is_replaced_between_the_markers(tmp_path, monkeypatch):
     (tmp_path / "bench_step.json").write_text(json.dumps(made_up_rows()))
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.BEGIN}\nstale table\n{plot.END}\nafter\n")
+    begin, end = plot.markers("bench_step")
+    readme.write_text(f"before\n{begin}\nstale table\n{end}\nafter\n")
     monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path), "--readme", str(readme)])
     for _ in range(2):  # a second time changes nothing
         plot.main()
         text = readme.read_text()
-        assert text.startswith(f"before\n{plot.BEGIN}\n\nTime of")
-        assert text.endswith(f"\n\n{plot.END}\nafter\n")
+        assert text.startswith(f"before\n{begin}\n\nTime of")
+        assert text.endswith(f"\n\n{end}\nafter\n")
         assert "stale table" not in text
         assert text.count(plot.time_table(made_up_rows())) == 1
 
 
-def test_readme_without_markers_is_refused():
+def test_readme_without_markers_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="bench_step:begin"):
-        plot.replace_between("no markers", "new")
+        plot.replace_all("no markers", tmp_path)
+
+
+def test_readme_without_the_second_marker_is_refused():
+    with pytest.raises(SystemExit, match="bench_lean:end"):
+        plot.replace_between("<!-- bench_lean:begin -->", "bench_lean", "new")
+
+
+def made_up_runs() -> list[harness.Row]:
+    """Two seeds: exact ends at 1 and 3, lean at 2 and 5."""
+    facts = {key: value for key, value in made_up_rows()[0].items() if key not in ("kind", "size", "contender")}
+    case = {"kind": "run", "task": "digits", "title": "a task", "lr": 1e-3, "held_out": None, **facts}
+    ours = {"start": "sign", "init": "paper", "hidden_lr_ratio": 1.0, "hidden_width": 32}
+    ends = {"exact": (1.0, 3.0), "lean": (2.0, 5.0)}
+    rows = [{**case, **ours, "state": state, "loss": loss} for state, losses in ends.items() for loss in losses]
+    return [*rows, {**case, **dict.fromkeys(ours), "state": "lora", "loss": 4.0}]
+
+
+def test_fidelity_summary_of_made_up_runs():
+    (line,) = plot.fidelity_summary(made_up_runs(), "sign")
+    assert line.cells()[:5] == ["a task", "0.001", "4.0000", "2.0000 ± 1.4142", "3.5000 ± 2.1213"]
+    assert line.difference == pytest.approx(1.5 / math.sqrt(2))
+    assert line.cells()[5:] == ["+1.06", "**no**"]
+    assert "Of 1 differences 0 are within one" in plot.fidelity_tables(made_up_runs())
+
+
+def test_fidelity_summary_of_a_run_that_diverged():
+    rows = made_up_runs()
+    rows[3]["loss"] = None
+    (line,) = plot.fidelity_summary(rows, "sign")
+    assert line.cells()[4:] == ["1 of 2 diverged", "", ""]
+
+
+def made_up_widths() -> list[harness.Row]:
+    """Exact and lean lose the same; a wider generator and a higher rate lose less."""
+    runs = made_up_runs()
+    rows = [
+        {**row, "lr": lr, "hidden_width": width, "loss": 1 / (lr * (width or 1))}
+        for row in (runs[0], runs[2], runs[4])
+        for lr in (0.01, 0.1)
+        for width in ((None,) if row["state"] == "lora" else (8, 32))
+    ]
+    memory = {
+        **made_up_rows()[0],
+        "kind": "memory",
+        "size": "one layer",
+        "peak_per_entry": 9.0,
+        "hidden_path_per_entry": 1.0,
+    }
+    contenders = {"lora, AdamW fused": 0, "oplora lean, sign": 1, "oplora exact": 12, "eager, AdamW fused": 16}
+    return rows + [
+        {**memory, "contender": name, "hidden_width": H, "bytes_per_entry": 16 + factor * H, "measured": H == 8}
+        for name, factor in contenders.items()
+        for H in (8, 32)
+    ]
+
+
+def test_width_tables_of_made_up_rows():
+    lines = plot.width_tables(made_up_widths()).splitlines()
+    assert "| plain LoRA | 100.0000 | 10.0000 |" in lines
+    assert "| H = 32 | 3.1250 (3.1250) | 0.3125 (0.3125) |" in lines
+    assert "| H = 8 | 24 | 112 | 144 |" in lines
+    assert "| H = 32 | 48 (counted) | 400 (counted) | 528 (counted) |" in lines
+
+
+def made_up_growth() -> list[harness.Row]:
+    """Lean from 8 to 32 units and 1e5 to 1e6 entries; the eager way only for the smaller N."""
+    memory = plot.of_kind(made_up_widths(), "memory")
+    times = {"kind": "growth", "ratio": 1.0, "over": "oplora lean, sign"}
+    return memory + [
+        {**memory[0], **times, "contender": name, "factor_numbers": N, "hidden_width": H, "ms": N / 1e6 + H / 1e3}
+        for name in ("oplora lean, sign", "eager, AdamW fused")
+        for N, H in ((10**5, 32), (10**6, 32), (3 * 10**6, 32), (10**6, 8), (10**6, 128))
+        if "lean" in name or (N <= 10**6 and H == 32)
+    ]
+
+
+def test_lean_tables_of_made_up_rows():
+    rows = [{**row, "factor_numbers": row.get("factor_numbers", 10**6)} for row in made_up_growth()]
+    lines = plot.lean_tables(rows).splitlines()
+    assert "Time of `step()` alone against N, at H = 32:" in lines
+    assert "| 3,000,000 | 3.03 |  |" in lines
+    assert "Time of `step()` alone against H, at N = 1,000,000:" in lines
+    assert "| 32 | 1.03 | 1.03 |" in lines
+    assert "| lean, signs | 8 | 24.0 | 1.0 | 9.0 |" in lines
+
+
+def test_new_plots_write_a_png(tmp_path):
+    plot.draw_lean(made_up_growth(), tmp_path / "lean.png")
+    plot.draw_width(made_up_widths(), tmp_path / "width.png")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot_writes_a_png(tmp_path):

@@ -66,7 +66,7 @@ def test_generate_takes_keywords() -> None:
 
 def start(H: int = 6, Z: int = 5, N: int = 300, dtype: Any = np.float64, **changes: Any) -> NDArray[Any]:
     out = np.zeros(H * N + N + H * Z + H + Z, dtype)
-    options = {"seed": 1, "layer": 2, "latent_std": 0.01, "uniform": [(0, N // 2)], **changes}
+    options = {"seed": 1, "layer": 2, "latent_std": 0.01, "random": [(0, N // 2)], "start": "uniform", **changes}
     _core.start(out, hidden_width=H, latent_width=Z, **options)
     return out
 
@@ -94,7 +94,7 @@ def test_start_depends_on_seed_and_layer(change: dict[str, int]) -> None:
 
 
 def test_start_takes_rows_in_any_sequence() -> None:
-    assert np.array_equal(start(uniform=[[0, 10], (10, 20)]), start(uniform=((np.int64(0), 20),)))
+    assert np.array_equal(start(random=[[0, 10], (10, 20)]), start(random=((np.int64(0), 20),)))
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def test_start_takes_rows_in_any_sequence() -> None:
         ({"layer": 2**32}, "layer is 4294967296"),
         ({"latent_std": -0.5}, "latent_std is negative"),
         ({"latent_std": float("nan")}, "NaN"),
-        ({"uniform": [(0, 1), (3, 2)]}, r"uniform\[1\] is \(3, 2\), expected rows .* N = 300"),
-        ({"uniform": [(0, 301)]}, r"uniform\[0\] is \(0, 301\)"),
-        ({"uniform": [(-1, 2)]}, r"uniform\[0\]"),
-        ({"uniform": [(0, 2**80)]}, r"uniform\[0\]"),
-        ({"uniform": [(0, 1, 2)]}, r"uniform\[0\]"),
-        ({"uniform": [7]}, r"uniform\[0\] is 7"),
+        ({"random": [(0, 1), (3, 2)]}, r"random\[1\] is \(3, 2\), expected rows .* N = 300"),
+        ({"random": [(0, 301)]}, r"random\[0\] is \(0, 301\)"),
+        ({"random": [(-1, 2)]}, r"random\[0\]"),
+        ({"random": [(0, 2**80)]}, r"random\[0\]"),
+        ({"random": [(0, 1, 2)]}, r"random\[0\]"),
+        ({"random": [7]}, r"random\[0\] is 7"),
     ],
 )
 def test_start_refuses(changes: dict[str, Any], message: str) -> None:
@@ -122,14 +122,14 @@ def test_start_refuses(changes: dict[str, Any], message: str) -> None:
 def test_start_refuses_widths_that_do_not_fit(widths: tuple[int, int]) -> None:
     out = np.zeros(6 * 300 + 300 + 6 * 5 + 6 + 5)
     with pytest.raises(OPLoRAValueError, match="out has 2141 entries"):
-        _core.start(out, hidden_width=widths[0], latent_width=widths[1], seed=0, layer=0, latent_std=1, uniform=[])
+        _core.start(out, hidden_width=widths[0], latent_width=widths[1], seed=0, layer=0, latent_std=1, random=[], start="uniform")
 
 
 def test_start_refuses_to_write_read_only_memory() -> None:
     out = np.zeros(2141)
     out.flags.writeable = False
     with pytest.raises(OPLoRAValueError, match="read-only"):
-        _core.start(out, hidden_width=6, latent_width=5, seed=0, layer=0, latent_std=1, uniform=[])
+        _core.start(out, hidden_width=6, latent_width=5, seed=0, layer=0, latent_std=1, random=[], start="uniform")
 
 
 # Salmon et al.'s known answers (random123, kat_vectors)

@@ -17,6 +17,7 @@
 
 #include "dispatch.h"
 #include "hidden.h"
+#include "workspace.h"
 
 #include <math.h>
 #include <string.h>
@@ -31,29 +32,6 @@ int64_t oplora_exact_report_size(int64_t H) { return 3 + 2 * H; }
 
 static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
-static int adamw_is_valid(const oplora_adamw *a) {
-    return isfinite(a->lr) && isfinite(a->hidden_lr) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 &&
-           a->beta2 < 1 && a->eps >= 0 && isfinite(a->eps) && isfinite(a->weight_decay) && a->step >= 1;
-}
-
-/* Hands out pieces of the caller's workspace; with memory NULL it only counts. */
-typedef struct {
-    char *memory;
-    int64_t used; /* -1 once the count passes 2^63 */
-} arena;
-
-static void *take(arena *a, int64_t count, int64_t size) {
-    int64_t bytes;
-    if (a->used < 0 || count < 0 || __builtin_mul_overflow(count, size, &bytes) ||
-        __builtin_add_overflow(bytes, 63, &bytes) || __builtin_add_overflow(a->used, bytes & ~(int64_t)63, &bytes)) {
-        a->used = -1;
-        return NULL;
-    }
-    void *const piece = a->memory ? a->memory + a->used : NULL;
-    a->used = bytes;
-    return piece;
-}
-
 #define OPLORA_TEMPLATE "adamw_exact.c"
 #include "each_type.h"
 
@@ -62,7 +40,7 @@ static void *take(arena *a, int64_t count, int64_t size) {
 /* What one layer needs during a call. */
 typedef struct {
     const TY(oplora_exact) *layer;
-    TY(adamw_numbers) outer, hidden; /* for W2, c2 and for z, W1, c1 */
+    TY(adamw_numbers) outer, bias, hidden; /* for W2, for c2, and for z, W1, c1 */
     T *W2, *c2, *W1, *c1, *z;
     T *h, *h_next, *d, *dz, *ones;
     double *latent;  /* dz in double */
@@ -83,11 +61,12 @@ typedef struct {
     int measured;
 } TY(job);
 
-static TY(adamw_numbers) TY(numbers_of)(const oplora_adamw *a, double lr) {
+/* For a tensor that moves at the rate lr and shrinks by decay a step. */
+static TY(adamw_numbers) TY(numbers_of)(const oplora_adamw *a, double lr, double decay) {
     return (TY(adamw_numbers)){.beta1_rest = (T)(1 - a->beta1),
                                .beta2 = (T)a->beta2,
                                .beta2_rest = (T)(1 - a->beta2),
-                               .keep = (T)(1 - lr * a->weight_decay),
+                               .keep = (T)(1 - decay),
                                .rate = (T)(lr / (1 - pow(a->beta1, (double)a->step))),
                                .eps = (T)a->eps,
                                .inverse_root = (T)(1 / sqrt(1 - pow(a->beta2, (double)a->step)))};
@@ -101,7 +80,7 @@ static oplora_status TY(check)(const TY(oplora_exact) *layers, int64_t n_layers,
         OPLORA_RETURN_IF(oplora_size(l->H, l->Z, l->N) < 0 || l->n_factors < 1, OPLORA_ESIZE);
         OPLORA_RETURN_IF(!l->parameters || !l->factors, OPLORA_ENULL);
         OPLORA_RETURN_IF(steps && (!l->exp_avg || !l->exp_avg_sq || !l->decay || !l->moving), OPLORA_ENULL);
-        OPLORA_RETURN_IF(steps && !adamw_is_valid(&l->adamw), OPLORA_EVALUE);
+        OPLORA_RETURN_IF(steps && !oplora_adamw_is_valid(&l->adamw), OPLORA_EVALUE);
         for (int64_t f = 0; f < l->n_factors; f++) {
             OPLORA_RETURN_IF(l->factors[f].rows < 1 || l->factors[f].rows > l->N - rows, OPLORA_ESIZE);
             rows += l->factors[f].rows;
@@ -142,8 +121,10 @@ static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers,
         p.c1 = p.W1 + l->H * l->Z;
         p.z = p.c1 + l->H;
         p.ones[0] = 1;
-        p.outer = TY(numbers_of)(&l->adamw, l->adamw.lr);
-        p.hidden = TY(numbers_of)(&l->adamw, l->adamw.hidden_lr);
+        const oplora_adamw *const a_of = &l->adamw;
+        p.outer = TY(numbers_of)(a_of, a_of->weight_lr, a_of->lr * a_of->weight_decay);
+        p.bias = TY(numbers_of)(a_of, a_of->lr, a_of->lr * a_of->weight_decay);
+        p.hidden = TY(numbers_of)(a_of, a_of->hidden_lr, a_of->hidden_lr * a_of->weight_decay);
         job.plans[i] = p;
     }
     if (a->memory) job.spans[n_spans] = (TY(span)){.first_task = task, .plan = n_layers};
@@ -244,7 +225,7 @@ static void TY(update_task)(const TY(task) *t) {
     const T *const g = t->factor->g + t->offset;
     T v[CHUNK] = {0};
     const int64_t bias = l->H * l->N + t->row;
-    kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &p->outer);
+    kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &p->bias);
     for (int64_t j = 0; j < l->H; j++) {
         const int64_t at = j * l->N + t->row;
         T *const column = l->parameters + at;

@@ -11,8 +11,46 @@
 #define FN_JOIN_(name, type, isa) name##_##type##_##isa
 #define FN_JOIN(name, type, isa) FN_JOIN_(name, type, isa)
 #define FN(name) FN_JOIN(name, TNAME, ISA)
+/* Moments as lean state keeps them: bfloat16, rounded up with the probability that the dropped bits say, so that a
+ * moving average of many small steps stays unbiased; the double twin rounds nothing. */
+static inline __attribute__((always_inline)) float get_f32(oplora_moment_f32 stored) {
+    const uint32_t bits = (uint32_t)stored << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+static inline __attribute__((always_inline)) oplora_moment_f32 put_f32(float value, uint32_t noise) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (oplora_moment_f32)((bits + (noise & 0xffff)) >> 16);
+}
+static inline __attribute__((always_inline)) double get_f64(double stored) { return stored; }
+static inline __attribute__((always_inline)) double put_f64(double value, uint32_t noise) {
+    (void)noise;
+    return value;
+}
+
+/* Random bits of one row for the rounding: Wellons' lowbias32 hash. */
+static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uint32_t key) {
+    uint32_t x = row ^ key;
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+}
+
 #define SQRT(x) ((T)(sizeof(T) == sizeof(float) ? sqrtf((float)(x)) : (T)sqrt(x)))
 
+/* WIDE is the width of a register in bytes. WIDE_MULTIPLY: the 64-bit products of the low halves of 64-bit lanes, which
+ * GCC does not see in (a & low) * b. */
+#define WIDE 16
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define WIDE_MULTIPLY(a, b) ((__typeof__(a))__builtin_ia32_pmuludq128((int32x4)(a), (int32x4)(b)))
+typedef int int32x4 __attribute__((vector_size(16)));
+typedef int int32x8 __attribute__((vector_size(32)));
+typedef int int32x16 __attribute__((vector_size(64)));
+#else
+#define WIDE_MULTIPLY(a, b) (((a) & 0xffffffffu) * (b))
+#endif
 #define ISA base
 #define OPLORA_TEMPLATE "kernels.h"
 #include "each_type.h"
@@ -27,6 +65,12 @@
 #pragma GCC push_options
 #pragma GCC target("avx2")
 #endif
+#undef WIDE
+#define WIDE 32
+#ifndef __clang__
+#undef WIDE_MULTIPLY
+#define WIDE_MULTIPLY(a, b) ((__typeof__(a))__builtin_ia32_pmuludq256((int32x8)(a), (int32x8)(b)))
+#endif
 #define ISA avx2
 #define OPLORA_TEMPLATE "kernels.h"
 #include "each_type.h"
@@ -38,6 +82,14 @@
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,prefer-vector-width=512")
+#endif
+#undef WIDE
+#define WIDE 64
+#ifndef __clang__
+#undef WIDE_MULTIPLY
+#define WIDE_MULTIPLY(a, b) \
+    ((__typeof__(a))__builtin_ia32_pmuludq512_mask((int32x16)(a), (int32x16)(b), (int64x8){0}, 0xff))
+typedef long long int64x8 __attribute__((vector_size(64)));
 #endif
 #define ISA avx512
 #define OPLORA_TEMPLATE "kernels.h"
@@ -57,7 +109,16 @@
      dot_##type##_##isa, \
      dot_double_##type##_##isa, \
      square_sum_##type##_##isa, \
-     adamw_##type##_##isa}
+     adamw_##type##_##isa, \
+     uniform_dot_##type##_##isa, \
+     uniform_axpy_##type##_##isa, \
+     sign_words_##type##_##isa, \
+     sign_dot_##type##_##isa, \
+     sign_axpy_##type##_##isa, \
+     lean_scale_##type##_##isa, \
+     lean_second_##type##_##isa, \
+     lean_widen_##type##_##isa, \
+     lean_round_##type##_##isa}
 #ifdef HAVE_X86
 #define ROWS(type) {ROW(type, base), ROW(type, avx2), ROW(type, avx512)}
 #else

@@ -4,6 +4,7 @@
 #define OPLORA_DISPATCH_H
 
 #include "oplora_core.h"
+#include "random.h"
 
 #define OPLORA_TEMPLATE "dispatch.h"
 #include "each_type.h"
@@ -64,6 +65,13 @@ typedef struct {
     T beta1_rest, beta2, beta2_rest, keep, rate, eps, inverse_root;
 } TY(adamw_numbers);
 
+/* One lean step's numbers for the rows of one linear map: rate = lr / (1 - beta1^t) is the bias's, eps_row is eps in the
+ * row factor's scale, second = (1 - beta2) mean(x^2) for the map's input x, key makes the rounding noise. */
+typedef struct {
+    T beta1_rest, beta2, beta2_rest, second, keep, rate, eps, eps_row, inverse_root;
+    uint32_t key;
+} TY(lean_numbers);
+
 typedef struct {
     const char *name;
     void (*axpy)(const T *const *column, const T *h, int64_t count, T *restrict v, int64_t n);
@@ -71,6 +79,17 @@ typedef struct {
     double (*dot_double)(const T *a, const T *b, int64_t n);
     double (*square_sum)(const T *g, int64_t n, int64_t *nonfinite);
     void (*adamw)(T *p, T *m, T *s, const T *g, T h, T h_next, T *v, int64_t n, const TY(adamw_numbers) *numbers);
+    double (*uniform_dot)(const oplora_stream *s, uint32_t vector, int64_t first, const T *x, int64_t n);
+    void (*uniform_axpy)(const oplora_stream *s, uint32_t vector, int64_t first, T coefficient, T *y, int64_t n);
+    void (*sign_words)(const oplora_stream *s, uint32_t group, int64_t first, int64_t n, uint32_t *words);
+    void (*sign_dot)(const uint32_t *words, const int *bit, int64_t count, const T *x, int64_t n, double *out);
+    void (*sign_axpy)(const uint32_t *words, const int *bit, const T *coefficient, int64_t count, T *y, int64_t n);
+    void (*lean_scale)(const TY(oplora_moment) *R, const T *g, int64_t n, const TY(lean_numbers) *numbers, T *row,
+                       T *scaled);
+    void (*lean_second)(TY(oplora_moment) *m, TY(oplora_moment) *S, TY(oplora_moment) *R, const T *g, const T *base,
+                        int64_t first, int64_t n, const TY(lean_numbers) *numbers, T *row, T *scaled, T *out);
+    void (*lean_widen)(const TY(oplora_moment) *A, const T *row, int64_t n, T *wide, T *scaled);
+    void (*lean_round)(const T *v, int64_t first, uint32_t key, int64_t n, TY(oplora_moment) *A);
 } TY(oplora_kernels);
 
 const TY(oplora_kernels) *TY(oplora_dispatch)(void);

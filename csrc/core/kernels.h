@@ -123,5 +123,215 @@ static void FN(adamw)(T *p, T *m, T *s, const T *g, T h, T h_next, T *v, int64_t
         FN(adamw_body)(p, m, s, g, h, 0, NULL, n, a, 0);
 }
 
+/* ---- the start's random numbers, made where they are used ---- */
+
+typedef uint64_t FN(wide) __attribute__((vector_size(WIDE)));
+typedef uint32_t FN(wide_words) __attribute__((vector_size(WIDE), aligned(4), may_alias));
+typedef uint32_t FN(words16) __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t FN(ints16) __attribute__((vector_size(64)));
+typedef T FN(sixteen) __attribute__((vector_size(16 * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef __typeof__(__builtin_choose_expr(sizeof(T) == 4, (uint32_t)0, (uint64_t)0)) FN(bits);
+typedef FN(bits) FN(bits16) __attribute__((vector_size(16 * sizeof(T))));
+#define SIXTEEN(p) (*(FN(sixteen) *)(p))
+
+/* The four words of the counters first .. first + 15, word by word: random.c has the counter. Two registers of 64-bit
+ * lanes, even and odd counters, go through the rounds side by side; the garbage in their upper halves never matters. */
+static inline __attribute__((always_inline)) void FN(philox16)(const oplora_stream *s, uint64_t first, uint32_t third,
+                                                               uint32_t out[4][16]) {
+    enum { PAIR = 2 * WIDE / 8 };
+    const FN(wide) zero = {0}, low = zero + 0xffffffffu;
+    const FN(wide) multiplier_a = zero + 0xD2511F53u, multiplier_b = zero + 0xCD9E8D57u;
+    FN(wide) lane;
+    for (int l = 0; l < PAIR / 2; l++) lane[l] = 2 * (uint64_t)l;
+    for (int i = 0; i < 16 / PAIR; i++) {
+        const uint64_t tensor = (uint64_t)s->tensor << 24;
+        FN(wide) a = lane + (first + (uint64_t)(i * PAIR)), a_odd = a + 1;
+        FN(wide) b = a >> 32 | tensor, b_odd = a_odd >> 32 | tensor;
+        FN(wide) c = zero + third, c_odd = c, d = zero + s->layer, d_odd = d;
+        uint32_t k0 = (uint32_t)s->seed, k1 = (uint32_t)(s->seed >> 32);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; round++) {
+            const FN(wide) p = WIDE_MULTIPLY(a, multiplier_a), q = WIDE_MULTIPLY(c, multiplier_b);
+            const FN(wide) p_odd = WIDE_MULTIPLY(a_odd, multiplier_a), q_odd = WIDE_MULTIPLY(c_odd, multiplier_b);
+            a = q >> 32 ^ b ^ (uint64_t)k0, a_odd = q_odd >> 32 ^ b_odd ^ (uint64_t)k0;
+            c = p >> 32 ^ d ^ (uint64_t)k1, c_odd = p_odd >> 32 ^ d_odd ^ (uint64_t)k1;
+            b = q, b_odd = q_odd, d = p, d_odd = p_odd;
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        }
+        *(FN(wide_words) *)&out[0][i * PAIR] = (FN(wide_words))((a & low) | a_odd << 32);
+        *(FN(wide_words) *)&out[1][i * PAIR] = (FN(wide_words))((b & low) | b_odd << 32);
+        *(FN(wide_words) *)&out[2][i * PAIR] = (FN(wide_words))((c & low) | c_odd << 32);
+        *(FN(wide_words) *)&out[3][i * PAIR] = (FN(wide_words))((d & low) | d_odd << 32);
+    }
+}
+
+/* The q-th sixteen of a block's 128 numbers, in units of 2^-16. Macros, as no ABI returns vectors of this size. */
+#define HALVES(words, q) (*(const FN(words16) *)(words)[(q) / 2] << 16 * (1 - (q) % 2) >> 16)
+#define UNIFORM16(words, q) \
+    __builtin_convertvector((FN(ints16))(HALVES(words, q) + HALVES(words, q)) - 65535, FN(sixteen))
+
+/* sum of x[i] times the vector's numbers first + i; `first` is a multiple of 128. */
+static double FN(uniform_dot)(const oplora_stream *s, uint32_t vector, int64_t first, const T *x, int64_t n) {
+    FN(sixteen) lanes = {0};
+    for (int64_t i = 0; i < n; i += 128) {
+        uint32_t words[4][16];
+        T padded[128] = {0};
+        const T *block = x + i;
+        FN(philox16)(s, (uint64_t)(first + i) / 8, vector, words);
+        if (n - i < 128) memcpy(padded, block, (size_t)(n - i) * sizeof(T)), block = padded;
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) lanes += UNIFORM16(words, q) * SIXTEEN(block + 16 * q);
+    }
+    double sum = 0;
+    for (int l = 0; l < 16; l++) sum += lanes[l];
+    return sum;
+}
+
+/* y[i] += coefficient times the vector's numbers first + i. */
+static void FN(uniform_axpy)(const oplora_stream *s, uint32_t vector, int64_t first, T coefficient, T *y, int64_t n) {
+    for (int64_t i = 0; i < n; i += 128) {
+        uint32_t words[4][16];
+        T padded[128];
+        T *block = y + i;
+        const int64_t left = n - i;
+        FN(philox16)(s, (uint64_t)(first + i) / 8, vector, words);
+        if (left < 128) memcpy(padded, block, (size_t)left * sizeof(T)), block = padded;
+#pragma GCC unroll 8
+        for (int q = 0; q < 8; q++) SIXTEEN(block + 16 * q) += coefficient * UNIFORM16(words, q);
+        if (left < 128) memcpy(y + i, padded, (size_t)left * sizeof(T));
+    }
+}
+
+/* words[i]: the signs of row first + i in columns 32 group .. 32 group + 31. `first` is a multiple of 64, and words has
+ * room for n rounded up to one. */
+static void FN(sign_words)(const oplora_stream *s, uint32_t group, int64_t first, int64_t n, uint32_t *words) {
+    for (int64_t i = 0; i < n; i += 64) {
+        uint32_t block[4][16];
+        FN(philox16)(s, (uint64_t)(first + i) / 4, group, block);
+        memcpy(words + i, block, sizeof block);
+    }
+}
+
+/* The sign of x changed where bit `bit` of the word is set. */
+#define SIGNED16(word, bit, x) \
+    ((FN(sixteen))((FN(bits16))(x) ^ __builtin_convertvector((word) << (31 - (bit)) & 0x80000000u, FN(bits16)) \
+                                         << (8 * sizeof(T) - 32)))
+
+/* out[k] = sum of +-x, the signs of column bit[k]. Four columns at a time read x and the words once. */
+static void FN(sign_dot)(const uint32_t *words, const int *bit, int64_t count, const T *x, int64_t n, double *out) {
+    int64_t k = 0;
+    for (int64_t width; k < count; k += width) {
+        FN(sixteen) lanes[4] = {0};
+        width = count - k < 4 ? 1 : 4;
+        for (int64_t i = 0; i < n; i += 16) {
+            FN(sixteen) some = {0};
+            if (n - i < 16)
+                memcpy(&some, x + i, (size_t)(n - i) * sizeof(T));
+            else
+                some = *(const FN(sixteen) *)(x + i);
+            const FN(words16) word = *(const FN(words16) *)(words + i);
+            lanes[0] += SIGNED16(word, bit[k], some);
+            if (width == 1) continue;
+            lanes[1] += SIGNED16(word, bit[k + 1], some);
+            lanes[2] += SIGNED16(word, bit[k + 2], some);
+            lanes[3] += SIGNED16(word, bit[k + 3], some);
+        }
+        for (int w = 0; w < width; w++) {
+            out[k + w] = 0;
+            for (int l = 0; l < 16; l++) out[k + w] += lanes[w][l];
+        }
+    }
+}
+
+/* y[i] += sum over k of +-coefficient[k], added in the order of k. */
+static void FN(sign_axpy)(const uint32_t *words, const int *bit, const T *coefficient, int64_t count, T *y, int64_t n) {
+    const FN(sixteen) zero = {0};
+    int64_t k = 0;
+    for (int64_t width; k < count; k += width) {
+        width = count - k < 4 ? 1 : 4;
+        for (int64_t i = 0; i < n; i += 16) {
+            T padded[16];
+            T *const block = n - i < 16 ? padded : y + i;
+            if (block == padded) memcpy(padded, y + i, (size_t)(n - i) * sizeof(T));
+            const FN(words16) word = *(const FN(words16) *)(words + i);
+            FN(sixteen) v = SIXTEEN(block) + SIGNED16(word, bit[k], zero + coefficient[k]);
+            if (width == 4) {
+                v += SIGNED16(word, bit[k + 1], zero + coefficient[k + 1]);
+                v += SIGNED16(word, bit[k + 2], zero + coefficient[k + 2]);
+                v += SIGNED16(word, bit[k + 3], zero + coefficient[k + 3]);
+            }
+            SIXTEEN(block) = v;
+            if (block == padded) memcpy(y + i, padded, (size_t)(n - i) * sizeof(T));
+        }
+    }
+}
+
+/* ---- the rows of lean state; adamw_lean.c has the formulas ---- */
+
+/* row = 1 / (sqrt of the second moment's next row factor + eps), scaled = row g. Nothing is stored in the state. */
+static void FN(lean_scale)(const TY(oplora_moment) *restrict R, const T *restrict g, int64_t n,
+                           const TY(lean_numbers) *a, T *restrict row, T *restrict scaled) {
+    const T beta2 = a->beta2, second = a->second, inverse_root = a->inverse_root, eps_row = a->eps_row;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const T r = beta2 * TY(get)(R[i]) + second * (g[i] * g[i]);
+        row[i] = 1 / (SQRT(r) * inverse_root + eps_row);
+        scaled[i] = row[i] * g[i];
+    }
+}
+
+static inline __attribute__((always_inline)) void
+FN(lean_second_body)(TY(oplora_moment) *restrict m, TY(oplora_moment) *restrict S, TY(oplora_moment) *restrict R,
+                     const T *restrict g, const T *restrict base, int64_t first, int64_t n, const TY(lean_numbers) *a,
+                     T *restrict row, T *restrict scaled, T *restrict out, const int has_base) {
+    const T beta1_rest = a->beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest, second = a->second;
+    const T keep = a->keep, rate = a->rate, eps = a->eps, eps_row = a->eps_row, inverse_root = a->inverse_root;
+    const uint32_t key = a->key, other_key = a->key ^ 0x9E3779B9u;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t noise = noise_of((uint32_t)(first + i), key);
+        const T square = g[i] * g[i], m_old = TY(get)(m[i]);
+        const T m_next = m_old + beta1_rest * (g[i] - m_old);
+        const T s_next = beta2 * TY(get)(S[i]) + beta2_rest * square;
+        const T r_next = beta2 * TY(get)(R[i]) + second * square;
+        const T step = rate * m_next / (SQRT(s_next) * inverse_root + eps);
+        row[i] = 1 / (SQRT(r_next) * inverse_root + eps_row);
+        scaled[i] = row[i] * g[i];
+        out[i] = (has_base ? base[i] + keep * (out[i] - base[i]) : keep * out[i]) - step;
+        m[i] = TY(put)(m_next, noise);
+        S[i] = TY(put)(s_next, noise >> 16);
+        R[i] = TY(put)(r_next, noise_of((uint32_t)(first + i), other_key));
+    }
+}
+
+/* The bias's AdamW on what lies in out, the row factor's next value, and row and scaled with the bits of lean_scale. */
+static void FN(lean_second)(TY(oplora_moment) *m, TY(oplora_moment) *S, TY(oplora_moment) *R, const T *g, const T *base,
+                            int64_t first, int64_t n, const TY(lean_numbers) *a, T *row, T *scaled, T *out) {
+    if (base)
+        FN(lean_second_body)(m, S, R, g, base, first, n, a, row, scaled, out, 1);
+    else
+        FN(lean_second_body)(m, S, R, g, NULL, first, n, a, row, scaled, out, 0);
+}
+
+/* A stored column of the first moment as numbers, and the same times row. */
+static void FN(lean_widen)(const TY(oplora_moment) *restrict A, const T *restrict row, int64_t n, T *restrict wide,
+                           T *restrict scaled) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        wide[i] = TY(get)(A[i]);
+        scaled[i] = row[i] * wide[i];
+    }
+}
+
+static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int64_t n,
+                           TY(oplora_moment) *restrict A) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) A[i] = TY(put)(v[i], noise_of((uint32_t)(first + i), key));
+}
+
 #undef VECTOR
 #undef EIGHT
+#undef SIXTEEN
+#undef HALVES
+#undef UNIFORM16
+#undef SIGNED16

@@ -57,20 +57,24 @@ int64_t oplora_size(int64_t H, int64_t Z, int64_t N);
 /* Philox 4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key. */
 void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-/* Rows [begin, end) of W2 that start at random; all other rows start at zero. */
+/* Rows [begin, end) of W2 that start at random; all other rows start at zero. At most 31 ranges. */
 typedef struct {
     int64_t begin, end;
 } oplora_rows;
 
-/* Writes the paper's start (appendix C.1) into flat parameters that are all zero: W1 and the uniform rows of W2 from
- * U(-1/sqrt(fan_in), 1/sqrt(fan_in)), z from N(0, latent_std^2). The rest stays zero and untouched, so pages of it need
+/* How the rows of W2 that are random start: U(-1/sqrt(H), 1/sqrt(H)) as in the paper, or +-1/sqrt(3 H), which has the
+ * same variance and takes one random bit. */
+typedef enum { OPLORA_UNIFORM = 0, OPLORA_SIGN = 1 } oplora_start_kind;
+
+/* Writes the paper's start (appendix C.1) into flat parameters that are all zero: the random rows of W2 as `kind` says,
+ * W1 from U(-1/sqrt(Z), 1/sqrt(Z)), z from N(0, latent_std^2). The rest stays zero and untouched, so pages of it need
  * not be resident. The numbers depend on (seed, layer, tensor, row, column) alone: the same for every dtype up to
- * rounding, and for any later state. */
+ * rounding, and for every state. */
 oplora_status oplora_start_f32(float *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
-                               double latent_std, const oplora_rows *uniform, int64_t n_uniform,
+                               double latent_std, oplora_start_kind kind, const oplora_rows *random, int64_t n_random,
                                oplora_parallel_fn par);
 oplora_status oplora_start_f64(double *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
-                               double latent_std, const oplora_rows *uniform, int64_t n_uniform,
+                               double latent_std, oplora_start_kind kind, const oplora_rows *random, int64_t n_random,
                                oplora_parallel_fn par);
 
 /* ---- generate.c, generate_backward.c: one generator, in pieces where the caller has them ---- */
@@ -100,24 +104,28 @@ oplora_status oplora_generate_backward_f64(const double *g, const double *z, con
 
 /* ---- adamw_exact.c: AdamW on every generator of a model, fused with the next generation ---- */
 
-/* AdamW's numbers for one layer's step; `step` counts this layer's own steps from 1. `hidden_lr` is the rate of
- * z, W1 and c1. Weight decay is decoupled, as in torch.optim.AdamW. */
+/* AdamW's numbers for one layer's step; `step` counts this layer's own steps from 1. `lr` is the rate of c2, `weight_lr`
+ * of W2, `hidden_lr` of z, W1 and c1. Weight decay is decoupled, as in torch.optim.AdamW, and shrinks W2 and c2 by lr
+ * weight_decay, the others by hidden_lr weight_decay. */
 typedef struct {
-    double lr, hidden_lr, beta1, beta2, eps, weight_decay;
+    double lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay;
     int64_t step;
 } oplora_adamw;
 
 /* One factor tensor (lora_A or lora_B): its entries are the next `rows` rows of W2. `g` is its gradient, `base`
- * (or NULL) a kept start: the factor becomes base + v. */
+ * (or NULL) a kept start: the factor becomes base + v. Lean state makes W2's start anew at every step, and needs to know
+ * whether these rows are `random`: the i-th such factor of a layer is the i-th range of oplora_start. */
 typedef struct {
     int64_t rows;
     const float *g, *base;
     float *out;
+    int random;
 } oplora_factor_f32;
 typedef struct {
     int64_t rows;
     const double *g, *base;
     double *out;
+    int random;
 } oplora_factor_f64;
 
 /* One layer. decay (H) and moving (H) keep what a column owes: while moving[j] is 0 column j of W2 has zero moments
@@ -174,6 +182,80 @@ oplora_status oplora_exact_generate_f32(const oplora_exact_f32 *layers, int64_t 
                                         oplora_parallel_fn par);
 oplora_status oplora_exact_generate_f64(const oplora_exact_f64 *layers, int64_t n_layers, void *workspace,
                                         oplora_parallel_fn par);
+
+/* ---- adamw_lean.c: the same, with W2, its moments and W1's as low-rank factors ---- */
+
+/* How lean state keeps moments: bfloat16, its bits; in the double twin double. */
+typedef uint16_t oplora_moment_f32;
+typedef double oplora_moment_f64;
+
+/* One layer, with d = weight_rank and k = moment_rank, each in 1 .. 8. In this order,
+ *
+ *     numbers   U as d columns of N; U1 as d columns of H, W1 z + c1 (H); Q (d, H), B (k, H), r (H);
+ *               Q1 (d, Z), B1 (k, Z), r1 (Z); z and its two moments (Z each)
+ *     moments   A as k columns of N, m, S, R (N each); A1 as k columns of H, m1, S1, R1 (H each)
+ *     scalars   s and the mean of R, for W2 and for W1
+ *
+ * adamw_lean.c says what they are. c2 is not stored: it is what the factors hold beyond the rest, so a factor is in-
+ * and output, and whatever others add to it belongs to c2 from then on.
+ *
+ * report (OPLORA_LEAN_REPORT numbers) is filled by each call:
+ *     [0] ||g||^2   [1] how many entries of g are NaN or infinite   [2] ||dz||^2 + ||dW1||^2 + ||dc1||^2
+ *     [3] ||h||^2   [4] units that are on, both before the step
+ *     [5] share of the first moment's energy that its truncation to rank k dropped, [6] of W2's change (rank d),
+ *     [7], [8] the same of W1. A step writes these four, a measurement does not.
+ * dh (H) is dL/dh, zero where the unit is off: written by a measurement, read by a step that was measured. */
+enum { OPLORA_LEAN_REPORT = 9, OPLORA_MOST_RANK = 8 };
+typedef struct {
+    int64_t H, Z, N, weight_rank, moment_rank;
+    uint64_t seed;
+    uint32_t layer;
+    oplora_start_kind start;
+    float *numbers;
+    oplora_moment_f32 *moments;
+    double *scalars;
+    const oplora_factor_f32 *factors;
+    int64_t n_factors;
+    oplora_adamw adamw;
+    double *report, *dh;
+} oplora_lean_f32;
+typedef struct {
+    int64_t H, Z, N, weight_rank, moment_rank;
+    uint64_t seed;
+    uint32_t layer;
+    oplora_start_kind start;
+    double *numbers;
+    oplora_moment_f64 *moments;
+    double *scalars;
+    const oplora_factor_f64 *factors;
+    int64_t n_factors;
+    oplora_adamw adamw;
+    double *report, *dh;
+} oplora_lean_f64;
+
+/* How many numbers and moments one layer has; -1 if a size or rank is out of range. */
+int64_t oplora_lean_numbers(int64_t H, int64_t Z, int64_t N, int64_t weight_rank, int64_t moment_rank);
+int64_t oplora_lean_moments(int64_t H, int64_t Z, int64_t N, int64_t weight_rank, int64_t moment_rank);
+enum { OPLORA_LEAN_SCALARS = 4 };
+
+/* The paper's start: z and W1 z into numbers that are all zero (as the moments must be), 1, 0, 1, 0 into the scalars, and
+ * v into every factor's `out`: as the factors' values, or for the caller to find the base of those that keep theirs. */
+oplora_status oplora_lean_start_f32(const oplora_lean_f32 *layer, double latent_std, oplora_parallel_fn par);
+oplora_status oplora_lean_start_f64(const oplora_lean_f64 *layer, double latent_std, oplora_parallel_fn par);
+
+/* Bytes of scratch, aligned for double, that the calls below need for these layers; -1 for sizes that do not fit. */
+int64_t oplora_lean_workspace_bytes_f32(const oplora_lean_f32 *layers, int64_t n_layers);
+int64_t oplora_lean_workspace_bytes_f64(const oplora_lean_f64 *layers, int64_t n_layers);
+
+/* As oplora_exact_measure and oplora_exact_step. */
+oplora_status oplora_lean_measure_f32(const oplora_lean_f32 *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par);
+oplora_status oplora_lean_measure_f64(const oplora_lean_f64 *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par);
+oplora_status oplora_lean_step_f32(const oplora_lean_f32 *layers, int64_t n_layers, int measured, void *workspace,
+                                   oplora_parallel_fn par);
+oplora_status oplora_lean_step_f64(const oplora_lean_f64 *layers, int64_t n_layers, int measured, void *workspace,
+                                   oplora_parallel_fn par);
 
 /* ---- merge.c: W <- W + scaling B A on a checkpoint's own numbers ---- */
 

@@ -4,18 +4,26 @@
  * of four words and a key of two into four random words. Here
  *
  *     key     = seed (low word, high word)
- *     counter = (row low, row high | tensor << 24, column / 4, layer), and column % 4 chooses the word
+ *     counter = (index low, index high | tensor << 24, vector, layer)
  *
- * so that any entry can be made alone, in any order, on any device: state that never stores W0 needs just that.
- * Ten rounds of two multiplications for four numbers; only the start pays for it. */
+ * so that any entry can be made alone, in any order, on any device: lean state never stores W0. A tensor is cut into
+ * vectors: W1 into its rows, a range of W2's rows that starts at random into its columns (or, for signs, into groups of
+ * 32 columns), with entries counted from the range's first row. The index lays 16 consecutive counters, which the
+ * vector unit makes together, side by side:
+ *
+ *     uniform   eight 16-bit numbers a counter: entry 128 b + 16 q + l is half q % 2 (0 the low one) of word q / 2 of
+ *               counter 16 b + l; the number u means (2 u + 1 - 65536) 2^-16, an odd multiple of 2^-16 in (-1, 1)
+ *     sign      a word a row for 32 columns: row 64 b + 16 w + l is word w of counter 16 b + l; a set bit is a minus
+ *     normal    z: four words a counter, two normals a pair of words */
 #ifndef T
 
 #include "oplora_core.h"
 
+#include "dispatch.h"
+
 #include <math.h>
 #include <string.h>
 
-enum { W2_TENSOR = 0, W1_TENSOR = 1, Z_TENSOR = 2 };
 enum { START_ROWS = 16384 }; /* rows of W2 that one task fills */
 
 static inline void philox_round(uint32_t c[4], uint32_t k0, uint32_t k1) {
@@ -37,23 +45,6 @@ void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint
     philox(out, key[0], key[1]);
 }
 
-/* The stream of one tensor of one layer. */
-typedef struct {
-    uint64_t seed;
-    uint32_t layer, tensor;
-} stream;
-
-static inline void four_words(stream s, int64_t row, int64_t column_group, uint32_t out[4]) {
-    out[0] = (uint32_t)row;
-    out[1] = (uint32_t)(row >> 32) | s.tensor << 24;
-    out[2] = (uint32_t)column_group;
-    out[3] = s.layer;
-    philox(out, (uint32_t)s.seed, (uint32_t)(s.seed >> 32));
-}
-
-/* 24 bits of a word as one of the odd multiples of 2^-24 in (-1, 1): symmetric, never 0, and exact in float. */
-static inline float symmetric(uint32_t word) { return (float)(2 * ((int32_t)(word >> 8) - (1 << 23)) + 1) * 0x1p-24f; }
-
 /* Two words to two normals (Box and Muller). In double, so that float and double starts agree. */
 static void normal_pair(const uint32_t word[2], double out[2]) {
     const double radius = sqrt(-2 * log((word[0] + 0.5) * 0x1p-32)), angle = 0x1.921fb54442d18p+2 * (word[1] * 0x1p-32);
@@ -71,77 +62,83 @@ int64_t oplora_size(int64_t H, int64_t Z, int64_t N) {
     return total;
 }
 
+/* What the kernels' numbers are multiplied with: U(-1/sqrt(n), 1/sqrt(n)), and signs of the same variance. */
+double oplora_start_bound(oplora_start_kind kind, int64_t fan_in) {
+    return kind == OPLORA_UNIFORM ? OPLORA_UNIFORM_UNIT / sqrt((double)fan_in) : 1 / sqrt(3 * (double)fan_in);
+}
+
+oplora_stream oplora_w2_stream(uint64_t seed, uint32_t layer, oplora_start_kind kind, int64_t range) {
+    const uint32_t tensor = kind == OPLORA_UNIFORM ? OPLORA_W2_TENSOR : OPLORA_SIGN_TENSOR;
+    return (oplora_stream){seed, layer, tensor + OPLORA_RANGE_TENSORS * (uint32_t)range};
+}
+
 #define OPLORA_TEMPLATE "random.c"
 #include "each_type.h"
 
 #else
 
-/* out[i * stride] for columns 4 group .. 4 group + 3 of one row, bound * U(-1, 1). */
-static void TY(uniform_row)(stream s, int64_t row, int64_t columns, T bound, T *out) {
-    for (int64_t column = 0; column < columns; column += 4) {
-        uint32_t word[4];
-        four_words(s, row, column / 4, word);
-        for (int64_t k = 0; k < 4 && column + k < columns; k++) out[column + k] = symmetric(word[k]) * bound;
-    }
-}
-
-static void TY(normal_row)(stream s, int64_t columns, double deviation, T *out) {
-    for (int64_t column = 0; column < columns; column += 4) {
-        uint32_t word[4];
+/* entries of z, N(0, deviation^2) */
+void TY(oplora_start_latent)(uint64_t seed, uint32_t layer, int64_t Z, double deviation, T *z) {
+    for (int64_t i = 0; i < Z; i += 4) {
+        uint32_t word[4] = {(uint32_t)(i / 4), (uint32_t)(i / 4 >> 32) | OPLORA_Z_TENSOR << 24, 0, layer};
         double normal[4];
-        four_words(s, 0, column / 4, word);
+        philox(word, (uint32_t)seed, (uint32_t)(seed >> 32));
         normal_pair(word, normal);
         normal_pair(word + 2, normal + 2);
-        for (int64_t k = 0; k < 4 && column + k < columns; k++) out[column + k] = (T)(deviation * normal[k]);
+        for (int64_t k = 0; k < 4 && i + k < Z; k++) z[i + k] = (T)(deviation * normal[k]);
     }
 }
 
 typedef struct {
     T *W2;
     int64_t H, N;
-    stream s;
+    oplora_stream s;
     oplora_rows rows;
+    oplora_start_kind kind;
 } TY(start_job);
 
 /* Column by column inside a block of rows: W2 is stored so, and the rows go through the vector unit together. */
-static void TY(uniform_columns)(int64_t first, int64_t last, void *context) {
+static void TY(start_rows)(int64_t first, int64_t last, void *context) {
     const TY(start_job) *job = context;
-    const T bound = (T)(1 / sqrt((double)job->H));
-    const int64_t begin = job->rows.begin + first * START_ROWS;
-    const int64_t end =
-        job->rows.begin + last * START_ROWS < job->rows.end ? job->rows.begin + last * START_ROWS : job->rows.end;
-    for (int64_t group = 0; 4 * group < job->H; group++) {
-        T *const column = job->W2 + 4 * group * job->N;
-        const int64_t width = job->H - 4 * group < 4 ? job->H - 4 * group : 4;
-        for (int64_t n = begin; n < end; n++) {
-            uint32_t word[4];
-            four_words(job->s, n, group, word);
-            for (int64_t k = 0; k < width; k++) column[k * job->N + n] = symmetric(word[k]) * bound;
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    const double bound = oplora_start_bound(job->kind, job->H);
+    for (int64_t entry = first * START_ROWS; entry < last * START_ROWS; entry += START_ROWS) {
+        const int64_t row = job->rows.begin + entry, left = job->rows.end - row;
+        const int64_t n = left < START_ROWS ? left : START_ROWS;
+        uint32_t words[START_ROWS];
+        for (int64_t j = 0; j < job->H; j++) {
+            T *const column = job->W2 + j * job->N + row;
+            if (job->kind == OPLORA_UNIFORM) {
+                kernels->uniform_axpy(&job->s, (uint32_t)j, entry, (T)bound, column, n);
+                continue;
+            }
+            if (j % 32 == 0) kernels->sign_words(&job->s, (uint32_t)(j / 32), entry, n, words);
+            kernels->sign_axpy(words, (const int[]){(int)(j % 32)}, (const T[]){(T)bound}, 1, column, n);
         }
     }
 }
 
 oplora_status TY(oplora_start)(T *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
-                               double latent_std, const oplora_rows *uniform, int64_t n_uniform,
+                               double latent_std, oplora_start_kind kind, const oplora_rows *random, int64_t n_random,
                                oplora_parallel_fn par) {
-    if (!parameters || (n_uniform > 0 && !uniform)) return OPLORA_ENULL;
-    if (oplora_size(H, Z, N) < 0 || n_uniform < 0) return OPLORA_ESIZE;
-    if (!(latent_std >= 0 && latent_std < INFINITY)) return OPLORA_EVALUE;
-    for (int64_t i = 0; i < n_uniform; i++)
-        if (uniform[i].begin < 0 || uniform[i].begin > uniform[i].end || uniform[i].end > N) return OPLORA_ESIZE;
+    OPLORA_RETURN_IF(!parameters || (n_random > 0 && !random), OPLORA_ENULL);
+    OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0 || n_random < 0 || n_random > OPLORA_MOST_RANGES, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(!(latent_std >= 0 && latent_std < INFINITY), OPLORA_EVALUE);
+    OPLORA_RETURN_IF(kind != OPLORA_UNIFORM && kind != OPLORA_SIGN, OPLORA_EVALUE);
+    for (int64_t i = 0; i < n_random; i++)
+        OPLORA_RETURN_IF(random[i].begin < 0 || random[i].begin > random[i].end || random[i].end > N, OPLORA_ESIZE);
 
-    for (int64_t i = 0; i < n_uniform; i++) {
-        TY(start_job) job = {parameters, H, N, {seed, layer, W2_TENSOR}, uniform[i]};
-        const int64_t tasks = (uniform[i].end - uniform[i].begin + START_ROWS - 1) / START_ROWS;
-        if (!par || tasks < 2)
-            TY(uniform_columns)(0, tasks, &job);
-        else if (par(0, tasks, 1, TY(uniform_columns), &job))
-            return OPLORA_EPARALLEL;
+    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
+    for (int64_t i = 0; i < n_random; i++) {
+        TY(start_job) job = {parameters, H, N, oplora_w2_stream(seed, layer, kind, i), random[i], kind};
+        const int64_t tasks = (random[i].end - random[i].begin + START_ROWS - 1) / START_ROWS;
+        OPLORA_FORWARD(oplora_parallel(par, tasks, 1, TY(start_rows), &job));
     }
     T *const W1 = parameters + H * N + N, *const z = W1 + H * Z + H;
-    const T bound = (T)(1 / sqrt((double)Z));
-    for (int64_t j = 0; j < H; j++) TY(uniform_row)((stream){seed, layer, W1_TENSOR}, j, Z, bound, W1 + j * Z);
-    TY(normal_row)((stream){seed, layer, Z_TENSOR}, Z, latent_std, z);
+    const oplora_stream w1 = {seed, layer, OPLORA_W1_TENSOR};
+    const T bound = (T)oplora_start_bound(OPLORA_UNIFORM, Z);
+    for (int64_t j = 0; j < H; j++) kernels->uniform_axpy(&w1, (uint32_t)j, 0, bound, W1 + j * Z, Z);
+    TY(oplora_start_latent)(seed, layer, Z, latent_std, z);
     return OPLORA_OK;
 }
 

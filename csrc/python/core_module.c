@@ -292,7 +292,7 @@ static int rows_of(const call *c, PyObject *sequence, Py_ssize_t count, npy_intp
         failed = failed || rows[i].begin < 0 || rows[i].begin > rows[i].end || rows[i].end > N;
         if (failed)
             PyErr_Format(c->errors->value_error,
-                         "oplora.%s: uniform[%zd] is %R, expected rows (begin, end) with 0 <= begin <= end "
+                         "oplora.%s: random[%zd] is %R, expected rows (begin, end) with 0 <= begin <= end "
                          "<= N = %zd.",
                          c->function, i, pair, (Py_ssize_t)N);
         Py_DECREF(pair);
@@ -309,23 +309,24 @@ static npy_intp rows_of_length(npy_intp length, Py_ssize_t H, Py_ssize_t Z) {
 }
 
 PyDoc_STRVAR(start_doc,
-             "start(out, *, hidden_width, latent_width, seed, layer, latent_std, uniform)\n--\n\n"
+             "start(out, *, hidden_width, latent_width, seed, layer, latent_std, random, start)\n--\n\n"
              "Writes the paper's seeded start into one layer's flat generator parameters, which are all zero.\n"
              "\n"
              "out: 1-D, writable, float32 or float64, of H N + N + H Z + H + Z zeros: W2 as H columns of N, c2,\n"
-             "W1, c1, z, with H = hidden_width and Z = latent_width; N follows from the length. uniform: pairs\n"
-             "(begin, end), the rows of W2 that start at U(-1/sqrt(H), 1/sqrt(H)). W1 starts at\n"
-             "U(-1/sqrt(Z), 1/sqrt(Z)) and z at N(0, latent_std^2). All the rest is not touched and stays zero.\n"
+             "W1, c1, z, with H = hidden_width and Z = latent_width; N follows from the length. random: at most\n"
+             "31 pairs (begin, end), the rows of W2 that start at U(-1/sqrt(H), 1/sqrt(H)) or, with start \"sign\", at\n"
+             "+-1/sqrt(3 H). W1 starts at U(-1/sqrt(Z), 1/sqrt(Z)) and z at N(0, latent_std^2). All the rest is not\n"
+             "touched and stays zero.\n"
              "The numbers depend on seed (0 to 2^64 - 1), layer (0 to 2^32 - 1) and their place alone.");
 static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"out", "hidden_width", "latent_width", "seed", "layer", "latent_std", "uniform", NULL};
+    static char *names[] = {"out", "hidden_width", "latent_width", "seed", "layer", "latent_std", "random", "start", NULL};
     const call c = begin(self, "start");
-    PyObject *out_, *seed_, *layer_, *uniform;
+    PyObject *out_, *seed_, *layer_, *random, *kind_;
     Py_ssize_t H, Z;
     double latent_std;
     unsigned long long seed, layer;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "O$nnOOdO:start", names, &out_, &H, &Z, &seed_, &layer_, &latent_std,
-                                     &uniform))
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O$nnOOdOU:start", names, &out_, &H, &Z, &seed_, &layer_, &latent_std,
+                                     &random, &kind_))
         return NULL;
     PyArrayObject *const out = vector(&c, out_, "out", ANY_FLOAT);
     if (!out || expect_writable(&c, out, "out")) return NULL;
@@ -340,18 +341,24 @@ static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
     if (!(latent_std >= 0 && latent_std < INFINITY))
         return PyErr_Format(c.errors->value_error, "oplora.start: latent_std is negative, infinite or NaN, expected a "
                                                    "standard deviation such as 0.01.");
-    const Py_ssize_t count = PySequence_Size(uniform);
+    const int signs = PyUnicode_CompareWithASCIIString(kind_, "sign") == 0;
+    if (!signs && PyUnicode_CompareWithASCIIString(kind_, "uniform"))
+        return PyErr_Format(c.errors->value_error, "oplora.start: start is %R, expected 'uniform' or 'sign'.", kind_);
+    const oplora_start_kind kind = signs ? OPLORA_SIGN : OPLORA_UNIFORM;
+    const Py_ssize_t count = PySequence_Size(random);
     if (count < 0) return NULL;
     oplora_rows *const rows = PyMem_Calloc((size_t)count, sizeof *rows);
     if (!rows) return PyErr_NoMemory();
-    int failed = rows_of(&c, uniform, count, N, rows);
+    int failed = rows_of(&c, random, count, N, rows);
     if (!failed) {
         oplora_status status;
         PyThreadState *const thread = PyEval_SaveThread();
         if (PyArray_TYPE(out) == NPY_FLOAT32)
-            status = oplora_start_f32(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, rows, count, NULL);
+            status = oplora_start_f32(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, kind, rows, count,
+                                      NULL);
         else
-            status = oplora_start_f64(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, rows, count, NULL);
+            status = oplora_start_f64(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, kind, rows, count,
+                                      NULL);
         PyEval_RestoreThread(thread);
         failed = forward(&c, status);
     }

@@ -26,6 +26,8 @@ template <class T> struct core;
 #define CORE_OF(type, suffix) \
     template <> struct core<type> { \
         using exact = oplora_exact_##suffix; \
+        using lean = oplora_lean_##suffix; \
+        using moment = oplora_moment_##suffix; \
         using factor = oplora_factor_##suffix; \
         static constexpr ScalarType dtype = suffix##_dtype; \
         static constexpr auto generate = oplora_generate_##suffix; \
@@ -34,8 +36,14 @@ template <class T> struct core;
         static constexpr auto exact_measure = oplora_exact_measure_##suffix; \
         static constexpr auto exact_step = oplora_exact_step_##suffix; \
         static constexpr auto exact_generate = oplora_exact_generate_##suffix; \
+        static constexpr ScalarType moment_dtype = suffix##_moment_dtype; \
+        static constexpr auto lean_start = oplora_lean_start_##suffix; \
+        static constexpr auto lean_workspace_bytes = oplora_lean_workspace_bytes_##suffix; \
+        static constexpr auto lean_measure = oplora_lean_measure_##suffix; \
+        static constexpr auto lean_step = oplora_lean_step_##suffix; \
     }
 constexpr ScalarType f32_dtype = ScalarType::Float, f64_dtype = ScalarType::Double;
+constexpr ScalarType f32_moment_dtype = ScalarType::BFloat16, f64_moment_dtype = ScalarType::Double;
 CORE_OF(float, f32);
 CORE_OF(double, f64);
 
@@ -130,61 +138,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate_backward(const Tensor &g, co
     return {dz, dW1, dc1, h};
 }
 
-// ---- exact: all layers of a model in one call ----
+// ---- all layers of a model in one call ----
 
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
-enum { SIZES = 3, ADAMW = 6 }; // numbers a layer in `sizes` (H, Z, factors) and in `adamw`
+enum { ADAMW = 7 }; // numbers a layer in `adamw`
 
-// The core's structs for a list of tensors, checked; `exact` points into `factors`.
-template <class T> struct Layers {
-    std::vector<typename core<T>::exact> exact;
+int64_t report_size(const oplora_exact_f32 &layer) { return oplora_exact_report_size(layer.H); }
+int64_t report_size(const oplora_exact_f64 &layer) { return oplora_exact_report_size(layer.H); }
+int64_t report_size(const oplora_lean_f32 &) { return OPLORA_LEAN_REPORT; }
+int64_t report_size(const oplora_lean_f64 &) { return OPLORA_LEAN_REPORT; }
+
+// The core's structs for a list of tensors, checked; `layers` points into `factors`.
+template <class T, class Layer> struct Layers {
+    std::vector<Layer> layers;
     std::vector<typename core<T>::factor> factors;
     const char *op;
-    const std::vector<int64_t> &sizes;
 
-    Layers(const char *op, const Tensors &parameters, const std::vector<int64_t> &sizes) : op(op), sizes(sizes) {
-        STD_TORCH_CHECK(sizes.size() == SIZES * parameters.size(), "oplora::", op,
-                        ": sizes needs (H, Z, factors) a layer");
-        int64_t n_factors = 0;
-        for (size_t i = 0; i < parameters.size(); i++) {
-            const int64_t count = sizes[SIZES * i + 2];
+    Layers(const char *op, const std::vector<int64_t> &n_factors) : layers(n_factors.size()), op(op) {
+        int64_t sum = 0;
+        for (const int64_t count : n_factors) {
             STD_TORCH_CHECK(count >= 1 && count < (int64_t{1} << 32), "oplora::", op, ": a layer needs a factor");
-            n_factors += count;
+            sum += count;
         }
-        factors.resize(n_factors);
-        exact.resize(parameters.size());
-        for (size_t i = 0, f = 0; i < parameters.size(); f += exact[i++].n_factors) {
-            exact[i].H = sizes[SIZES * i];
-            exact[i].Z = sizes[SIZES * i + 1];
-            exact[i].n_factors = sizes[SIZES * i + 2];
-            exact[i].factors = factors.data() + f;
+        factors.resize(sum);
+        for (size_t i = 0, f = 0; i < layers.size(); f += layers[i++].n_factors) {
+            layers[i].n_factors = n_factors[i];
+            layers[i].factors = factors.data() + f;
         }
     }
 
-    // rows of each factor, and with them N; then the parameters can be checked
+    // rows of each factor, and with them N; H and Z are there
     void set_rows(const Tensors &tensors) {
         STD_TORCH_CHECK(tensors.size() == factors.size(), "oplora::", op, ": ", tensors.size(), " factors, expected ",
                         factors.size());
         size_t f = 0;
-        for (auto &layer : exact) {
+        for (auto &layer : layers) {
             layer.N = 0;
             for (int64_t k = 0; k < layer.n_factors; k++, f++) layer.N += factors[f].rows = tensors[f].numel();
             STD_TORCH_CHECK(oplora_size(layer.H, layer.Z, layer.N) > 0, "oplora::", op,
                             ": H, Z and N must be at least 1, are ", layer.H, ", ", layer.Z, ", ", layer.N);
         }
-    }
-
-    template <class Set> void set_state(const char *name, const Tensors &tensors, Set set) {
-        STD_TORCH_CHECK(tensors.size() == exact.size(), "oplora::", op, ": ", name, " needs a tensor a layer");
-        for (size_t i = 0; i < exact.size(); i++) {
-            check(op, name, tensors[i], core<T>::dtype, oplora_size(exact[i].H, exact[i].Z, exact[i].N));
-            set(exact[i], out<T>(tensors[i]));
-        }
-    }
-
-    void set_parameters(const Tensors &tensors) {
-        set_state("parameters", tensors, [](auto &layer, T *p) { layer.parameters = p; });
     }
 
     void set_gradients(const Tensors &grads) {
@@ -206,43 +200,37 @@ template <class T> struct Layers {
         }
     }
 
-    void set_columns(const Tensors &decay, const Tensors &moving) {
-        STD_TORCH_CHECK(decay.size() == exact.size() && moving.size() == exact.size(), "oplora::", op,
-                        ": decay and moving need a tensor a layer");
-        for (size_t i = 0; i < exact.size(); i++) {
-            check(op, "decay", decay[i], ScalarType::Double, exact[i].H);
-            check(op, "moving", moving[i], ScalarType::Byte, exact[i].H);
-            exact[i].decay = out<double>(decay[i]);
-            exact[i].moving = out<uint8_t>(moving[i]);
-        }
-    }
-
     void set_adamw(const std::vector<double> &adamw, const std::vector<int64_t> &steps) {
-        STD_TORCH_CHECK(adamw.size() == ADAMW * exact.size() && steps.size() == exact.size(), "oplora::", op,
-                        ": adamw needs (lr, hidden_lr, beta1, beta2, eps, weight_decay) a layer, steps one number");
-        for (size_t i = 0; i < exact.size(); i++) {
+        STD_TORCH_CHECK(adamw.size() == ADAMW * layers.size() && steps.size() == layers.size(), "oplora::", op,
+                        ": adamw needs (lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay) a layer, steps one "
+                        "number");
+        for (size_t i = 0; i < layers.size(); i++) {
             const double *const a = &adamw[ADAMW * i];
-            exact[i].adamw = {a[0], a[1], a[2], a[3], a[4], a[5], steps[i]};
+            layers[i].adamw = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], steps[i]};
         }
     }
 
     void set_report(const Tensor &report) {
         int64_t size = 0;
-        for (const auto &layer : exact) size += oplora_exact_report_size(layer.H);
+        for (const auto &layer : layers) size += report_size(layer);
         check(op, "report", report, ScalarType::Double, size);
         double *at = out<double>(report);
-        for (auto &layer : exact) {
+        for (auto &layer : layers) {
             layer.report = at;
-            at += oplora_exact_report_size(layer.H);
+            at += report_size(layer);
         }
     }
 
-    std::unique_ptr<void, Free> scratch() const {
-        return workspace(op, core<T>::exact_workspace_bytes(exact.data(), static_cast<int64_t>(exact.size())));
-    }
-
-    int64_t count() const { return static_cast<int64_t>(exact.size()); }
+    int64_t count() const { return static_cast<int64_t>(layers.size()); }
 };
+
+// Column `column` of a table of `width` numbers a layer.
+std::vector<int64_t> column(const char *op, const std::vector<int64_t> &table, size_t width, size_t column) {
+    STD_TORCH_CHECK(table.size() % width == 0, "oplora::", op, ": sizes needs ", width, " numbers a layer");
+    std::vector<int64_t> values;
+    for (size_t i = column; i < table.size(); i += width) values.push_back(table[i]);
+    return values;
+}
 
 // Whether all gradients are finite; if not, only the first two numbers of each report are filled.
 bool finite(const char *op, oplora_status status) {
@@ -251,18 +239,64 @@ bool finite(const char *op, oplora_status status) {
     return true;
 }
 
+// ---- exact ----
+
+template <class T> struct ExactLayers : Layers<T, typename core<T>::exact> {
+    enum { SIZES = 3 }; // H, Z, factors
+
+    ExactLayers(const char *op, const Tensors &parameters, const std::vector<int64_t> &sizes)
+        : Layers<T, typename core<T>::exact>(op, column(op, sizes, SIZES, 2)) {
+        STD_TORCH_CHECK(parameters.size() == this->layers.size(), "oplora::", op,
+                        ": sizes needs (H, Z, factors) a layer");
+        for (size_t i = 0; i < parameters.size(); i++) {
+            this->layers[i].H = sizes[SIZES * i];
+            this->layers[i].Z = sizes[SIZES * i + 1];
+        }
+    }
+
+    template <class Set> void set_state(const char *name, const Tensors &tensors, Set set) {
+        STD_TORCH_CHECK(tensors.size() == this->layers.size(), "oplora::", this->op, ": ", name,
+                        " needs a tensor a layer");
+        for (size_t i = 0; i < tensors.size(); i++) {
+            auto &layer = this->layers[i];
+            check(this->op, name, tensors[i], core<T>::dtype, oplora_size(layer.H, layer.Z, layer.N));
+            set(layer, out<T>(tensors[i]));
+        }
+    }
+
+    void set_parameters(const Tensors &tensors) {
+        set_state("parameters", tensors, [](auto &layer, T *p) { layer.parameters = p; });
+    }
+
+    void set_columns(const Tensors &decay, const Tensors &moving) {
+        STD_TORCH_CHECK(decay.size() == this->layers.size() && moving.size() == this->layers.size(),
+                        "oplora::", this->op, ": decay and moving need a tensor a layer");
+        for (size_t i = 0; i < decay.size(); i++) {
+            auto &layer = this->layers[i];
+            check(this->op, "decay", decay[i], ScalarType::Double, layer.H);
+            check(this->op, "moving", moving[i], ScalarType::Byte, layer.H);
+            layer.decay = out<double>(decay[i]);
+            layer.moving = out<uint8_t>(moving[i]);
+        }
+    }
+
+    std::unique_ptr<void, Free> scratch() const {
+        return workspace(this->op, core<T>::exact_workspace_bytes(this->layers.data(), this->count()));
+    }
+};
+
 bool exact_measure_(Tensors parameters, Tensors grads, std::vector<int64_t> sizes, const Tensor &report) {
     if (parameters.empty()) return true;
     return for_dtype("exact_measure_", parameters[0], [&](auto type) {
         using T = decltype(type);
-        Layers<T> layers("exact_measure_", parameters, sizes);
+        ExactLayers<T> layers("exact_measure_", parameters, sizes);
         layers.set_rows(grads);
         layers.set_parameters(parameters);
         layers.set_gradients(grads);
         layers.set_report(report);
         const auto memory = layers.scratch();
         return finite(layers.op,
-                      core<T>::exact_measure(layers.exact.data(), layers.count(), memory.get(), torch_parallel_for));
+                      core<T>::exact_measure(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
     });
 }
 
@@ -272,7 +306,7 @@ bool exact_step_(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensor
     if (parameters.empty()) return true;
     return for_dtype("exact_step_", parameters[0], [&](auto type) {
         using T = decltype(type);
-        Layers<T> layers("exact_step_", parameters, sizes);
+        ExactLayers<T> layers("exact_step_", parameters, sizes);
         layers.set_rows(factors);
         layers.set_parameters(parameters);
         layers.set_state("exp_avg", exp_avg, [](auto &layer, T *p) { layer.exp_avg = p; });
@@ -283,7 +317,7 @@ bool exact_step_(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensor
         layers.set_adamw(adamw, steps);
         layers.set_report(report);
         const auto memory = layers.scratch();
-        return finite(layers.op, core<T>::exact_step(layers.exact.data(), layers.count(), measured, memory.get(),
+        return finite(layers.op, core<T>::exact_step(layers.layers.data(), layers.count(), measured, memory.get(),
                                                      torch_parallel_for));
     });
 }
@@ -292,13 +326,131 @@ void exact_generate_(Tensors parameters, Tensors factors, OptionalTensors bases,
     if (parameters.empty()) return;
     for_dtype("exact_generate_", parameters[0], [&](auto type) {
         using T = decltype(type);
-        Layers<T> layers("exact_generate_", parameters, sizes);
+        ExactLayers<T> layers("exact_generate_", parameters, sizes);
         layers.set_rows(factors);
         layers.set_parameters(parameters);
         layers.set_factors(factors, bases);
         const auto memory = layers.scratch();
         check_core(layers.op,
-                   core<T>::exact_generate(layers.exact.data(), layers.count(), memory.get(), torch_parallel_for));
+                   core<T>::exact_generate(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
+    });
+}
+
+// ---- lean: the state of all layers lies in three tensors, so that a call hands over few ----
+
+template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
+    // H, Z, weight_rank, moment_rank, start, layer, factors, where the layer's numbers, moments and scalars begin
+    enum { SIZES = 10 };
+
+    LeanLayers(const char *op, const std::vector<int64_t> &sizes, int64_t seed)
+        : Layers<T, typename core<T>::lean>(op, column(op, sizes, SIZES, 6)), sizes(sizes) {
+        for (size_t i = 0; i < this->layers.size(); i++) {
+            const int64_t *const n = &sizes[SIZES * i];
+            auto &layer = this->layers[i];
+            layer.H = n[0], layer.Z = n[1], layer.weight_rank = n[2], layer.moment_rank = n[3];
+            layer.start = n[4] ? OPLORA_SIGN : OPLORA_UNIFORM;
+            layer.layer = static_cast<uint32_t>(n[5]);
+            layer.seed = static_cast<uint64_t>(seed);
+        }
+    }
+
+    void set_state(const Tensor &numbers, const Tensor &moments, const Tensor &scalars) {
+        check(this->op, "numbers", numbers, core<T>::dtype, numbers.numel());
+        check(this->op, "moments", moments, core<T>::moment_dtype, moments.numel());
+        check(this->op, "scalars", scalars, ScalarType::Double, scalars.numel());
+        for (size_t i = 0; i < this->layers.size(); i++) {
+            const int64_t *const at = &sizes[SIZES * i + 7];
+            auto &l = this->layers[i];
+            const int64_t n = oplora_lean_numbers(l.H, l.Z, l.N, l.weight_rank, l.moment_rank);
+            const int64_t m = oplora_lean_moments(l.H, l.Z, l.N, l.weight_rank, l.moment_rank);
+            STD_TORCH_CHECK(n > 0 && m > 0, "oplora::", this->op, ": ranks must be in 1 .. 8");
+            STD_TORCH_CHECK(fits(at[0], n, numbers) && fits(at[1], m, moments) &&
+                                fits(at[2], OPLORA_LEAN_SCALARS, scalars),
+                            "oplora::", this->op, ": a layer's state does not lie within the tensors");
+            l.numbers = out<T>(numbers) + at[0];
+            l.moments = out<typename core<T>::moment>(moments) + at[1];
+            l.scalars = out<double>(scalars) + at[2];
+        }
+    }
+
+    void set_random(const std::vector<int64_t> &random) {
+        STD_TORCH_CHECK(random.size() == this->factors.size(), "oplora::", this->op, ": random needs a number a factor");
+        for (size_t f = 0; f < random.size(); f++) this->factors[f].random = random[f] != 0;
+    }
+
+    void set_dh(const Tensor &dh) {
+        int64_t size = 0;
+        for (const auto &layer : this->layers) size += layer.H;
+        check(this->op, "dh", dh, ScalarType::Double, size);
+        double *at = out<double>(dh);
+        for (auto &layer : this->layers) {
+            layer.dh = at;
+            at += layer.H;
+        }
+    }
+
+    std::unique_ptr<void, Free> scratch() const {
+        return workspace(this->op, core<T>::lean_workspace_bytes(this->layers.data(), this->count()));
+    }
+
+  private:
+    const std::vector<int64_t> &sizes;
+
+    static bool fits(int64_t begin, int64_t count, const Tensor &t) {
+        return begin >= 0 && begin <= t.numel() && count <= t.numel() - begin;
+    }
+};
+
+void lean_start_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors factors,
+                 std::vector<int64_t> sizes, std::vector<int64_t> random, int64_t seed, double latent_std) {
+    for_dtype("lean_start_", numbers, [&](auto type) {
+        using T = decltype(type);
+        LeanLayers<T> layers("lean_start_", sizes, seed);
+        layers.set_rows(factors);
+        layers.set_state(numbers, moments, scalars);
+        layers.set_factors(factors, OptionalTensors(factors.size()));
+        layers.set_random(random);
+        for (const auto &layer : layers.layers)
+            check_core(layers.op, core<T>::lean_start(&layer, latent_std, torch_parallel_for));
+    });
+}
+
+bool lean_measure_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors grads,
+                   std::vector<int64_t> sizes, std::vector<int64_t> random, int64_t seed, const Tensor &report,
+                   const Tensor &dh) {
+    return for_dtype("lean_measure_", numbers, [&](auto type) {
+        using T = decltype(type);
+        LeanLayers<T> layers("lean_measure_", sizes, seed);
+        layers.set_rows(grads);
+        layers.set_state(numbers, moments, scalars);
+        layers.set_random(random);
+        layers.set_gradients(grads);
+        layers.set_report(report);
+        layers.set_dh(dh);
+        const auto memory = layers.scratch();
+        return finite(layers.op,
+                      core<T>::lean_measure(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
+    });
+}
+
+bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors factors,
+                OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes, std::vector<int64_t> random,
+                int64_t seed, std::vector<double> adamw, std::vector<int64_t> steps, const Tensor &report,
+                std::optional<Tensor> dh) {
+    return for_dtype("lean_step_", numbers, [&](auto type) {
+        using T = decltype(type);
+        LeanLayers<T> layers("lean_step_", sizes, seed);
+        layers.set_rows(factors);
+        layers.set_state(numbers, moments, scalars);
+        layers.set_random(random);
+        layers.set_factors(factors, bases);
+        layers.set_gradients(grads);
+        layers.set_adamw(adamw, steps);
+        layers.set_report(report);
+        if (dh) layers.set_dh(*dh);
+        const auto memory = layers.scratch();
+        return finite(layers.op, core<T>::lean_step(layers.layers.data(), layers.count(), dh.has_value(), memory.get(),
+                                                    torch_parallel_for));
     });
 }
 
@@ -312,6 +464,13 @@ STABLE_TORCH_LIBRARY(oplora, m) {
           "Tensor(e!)[] moving, Tensor(f!)[] factors, Tensor?[] bases, Tensor[] grads, int[] sizes, float[] adamw, "
           "int[] steps, Tensor(g!) report, bool measured) -> bool");
     m.def("exact_generate_(Tensor[] parameters, Tensor(a!)[] factors, Tensor?[] bases, int[] sizes) -> ()");
+    m.def("lean_start_(Tensor(a!) numbers, Tensor moments, Tensor(b!) scalars, Tensor(c!)[] factors, int[] sizes, "
+          "int[] random, int seed, float latent_std) -> ()");
+    m.def("lean_measure_(Tensor numbers, Tensor moments, Tensor scalars, Tensor[] grads, int[] sizes, int[] random, "
+          "int seed, Tensor(a!) report, Tensor(b!) dh) -> bool");
+    m.def("lean_step_(Tensor(a!) numbers, Tensor(b!) moments, Tensor(c!) scalars, Tensor(d!)[] factors, "
+          "Tensor?[] bases, Tensor[] grads, int[] sizes, int[] random, int seed, float[] adamw, int[] steps, "
+          "Tensor(e!) report, Tensor? dh) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
@@ -320,4 +479,7 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
     m.impl("exact_measure_", TORCH_BOX(&exact_measure_));
     m.impl("exact_step_", TORCH_BOX(&exact_step_));
     m.impl("exact_generate_", TORCH_BOX(&exact_generate_));
+    m.impl("lean_start_", TORCH_BOX(&lean_start_));
+    m.impl("lean_measure_", TORCH_BOX(&lean_measure_));
+    m.impl("lean_step_", TORCH_BOX(&lean_step_));
 }

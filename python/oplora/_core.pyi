@@ -21,7 +21,8 @@ def start(
     seed: SupportsIndex,
     layer: SupportsIndex,
     latent_std: float,
-    uniform: Sequence[tuple[int, int]],
+    random: Sequence[tuple[int, int]],
+    start: Literal["uniform", "sign"],
 ) -> None: ...
 def merge(
     W: NDArray[Any],

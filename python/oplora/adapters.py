@@ -22,17 +22,17 @@ __all__ = ["AdaptedLayer", "Factors", "find_layers", "keep_starts", "other_param
 class Start(Enum):
     """How the rows of W2 that predict a tensor start."""
 
-    UNIFORM = "uniform"
+    RANDOM = "random"
     ZERO = "zero"
 
 
 # PEFT's names of a layer's trainable tensors, in the order in which v holds them. Of each pair one starts at zero, so
 # that training starts at the base model. Adding an adapter type is one row.
 STARTS = {
-    "lora_A": Start.UNIFORM,
+    "lora_A": Start.RANDOM,
     "lora_B": Start.ZERO,
     "lora_embedding_A": Start.ZERO,
-    "lora_embedding_B": Start.UNIFORM,
+    "lora_embedding_B": Start.RANDOM,
 }
 
 
@@ -205,14 +205,18 @@ class Factors:
     def sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
-    def uniform_rows(self) -> list[tuple[int, int]]:
+    def random_rows(self) -> list[tuple[int, int]]:
         """[begin, end) of the rows of W2 that start at random."""
         rows, begin = [], 0
         for tensor, size in zip(self.layer.tensors, self.sizes, strict=True):
-            if STARTS[tensor] is Start.UNIFORM:
+            if STARTS[tensor] is Start.RANDOM:
                 rows.append((begin, begin + size))
             begin += size
         return rows
+
+    def is_random(self) -> list[bool]:
+        """Whether the rows of W2 that predict each tensor start at random."""
+        return [STARTS[tensor] is Start.RANDOM for tensor in self.layer.tensors]
 
     def hold_a_start(self) -> bool:
         """Whether a tensor that should start at zero does not: a trained adapter, PiSSA's or OLoRA's start."""
@@ -234,6 +238,15 @@ class Factors:
             for p, g in zip(parameters, gradients, strict=True)
         ]
 
+    def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether somebody may have changed the tensors since remember_written."""
+        written = self._written
+        return (
+            len(written) != len(parameters)
+            or any(map(is_not, parameters, written))
+            or [p._version for p in parameters] != self._versions
+        )
+
     def keep(self, v: Sequence[Tensor]) -> None:
         """Takes the tensors' present values as the start that v is added to; v is what is generated now."""
         for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
@@ -250,21 +263,13 @@ class Factors:
         pieces = [piece.view(shape) for piece, shape in zip(v, self.shapes, strict=True)]
         return [piece if base is None else base + piece for base, piece in zip(self.bases, pieces, strict=True)]
 
-    def _were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
-        written = self._written
-        return (
-            len(written) != len(parameters)
-            or any(map(is_not, parameters, written))
-            or [p._version for p in parameters] != self._versions
-        )
-
     def adopt_edits(self, parameters: list[nn.Parameter], generate: Callable[[], Sequence[Tensor]]) -> bool:
         """Whether somebody changed the values since they were written; if so they become the new start.
 
         Values that are base + generate() are ours, and so are those that the base was made from: before its first step
         a kept factor is not yet the rounded sum.
         """
-        if not self._were_touched(parameters):
+        if not self.were_touched(parameters):
             return False
         v, before = generate(), list(self.bases)
         if all(torch.equal(p.detach(), m.to(p.dtype)) for p, m in zip(parameters, self.values(v), strict=True)):

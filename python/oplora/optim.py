@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import exact
 from .adapters import AdaptedLayer, Factors, find_layers, keep_starts, other_parameters, warn_adopted
 from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .exact import ExactState, Layers
-from .start import Settings, count_parameters
+from .exact import ExactState
+from .lean import LeanState
+from .start import Settings, weight_rate
+from .tied import Layers, State
 
 __all__ = ["AdamW"]
 
-STATES = {"exact": ExactState}
+STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the user says otherwise
 
 
 class AdamW(torch.optim.Optimizer):
@@ -29,14 +30,20 @@ class AdamW(torch.optim.Optimizer):
 
     Args:
         model: a PEFT model, or any nn.Module that holds PEFT's LoRA layers.
-        lr: learning rate of W2, c2 and of all other trainable parameters.
+        lr: learning rate of W2 (at the default width), c2 and all other trainable parameters.
         betas, eps, weight_decay: as in torch.optim.AdamW, for all parameters.
-        hidden_width: H, the units of a generator. The state takes 12 (H + 1) bytes a factor entry.
+        hidden_width: H, the units of a generator. State "exact" takes 12 (H + 1) bytes a factor entry, "lean" 16
+            whatever H is. W2's rate is 32 lr / H, so that one lr serves every width.
         latent_width: Z, the length of z.
         latent_std: standard deviation of z's start.
         hidden_lr_ratio: the learning rate of z, W1 and c1 is lr times this. They move all of A and B together, and
             below 1 they stay stable at rates at which W2 learns best.
-        state: how the generators are kept. "exact": all of W2 and both its moments.
+        state: how the generators are kept. "lean": W2 as its seeded start and a change of rank weight_rank, its
+            moments as factors; "exact": all of W2 and both its moments. docs/lean.md compares them.
+        start: of W2's random rows. "sign": +-1/sqrt(3 H), one random bit each; "uniform": the paper's. By default
+            "sign" for state "lean", whose step makes them anew each time, and "uniform" for "exact".
+        weight_rank, moment_rank: of state "lean", 1 to 8 each. A factor entry takes 4 weight_rank + 2 moment_rank + 6
+            bytes. oplora.stats tells what the truncations drop.
         init: "paper": A starts from its generator's random numbers and B at zero. "keep": every factor keeps the value
             it has, and the generator adds to it. Layers whose B is not zero (a trained adapter, PiSSA, OLoRA) are kept
             in either case, with a warning.
@@ -62,24 +69,33 @@ class AdamW(torch.optim.Optimizer):
         latent_width: int = 128,
         latent_std: float = 0.01,
         hidden_lr_ratio: float = 1.0,
-        state: str = "exact",
+        state: str = "lean",
+        start: str | None = None,
+        weight_rank: int = 2,
+        moment_rank: int = 1,
         init: str = "paper",
         adapter_name: str | None = None,
         seed: int = 0,
         skip_nonfinite: bool = False,
     ) -> None:
-        settings = Settings(hidden_width, latent_width, latent_std, seed)
-        _check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state)
+        _check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
+        settings = Settings(hidden_width, latent_width, latent_std, seed, STARTS[state] if start is None else start)
         layers = find_layers(model, adapter_name)
         _refuse_devices(layers)
         self.skip_nonfinite = skip_nonfinite
         factors = [Factors.of(layer) for layer in layers]
-        _refuse_more_than_memory(factors, settings)
+        ranks = weight_rank, moment_rank
+        _refuse_more_than_memory(factors, settings, state, ranks)
         keeps = keep_starts(factors, init)
-        self._states = STATES[state].make_all(factors, settings)
+        self._weight_rate = weight_rate(hidden_width)
+        self._states: list[State] = []
+        if state == "lean":
+            self._states += LeanState.make_all(factors, settings, ranks)
+        else:
+            self._states += ExactState.make_all(factors, settings)
         for generator, keep in zip(self._states, keeps, strict=True):
             generator.begin(keep)
-        self._measured: tuple[list[Tensor], list[int], list[Tensor]] | None = None
+        self._measured: tuple[list[Tensor], list[int], list[Layers], list[Tensor]] | None = None
 
         # one group for the factors, one for the rest; the schedulers see both
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -104,18 +120,17 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepping = self._stepping()
-        reports = self._reports_of_clipping(stepping)
+        stepping, reports = self._as_clipped(self._stepping())
         if self._refuse_nonfinite(self._nonfinite_others()):
             return loss
         if len(stepping) > 1 and reports is None:  # several dtypes: none may step before all are known to be finite
-            reports = [exact.measure(layers) for layers in stepping]
+            reports = [layers.measure() for layers in stepping]
             if self._refuse_nonfinite(_nonfinite_layers(stepping, reports)):
                 return loss
         for i, layers in enumerate(stepping):
-            done, report = exact.step(layers, self._numbers(), None if reports is None else reports[i])
+            done, report = layers.step(self._numbers(), None if reports is None else reports[i])
             if not done:
-                self._refuse_nonfinite(_nonfinite_layers([layers], [report]))
+                self._refuse_nonfinite(layers.nonfinite(report))
                 return loss
         if self._plain is not None:
             self._plain.param_groups, self._plain.state = self.param_groups[1:], self.state
@@ -135,9 +150,9 @@ class AdamW(torch.optim.Optimizer):
             and step() refuses them.
         """
         stepping = self._stepping()
-        reports = [exact.measure(layers) for layers in stepping]
+        reports = [layers.measure() for layers in stepping]
         others = [p.grad for p in self._others() if p.grad is not None]
-        square = sum(_report_square(layers, report) for layers, report in zip(stepping, reports, strict=True))
+        square = sum(layers.square(report) for layers, report in zip(stepping, reports, strict=True))
         square += sum(float(norm) ** 2 for norm in torch._foreach_norm([g.double() for g in others])) if others else 0.0
         norm = torch.tensor(square, dtype=torch.float64).sqrt()
         if not torch.isfinite(norm) or _nonfinite_layers(stepping, reports):
@@ -147,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
             factors = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
             torch._foreach_mul_(factors + others, scale)
             for layers, report in zip(stepping, reports, strict=True):
-                _scale_report(layers, report, scale)
+                layers.scale(report, scale)
         self._remember_measured(stepping, reports)
         return norm
 
@@ -163,16 +178,17 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups[-1] = self._plain.param_groups[-1]
 
     def _numbers(self) -> list[float]:
-        """lr, hidden_lr, beta1, beta2, eps, weight_decay: as exact.step takes them."""
+        """lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay: as Layers.step takes them."""
         group = self.param_groups[0]
         lr = float(group["lr"])
-        return [lr, lr * group["hidden_lr_ratio"], *group["betas"], group["eps"], group["weight_decay"]]
+        rates = [lr, lr * self._weight_rate, lr * group["hidden_lr_ratio"]]
+        return [*rates, *group["betas"], group["eps"], group["weight_decay"]]
 
     def _others(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups[1:] for p in group["params"])
 
     def _stepping(self) -> list[Layers]:
-        """The layers that have gradients, by dtype; edits of their factors are adopted on the way."""
+        """The layers that have gradients, by dtype; edits of their factors are absorbed on the way."""
         by_dtype: dict[torch.dtype, Layers] = {}
         everything: list[nn.Parameter] = []
         adopted = []
@@ -184,10 +200,10 @@ class AdamW(torch.optim.Optimizer):
             if gradients is None:
                 continue
             factors.layer.refuse_if_folded()
-            if factors.adopt_edits(parameters, state.generate):
+            if state.absorb_edits(parameters):
                 adopted.append(state.name)
             if factors.dtype not in by_dtype:
-                by_dtype[factors.dtype] = Layers([], [], [])
+                by_dtype[factors.dtype] = state.new_layers()
             by_dtype[factors.dtype].add(state, parameters, gradients)
         if adopted:
             warn_adopted(adopted)
@@ -198,19 +214,19 @@ class AdamW(torch.optim.Optimizer):
 
     def _remember_measured(self, stepping: list[Layers], reports: list[Tensor]) -> None:
         gradients = [g for layers in stepping for g in layers.gradients]
-        self._measured = (gradients, [g._version for g in gradients], reports)
+        self._measured = (gradients, [g._version for g in gradients], stepping, reports)
 
-    def _reports_of_clipping(self, stepping: list[Layers]) -> list[Tensor] | None:
-        """The reports of clip_grad_norm_, if the gradients are the very ones that it left."""
+    def _as_clipped(self, stepping: list[Layers]) -> tuple[list[Layers], list[Tensor] | None]:
+        """What clip_grad_norm_ measured, if the gradients are the very ones that it left."""
         if self._measured is None:
-            return None
-        known, versions, reports = self._measured
+            return stepping, None
+        known, versions, measured, reports = self._measured
         gradients = [g for layers in stepping for g in layers.gradients]
         same = len(known) == len(gradients) and all(
             mine.data_ptr() == g.data_ptr() and g._version == version
             for mine, g, version in zip(known, gradients, versions, strict=True)
         )
-        return reports if same else None
+        return (measured, reports) if same else (stepping, None)
 
     def _nonfinite_others(self) -> list[str]:
         gradients = [p.grad for p in self._others() if p.grad is not None]
@@ -268,15 +284,25 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _check_arguments(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, ratio: float, state: str
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    ratio: float,
+    state: str,
+    weight_rank: int,
+    moment_rank: int,
 ) -> None:
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("hidden_lr_ratio", ratio)):
         if not 0 <= float(value) < float("inf"):
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number of at least 0.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise OPLoRAValueError(f"oplora.AdamW: betas are {betas!r}, expected two numbers in [0, 1).")
-    if state not in STATES:
-        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, STATES))}.")
+    if state not in STARTS:
+        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, STARTS))}.")
+    for name, rank in (("weight_rank", weight_rank), ("moment_rank", moment_rank)):
+        if not isinstance(rank, int) or not 1 <= rank <= 8:
+            raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
 
 
 def _refuse_devices(layers: list[AdaptedLayer]) -> None:
@@ -290,15 +316,24 @@ def _refuse_devices(layers: list[AdaptedLayer]) -> None:
                 )
 
 
-def _refuse_more_than_memory(factors: list[Factors], settings: Settings) -> None:
+def _refuse_more_than_memory(
+    factors: list[Factors], settings: Settings, state: str, ranks: tuple[int, int]
+) -> None:
     """Before anything is allocated: the system may grant more than it has and kill the process later."""
-    needed = sum(3 * count_parameters(f, settings) * f.dtype.itemsize for f in factors)
+    if state == "lean":
+        needed = sum(LeanState.bytes_needed(f, settings, ranks) for f in factors)
+        advice = f"State 'lean' takes {4 * ranks[0] + 2 * ranks[1] + 6} bytes a factor entry: lower the rank r"
+    else:
+        needed = sum(ExactState.bytes_needed(f, settings) for f in factors)
+        advice = (
+            "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: use state='lean', or lower hidden_width "
+            f"(now {settings.hidden_width}) or the rank r"
+        )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise OPLoRAMemoryError(
             f"oplora.AdamW: the generators need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB. "
-            "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: lower hidden_width (now "
-            f"{settings.hidden_width}) or the rank r."
+            f"{advice}."
         )
 
 
@@ -313,30 +348,5 @@ def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:
     )
 
 
-# ---- reports: the core's numbers of each layer, one behind the other (oplora_core.h says what is where) ----
-
-
 def _nonfinite_layers(stepping: list[Layers], reports: list[Tensor]) -> list[str]:
-    return [
-        f"layer {state.name}"
-        for layers, report in zip(stepping, reports, strict=True)
-        for state, piece in zip(layers.states, layers.reports(report), strict=True)
-        if piece[1] != 0
-    ]
-
-
-def _report_square(layers: Layers, report: Tensor) -> float:
-    """||.||^2 of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and that of the hidden path."""
-    total = 0.0
-    for state, piece in zip(layers.states, layers.reports(report), strict=True):
-        h = piece[3 : 3 + state.H]
-        total += float(piece[0]) * (float(h @ h) + 1.0) + float(piece[2])
-    return total
-
-
-def _scale_report(layers: Layers, report: Tensor, scale: float) -> None:
-    """What the report would have been for gradients times `scale`: everything in it but h is linear or quadratic."""
-    for state, piece in zip(layers.states, layers.reports(report), strict=True):
-        piece[0] *= scale**2
-        piece[2] *= scale**2
-        piece[3 + state.H :] *= scale
+    return [name for layers, report in zip(stepping, reports, strict=True) for name in layers.nonfinite(report)]

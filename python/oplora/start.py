@@ -11,17 +11,21 @@ from . import _core
 from .adapters import Factors
 from .errors import OPLoRAMemoryError, OPLoRAValueError
 
-__all__ = ["Settings", "allocate", "count_parameters", "start_parameters", "views"]
+__all__ = ["Settings", "allocate", "count_parameters", "start_parameters", "views", "weight_rate"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a generator is made with; the numbers of the paper, but for the seed."""
+    """What a generator is made with; the numbers of the paper, but for the seed.
+
+    start: of the random rows of W2, "uniform" (the paper's) or "sign" (+-1/sqrt(3 H), the same variance).
+    """
 
     hidden_width: int = 32
     latent_width: int = 128
     latent_std: float = 0.01
     seed: int = 0
+    start: str = "uniform"
 
     def __post_init__(self) -> None:
         for name in ("hidden_width", "latent_width"):
@@ -32,6 +36,8 @@ class Settings:
             raise OPLoRAValueError(f"oplora: latent_std is {self.latent_std!r}, expected a number of at least 0.")
         if not 0 <= self.seed < 2**64:
             raise OPLoRAValueError(f"oplora: seed is {self.seed!r}, expected a whole number in [0, 2^64).")
+        if self.start not in ("uniform", "sign"):
+            raise OPLoRAValueError(f"oplora: start is {self.start!r}, expected 'uniform' or 'sign'.")
 
 
 def allocate(count: int, dtype: torch.dtype, *, huge_pages: bool) -> Tensor:
@@ -58,6 +64,15 @@ def count_parameters(factors: Factors, settings: Settings) -> int:
     return H * N + N + H * Z + H + Z
 
 
+def weight_rate(hidden_width: int) -> float:
+    """The learning rate of W2 as a multiple of that of c2: 1 at the paper's width of 32.
+
+    AdamW moves every entry of W2 by about its rate, and so v by the rate times the sum of h, which grows with H. With
+    32 / H the best rate of one width is that of every other; benchmarks/bench_width.py shows it.
+    """
+    return 32 / hidden_width
+
+
 def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: int) -> None:
     """Writes the paper's start of the generator of the model's layer `index` into its flat parameters (on the CPU)."""
     H, Z = settings.hidden_width, settings.latent_width
@@ -68,7 +83,8 @@ def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: 
         seed=settings.seed,
         layer=index,
         latent_std=settings.latent_std,
-        uniform=factors.uniform_rows(),
+        random=factors.random_rows(),
+        start=settings.start,  # type: ignore[arg-type]
     )
 
 

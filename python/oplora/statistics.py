@@ -31,35 +31,38 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
         "line_search"   ||J^T g||^2 / ||g||^2, the second term along g, comparable to the first;
         "live_units"    how many of h are not zero;
         "norm_g"        ||g||, of A's and B's gradient together;
-        "norm_A", "norm_B"  of the factors as they are now.
-        All but the last are of the last step's start, NaN for a layer that has not been stepped.
+        "norm_A", "norm_B"  of the factors as they are now;
+        and of state "lean" what the truncations dropped of their matrices' squared norms, 0 to 1:
+        "dropped_moment"    of the first moment of W2 (in the scale of AdamW's step), cut to moment_rank;
+        "dropped_weight"    of W2's change since the start, cut to weight_rank;
+        "dropped_hidden_moment", "dropped_hidden_weight"  the same of W1.
+        All but norm_A and norm_B are of the last step's start, NaN for a layer that has not been stepped.
     """
     generators = getattr(optimizer, "generators", optimizer)
     if isinstance(generators, AdamW):
-        return {state.name: _numbers(state.factors, *_of_report(state.report, state.H)) for state in generators._states}
+        return {
+            state.name: {**_numbers(state.factors, *state.step_numbers()), **state.stats()}
+            for state in generators._states
+        }
     if isinstance(generators, Generators):
         return {g.factors.layer.name: _numbers(g.factors, *_of_backward(g.report)) for g in generators}
     raise OPLoRATypeError(f"oplora.stats: expected an oplora optimizer or Generators, got {type(optimizer).__name__}.")
 
 
-def _of_report(report: Tensor | None, hidden_width: int) -> tuple[Tensor | None, float, float]:
-    if report is None:
-        return None, math.nan, math.nan
-    return report[3 : 3 + hidden_width], float(report[0]), float(report[2])
-
-
-def _of_backward(report: dict[str, Tensor]) -> tuple[Tensor | None, float, float]:
+def _of_backward(report: dict[str, Tensor]) -> tuple[float, float, float, float]:
+    """||h||^2, units that are on, ||g||^2, ||J^T g||^2; NaN before the first step."""
     if not report:
-        return None, math.nan, math.nan
-    return report["h"], float(report["g"].double().square().sum()), float(report["hidden"].double().square().sum())
+        return math.nan, math.nan, math.nan, math.nan
+    h_square, g_square, hidden_square = (float(report[key].double().square().sum()) for key in ("h", "g", "hidden"))
+    return h_square, int(report["h"].count_nonzero()), g_square, hidden_square
 
 
-def _numbers(factors: Factors, h: Tensor | None, g_square: float, hidden_square: float) -> dict[str, float]:
+def _numbers(factors: Factors, h_square: float, live: float, g_square: float, hidden_square: float) -> dict[str, float]:
     numbers = {
-        "trainable_lr": math.nan if h is None else float(h.double().square().sum()),
-        "line_search": hidden_square / g_square if g_square > 0 else (math.nan if h is None else 0.0),
-        "live_units": math.nan if h is None else int(h.count_nonzero()),
-        "norm_g": math.sqrt(g_square) if g_square >= 0 else math.nan,
+        "trainable_lr": h_square,
+        "line_search": hidden_square / g_square if g_square > 0 else (math.nan if math.isnan(g_square) else 0.0),
+        "live_units": live,
+        "norm_g": math.sqrt(g_square),
     }
     for tensor, parameter in zip(factors.layer.tensors, factors.layer.parameters(), strict=True):
         numbers[f"norm_{tensor[-1]}"] = float(parameter.detach().double().norm())

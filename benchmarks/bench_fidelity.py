@@ -1,0 +1,72 @@
+"""Does the lean state train what the exact one trains? Final losses of both from the same numbers, seed by seed.
+
+    python benchmarks/bench_fidelity.py                     all tasks, to benchmarks/results/bench_fidelity.json
+    python benchmarks/bench_fidelity.py --tasks digits      one of them
+    python benchmarks/bench_fidelity.py --starts uniform sign
+    python benchmarks/bench_fidelity.py --quick --output /tmp/fidelity.json
+
+The tasks are in tasks.py. A run that was cut short goes on where it was: rows that the file has are not measured
+again, unless with --fresh. Plain LoRA under torch.optim.AdamW runs beside, with the same seeds and rates.
+
+    exact   oplora.AdamW(state="exact"): all of W2 and both its moments
+    lean    oplora.AdamW(state="lean")
+    lora    torch.optim.AdamW on A and B, from PEFT's start
+
+What to expect of "the same": two states round differently, and at high rates a training amplifies any difference, so
+losses agree no better than those of two seeds do. plot.py gives the difference of the means in units of exact's
+standard deviation over the seeds. README.md explains the columns.
+"""
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import harness
+import tasks
+import torch
+from tasks import DEFAULT_START, TASKS, TOYS, Case, lora_case, oplora_case, task_of
+
+STATES = ("exact", "lean")
+STARTS = ("sign", "uniform")
+RESULT = Path(__file__).parent / "results" / "bench_fidelity.json"
+
+
+def plan(names: Iterable[str], starts: Sequence[str], seeds: int) -> Iterator[Case]:
+    for name in names:
+        task = task_of(name)
+        for rate in task.rates:
+            if rate.probe:
+                yield from (oplora_case(name, "exact", start, rate, seed=0) for start in starts)
+                continue
+            for seed in range(seeds if task.lora_seeds is None else min(seeds, task.lora_seeds)):
+                yield lora_case(name, rate.lr, seed)
+            for start in starts:
+                for state in STATES:
+                    yield from (oplora_case(name, state, start, rate, seed) for seed in range(seeds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=[DEFAULT_START])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--fresh", action="store_true", help="measure also what the output file has")
+    parser.add_argument("--quick", action="store_true", help="toy tasks, two seeds: does it run at all?")
+    arguments = parser.parse_args()
+    if arguments.quick and arguments.output is None:
+        parser.error("--quick needs --output: its rows don't belong among the results")
+    torch.set_num_threads(arguments.threads)
+    names, seeds = (TOYS, 2) if arguments.quick else (arguments.tasks, arguments.seeds)
+    output = arguments.output or RESULT
+    common = {"benchmark": "fidelity", **harness.environment()}
+    begin = time.perf_counter()
+    cases = plan(names, arguments.starts, seeds)
+    rows = tasks.run_all(cases, output, common, arguments.threads, fresh=arguments.fresh, apart=not arguments.quick)
+    print(f"{len(rows)} rows in {output}, {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""State "lean": W2, its moments and W1's as low-rank factors, in LoRA's memory whatever hidden_width is.
+
+A factor entry costs 4 weight_rank + 2 (moment_rank + 3) bytes in float32, and the start of W2 none: it is made anew
+from the seed at every step. docs/lean.md derives it, csrc/core/adamw_lean.c computes it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  (loads the ops that are called below)
+from .adapters import Factors
+from .errors import OPLoRAValueError
+from .start import Settings, allocate
+from .tied import Layers, State, check_like, finish, targets
+
+__all__ = ["LeanLayers", "LeanState"]
+
+SCALARS = 4  # of a layer: the scale of W2's start and the mean of its row factor, and the same for W1
+REPORT = 9
+
+
+class LeanState(State):
+    """One layer's generator. `numbers`, `moments` and `scalars` are views of what all layers share; oplora_core.h says
+    what lies where in them.
+
+    masters: where a factor is of another dtype than the state (a bfloat16 model), its value before rounding, to which
+    steps add; otherwise small steps would be lost.
+    """
+
+    KIND = "lean"
+    KEYS = ("numbers", "moments", "scalars")
+
+    def __init__(
+        self, factors: Factors, settings: Settings, ranks: tuple[int, int], index: int, arenas: "Arenas"
+    ) -> None:
+        self.factors, self.settings, self.index, self.arenas = factors, settings, index, arenas
+        self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
+        self.weight_rank, self.moment_rank = ranks
+        self.steps = 0
+        self.random = [int(random) for random in factors.is_random()]
+        self.numbers, self.moments, self.scalars, offsets = arenas.next_views()
+        kind = int(settings.start == "sign")
+        self.sizes = [self.H, self.Z, *ranks, kind, index, len(factors.shapes), *offsets]
+        self.masters: list[Tensor | None] = [None] * len(factors.shapes)
+
+    @staticmethod
+    def counts(factors: Factors, settings: Settings, ranks: tuple[int, int]) -> tuple[int, int]:
+        """Numbers and moments of one layer, as oplora_lean_numbers and oplora_lean_moments count them."""
+        H, Z, N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
+        d, k = ranks
+        return d * N + (2 * d + k + 2) * H + (d + k + 4) * Z, (k + 3) * (N + H)
+
+    @staticmethod
+    def bytes_needed(factors: Factors, settings: Settings, ranks: tuple[int, int]) -> int:
+        numbers, moments = LeanState.counts(factors, settings, ranks)
+        return numbers * factors.dtype.itemsize + moments * _moment_dtype(factors.dtype).itemsize
+
+    @classmethod
+    def make_all(cls, factors: Sequence[Factors], settings: Settings, ranks: tuple[int, int]) -> list["LeanState"]:
+        """The generators of all layers; those of one dtype share their memory."""
+        arenas = {
+            dtype: Arenas([cls.counts(f, settings, ranks) for f in factors if f.dtype == dtype], dtype)
+            for dtype in {f.dtype for f in factors}
+        }
+        return [cls(f, settings, ranks, i, arenas[f.dtype]) for i, f in enumerate(factors)]
+
+    @property
+    def report_size(self) -> int:
+        return REPORT
+
+    @torch.no_grad()
+    def begin(self, keep: bool) -> None:
+        parameters = self.factors.layer.parameters()
+        dtype = self.factors.dtype
+        written = [torch.empty(p.shape, dtype=dtype) for p in parameters] if keep else targets(parameters, dtype)
+        state = (self.numbers, self.moments, self.scalars)
+        sizes = [*self.sizes[:7], 0, 0, 0]  # the views begin where the layer does
+        torch.ops.oplora.lean_start_(
+            *state, written, sizes, self.random, _signed(self.settings.seed), self.settings.latent_std
+        )
+        if keep:
+            self.factors.keep(written)
+        else:
+            finish([self], parameters, written)
+        for i, parameter in enumerate(parameters):
+            if parameter.dtype != dtype:
+                self.masters[i] = parameter.detach().to(dtype) if keep else written[i]
+
+    def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
+        """What a factor holds is what the next step goes on from, so only masters have to follow it."""
+        dtype = self.factors.dtype
+        if not self.factors.were_touched(parameters):
+            return False
+        for i, (parameter, master) in enumerate(zip(parameters, self.masters, strict=True)):
+            value = parameter.detach()
+            if parameter.dtype == dtype:  # also after the model was moved back
+                self.masters[i] = None
+            elif master is None or not torch.equal(master.to(parameter.dtype), value):
+                self.masters[i] = value.to(dtype)
+        return False
+
+    def targets(self, parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
+        """Where the core reads and writes the factors' values."""
+        return [
+            (p if p.is_contiguous() else p.detach().contiguous()) if master is None else master
+            for p, master in zip(parameters, self.masters, strict=True)
+        ]
+
+    def step_numbers(self) -> tuple[float, float, float, float]:
+        if (report := self.report) is None:
+            return math.nan, math.nan, math.nan, math.nan
+        g_square, _, hidden_square, h_square, live = report[:5].tolist()
+        return h_square, int(live), g_square, hidden_square
+
+    def stats(self) -> dict[str, float]:
+        report = self.report
+        dropped = [float("nan")] * 4 if report is None else report[5:].tolist()
+        names = ("dropped_moment", "dropped_weight", "dropped_hidden_moment", "dropped_hidden_weight")
+        return dict(zip(names, dropped, strict=True))
+
+    def settings_saved(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            **super().settings_saved(),
+            "weight_rank": self.weight_rank,
+            "moment_rank": self.moment_rank,
+            "start": settings.start,
+            "seed": settings.seed,
+            "layer": self.index,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "masters": list(self.masters)}
+
+    def check_state(self, saved: Any) -> None:
+        super().check_state(saved)
+        if not isinstance(saved["masters"], list | tuple) or len(saved["masters"]) != len(self.masters):
+            raise OPLoRAValueError(f"oplora: the saved masters of layer {self.name} are not one a factor.")
+        for mine, theirs in zip(self.masters, saved["masters"], strict=True):
+            if (mine is None) != (theirs is None):
+                raise OPLoRAValueError(
+                    f"oplora: the factors of layer {self.name} were saved in another dtype than the model's. Build the "
+                    "model in the dtype of the run that was saved."
+                )
+            if mine is not None:
+                check_like(f"masters of layer {self.name}", theirs, mine)
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        super().load_state(saved)
+        for mine, theirs in zip(self.masters, saved["masters"], strict=True):
+            if mine is not None:
+                mine.copy_(theirs)
+
+    @staticmethod
+    def new_layers() -> "LeanLayers":
+        return LeanLayers()
+
+
+class Arenas:
+    """The memory of all layers of one dtype: one tensor each for numbers, moments and scalars."""
+
+    def __init__(self, counts: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
+        self.numbers = allocate(sum(n for n, _ in counts), dtype, huge_pages=True)
+        self.moments = allocate(sum(m for _, m in counts), _moment_dtype(dtype), huge_pages=True)
+        self.scalars = torch.zeros(SCALARS * len(counts), dtype=torch.float64)
+        self._views = self._cut(counts)
+
+    def _cut(self, counts: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
+        at = [0, 0, 0]
+        for numbers, moments in counts:
+            offsets = list(at)
+            at = [at[0] + numbers, at[1] + moments, at[2] + SCALARS]
+            yield (
+                self.numbers[offsets[0] : at[0]],
+                self.moments[offsets[1] : at[1]],
+                self.scalars[offsets[2] : at[2]],
+                offsets,
+            )
+
+    def next_views(self) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        return next(self._views)
+
+
+class LeanLayers(Layers):
+    dh: Tensor | None = None  # dL/dh of all layers, if measured
+
+    def measure(self) -> Tensor:
+        report = self.new_report()
+        self.dh = torch.zeros(sum(state.H for state in self.states), dtype=torch.float64)
+        torch.ops.oplora.lean_measure_(*self._state(), self.gradients, *self._sizes(), report, self.dh)
+        return report
+
+    def step(self, adamw: list[float], report: Tensor | None) -> tuple[bool, Tensor]:
+        states, measured = self.states, report is not None
+        if report is None:
+            report = self.new_report()
+        written: list[Tensor] = []
+        for state in states:
+            written += state.targets(self.parameters[len(written) : len(written) + len(state.masters)])
+        done = torch.ops.oplora.lean_step_(
+            *self._state(),
+            written,
+            self.bases(),
+            self.gradients,
+            *self._sizes(),
+            adamw * len(states),
+            [state.steps + 1 for state in states],
+            report,
+            self.dh if measured else None,
+        )
+        if done:
+            self.remember_step(report)
+            finish(states, self.parameters, written)
+        return done, report
+
+    def square(self, report: Tensor) -> float:
+        numbers = report.view(-1, REPORT)
+        return float((numbers[:, 0] * (numbers[:, 3] + 1.0) + numbers[:, 2]).sum())
+
+    def scale(self, report: Tensor, scale: float) -> None:
+        numbers = report.view(-1, REPORT)
+        numbers[:, 0] *= scale**2
+        numbers[:, 2] *= scale**2
+        if self.dh is not None:
+            self.dh *= scale
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        arenas = self.states[0].arenas
+        return arenas.numbers, arenas.moments, arenas.scalars
+
+    def _sizes(self) -> tuple[list[int], list[int], int]:
+        sizes: list[int] = []
+        random: list[int] = []
+        for state in self.states:
+            sizes += state.sizes
+            random += state.random
+        return sizes, random, _signed(self.states[0].settings.seed)
+
+
+def _moment_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How the core keeps moments: bfloat16, stochastically rounded; the float64 twin rounds nothing."""
+    return torch.float64 if dtype == torch.float64 else torch.bfloat16
+
+
+def _signed(seed: int) -> int:
+    """The seed's 64 bits as the signed number that torch's ops take."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

@@ -1,0 +1,113 @@
+"""State lean in plain float64 PyTorch, matrices written out: what the C core must agree with.
+
+Each map W (rows, inputs) with bias c is held as dense matrices; a truncation is torch's SVD of the dense product. The
+formulas are docs/lean.md's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def truncated(product: Tensor, rank: int) -> Tensor:
+    U, s, Vh = torch.linalg.svd(product, full_matrices=False)
+    return (U[:, :rank] * s[:rank]) @ Vh[:rank]
+
+
+class LeanMap:
+    """W = s W0 + change, moment, R r^T, and AdamW on c with m and S."""
+
+    def __init__(self, W0: Tensor, ranks: tuple[int, int]) -> None:
+        rows, inputs = W0.shape
+        self.W0, self.ranks = W0, ranks
+        self.scale, self.mean, self.t = 1.0, 0.0, 0
+        self.change, self.moment = torch.zeros_like(W0), torch.zeros_like(W0)
+        self.R, self.r = W0.new_zeros(rows), W0.new_zeros(inputs)
+        self.c, self.m, self.S = W0.new_zeros(rows), W0.new_zeros(rows), W0.new_zeros(rows)
+
+    @property
+    def W(self) -> Tensor:
+        return self.scale * self.W0 + self.change
+
+    def output(self, x: Tensor) -> Tensor:
+        return self.W @ x + self.c
+
+    def step(
+        self, g: Tensor, x: Tensor, lr: float, weight_lr: float, decay: float, b: Sequence[float], eps: float
+    ) -> None:
+        self.t += 1
+        keep, first, second = 1 - decay, 1 - b[0] ** self.t, 1 - b[1] ** self.t
+        mean_x = float(x.square().mean())
+        fresh = (1 - b[1]) * mean_x * float(g.square().mean())
+        self.mean = b[1] * self.mean + fresh
+        if fresh > 0:
+            self.r += fresh / self.mean * (x.square() / mean_x - self.r)
+        self.R = b[1] * self.R + (1 - b[1]) * mean_x * g.square()
+        root = self.r.sqrt()
+        live = root > 0
+        eps_row = eps / float(root[live].mean()) if live.any() else eps
+        row = 1 / ((self.R / second).sqrt() + eps_row)
+        col = torch.where(live, 1 / root, torch.zeros_like(root))
+
+        moment = b[0] * self.moment + (1 - b[0]) * torch.outer(g, x)
+        update = truncated(row[:, None] * moment * col, self.ranks[1])
+        self.moment = update / row[:, None] * root
+        self.change = truncated(keep * self.change - weight_lr / first * update, self.ranks[0])
+        self.scale *= keep
+
+        self.m = b[0] * self.m + (1 - b[0]) * g
+        self.S = b[1] * self.S + (1 - b[1]) * g.square()
+        self.c = keep * self.c - lr / first * self.m / ((self.S / second).sqrt() + eps)
+
+
+class LeanOracle:
+    """One generator, from the start that oplora.Generators gives it."""
+
+    def __init__(self, start: dict[str, Tensor], ranks: tuple[int, int] = (2, 1)) -> None:
+        self.z = start["z"].double().clone()
+        self.outer = LeanMap(start["W2"].double().clone(), ranks)
+        self.hidden = LeanMap(start["W1"].double().clone(), ranks)
+        self.z_m, self.z_s = torch.zeros_like(self.z), torch.zeros_like(self.z)
+
+    @property
+    def h(self) -> Tensor:
+        return self.hidden.output(self.z).relu()
+
+    def generate(self) -> Tensor:
+        return self.outer.output(self.h)
+
+    def gradients(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """d (H), the gradient of W1 z + c1, and that of z."""
+        d = (self.outer.W.T @ g) * (self.h > 0)
+        return d, self.hidden.W.T @ d
+
+    def norm_square(self, g: Tensor) -> Tensor:
+        """||.||^2 of the gradients of all five tensors."""
+        d, dz = self.gradients(g)
+        return (
+            g.square().sum() * (self.h.square().sum() + 1)
+            + d.square().sum() * (self.z.square().sum() + 1)
+            + dz.square().sum()
+        )
+
+    def step(
+        self,
+        g: Tensor,
+        lr: float,
+        weight_lr: float | None = None,
+        hidden_lr: float | None = None,
+        weight_decay: float = 0.01,
+        b: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        weight_lr = lr if weight_lr is None else weight_lr
+        hidden_lr = lr if hidden_lr is None else hidden_lr
+        h, (d, dz) = self.h, self.gradients(g)
+        self.outer.step(g, h, lr, weight_lr, lr * weight_decay, b, eps)
+        self.hidden.step(d, self.z, hidden_lr, hidden_lr, hidden_lr * weight_decay, b, eps)
+        t = self.hidden.t
+        self.z_m = b[0] * self.z_m + (1 - b[0]) * dz
+        self.z_s = b[1] * self.z_s + (1 - b[1]) * dz.square()
+        step = self.z_m / (1 - b[0] ** t) / ((self.z_s / (1 - b[1] ** t)).sqrt() + eps)
+        self.z = (1 - hidden_lr * weight_decay) * self.z - hidden_lr * step
