@@ -46,7 +46,7 @@ LATENT_WIDTH = 128
 DEFAULT_START = "sign"  # what oplora.AdamW(state="lean") starts from unless told otherwise
 WEIGHT_RANK, MOMENT_RANK = 2, 1
 BATCH = 64  # images
-TEXT_BATCH, TEXT_BLOCK, TEXT_HELD_OUT = 2, 48, 32  # blocks a step, tokens a block, blocks
+TEXT_BATCH, TEXT_BLOCK, TEXT_HELD_OUT = 1, 32, 48  # blocks a step, tokens a block, blocks
 
 
 # ---- a run ----
@@ -364,7 +364,6 @@ TASKS = {
         (*rates(1e-3, 3e-3), Rate(1e-2, probe=True), Rate(1e-2, init="keep", hidden_lr_ratio=0.1)),
         warmup=30,
         tail=50,
-        small=False,
         lora_seeds=1,
     ),
 }

@@ -2,14 +2,16 @@
  *
  * T is float or double, FN(name) is name_<type>_<instruction set>. All loops are plain C that the compiler
  * vectorises. Elementwise loops give the same bits on every instruction set, as contraction is off and sqrt and
- * division are exact; sums do because they run in a fixed number of lanes, 64 bytes wide, whatever the registers. */
+ * division are exact; sums do because they run in a fixed number of lanes, 64 bytes wide, whatever the registers: a row
+ * of PIECES registers, written as such because compilers lower wider vectors through memory. */
 
-enum { FN(LANES) = 64 / sizeof(T) };
-typedef T FN(vector) __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
-typedef T FN(eight) __attribute__((vector_size(8 * sizeof(T)), aligned(sizeof(T)), may_alias));
-typedef double FN(eight_doubles) __attribute__((vector_size(64), aligned(8), may_alias));
-#define VECTOR(p) (*(const FN(vector) *)(p))
-#define EIGHT(p) __builtin_convertvector(*(const FN(eight) *)(p), FN(eight_doubles))
+enum { FN(LANES) = 64 / sizeof(T), FN(PIECE) = WIDE / sizeof(T), FN(DOUBLES) = WIDE / 8 };
+#define PIECES (64 / WIDE)
+typedef T FN(piece) __attribute__((vector_size(WIDE), aligned(sizeof(T)), may_alias));
+typedef T FN(few) __attribute__((vector_size(FN(DOUBLES) * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef double FN(doubles) __attribute__((vector_size(WIDE), aligned(8), may_alias));
+#define VECTOR(p) (*(const FN(piece) *)(p))
+#define WIDENED(p) __builtin_convertvector(*(const FN(few) *)(p), FN(doubles))
 
 /* v[n] += sum over k of h[k] column[k][n], added in the order of k. Four columns at a time keep v in registers. */
 static void FN(axpy)(const T *const *column, const T *h, int64_t count, T *restrict v, int64_t n) {
@@ -28,7 +30,7 @@ static void FN(axpy)(const T *const *column, const T *h, int64_t count, T *restr
     }
 }
 
-static double FN(sum_lanes)(FN(vector) lanes) {
+static double FN(sum_lanes)(const T *lanes) {
     double sum = 0;
     for (int l = 0; l < FN(LANES); l++) sum += lanes[l];
     return sum;
@@ -39,61 +41,66 @@ static void FN(dot)(const T *const *column, int64_t count, const T *g, int64_t n
     int64_t k = 0;
     for (; k + 4 <= count; k += 4) {
         const T *const a = column[k], *const b = column[k + 1], *const c = column[k + 2], *const d = column[k + 3];
-        FN(vector) sa = {0}, sb = {0}, sc = {0}, sd = {0};
+        FN(piece) sa[PIECES] = {{0}}, sb[PIECES] = {{0}}, sc[PIECES] = {{0}}, sd[PIECES] = {{0}};
+        T lanes[4][FN(LANES)];
         int64_t i = 0;
         for (; i + FN(LANES) <= n; i += FN(LANES)) {
-            const FN(vector) x = VECTOR(g + i);
-            sa += VECTOR(a + i) * x;
-            sb += VECTOR(b + i) * x;
-            sc += VECTOR(c + i) * x;
-            sd += VECTOR(d + i) * x;
+#pragma GCC unroll 4
+            for (int q = 0; q < PIECES; q++) {
+                const int64_t at = i + q * FN(PIECE);
+                const FN(piece) x = VECTOR(g + at);
+                sa[q] += VECTOR(a + at) * x;
+                sb[q] += VECTOR(b + at) * x;
+                sc[q] += VECTOR(c + at) * x;
+                sd[q] += VECTOR(d + at) * x;
+            }
         }
-        for (int l = 0; i < n; i++, l++) {
-            sa[l] += a[i] * g[i];
-            sb[l] += b[i] * g[i];
-            sc[l] += c[i] * g[i];
-            sd[l] += d[i] * g[i];
-        }
-        out[k] = FN(sum_lanes)(sa);
-        out[k + 1] = FN(sum_lanes)(sb);
-        out[k + 2] = FN(sum_lanes)(sc);
-        out[k + 3] = FN(sum_lanes)(sd);
+        memcpy(lanes[0], sa, 64);
+        memcpy(lanes[1], sb, 64);
+        memcpy(lanes[2], sc, 64);
+        memcpy(lanes[3], sd, 64);
+        for (int l = 0; i < n; i++, l++)
+            for (int w = 0; w < 4; w++) lanes[w][l] += column[k + w][i] * g[i];
+        for (int w = 0; w < 4; w++) out[k + w] = FN(sum_lanes)(lanes[w]);
     }
     for (; k < count; k++) {
-        FN(vector) s = {0};
+        FN(piece) s[PIECES] = {{0}};
+        T lanes[FN(LANES)];
         int64_t i = 0;
-        for (; i + FN(LANES) <= n; i += FN(LANES)) s += VECTOR(column[k] + i) * VECTOR(g + i);
-        for (int l = 0; i < n; i++, l++) s[l] += column[k][i] * g[i];
-        out[k] = FN(sum_lanes)(s);
+        for (; i + FN(LANES) <= n; i += FN(LANES)) {
+#pragma GCC unroll 4
+            for (int q = 0; q < PIECES; q++)
+                s[q] += VECTOR(column[k] + i + q * FN(PIECE)) * VECTOR(g + i + q * FN(PIECE));
+        }
+        memcpy(lanes, s, 64);
+        for (int l = 0; i < n; i++, l++) lanes[l] += column[k][i] * g[i];
+        out[k] = FN(sum_lanes)(lanes);
     }
 }
 
-/* a . b with every product and sum in double: the hidden layer's short rows. */
+/* a . b with every product and sum in double, in eight lanes. */
 static double FN(dot_double)(const T *a, const T *b, int64_t n) {
-    FN(eight_doubles) lanes = {0};
+    FN(doubles) s[PIECES] = {{0}};
+    double lanes[8], sum = 0;
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) lanes += EIGHT(a + i) * EIGHT(b + i);
+    for (; i + 8 <= n; i += 8) {
+#pragma GCC unroll 4
+        for (int q = 0; q < PIECES; q++)
+            s[q] += WIDENED(a + i + q * FN(DOUBLES)) * WIDENED(b + i + q * FN(DOUBLES));
+    }
+    memcpy(lanes, s, 64);
     for (int l = 0; i < n; i++, l++) lanes[l] += (double)a[i] * b[i];
-    double sum = 0;
     for (int l = 0; l < 8; l++) sum += lanes[l];
     return sum;
 }
 
 /* ||g||^2 in double, and how many entries are NaN or infinite. */
 static double FN(square_sum)(const T *g, int64_t n, int64_t *nonfinite) {
-    FN(eight_doubles) lanes = {0};
-    int64_t i = 0, bad = 0;
-    for (; i + 8 <= n; i += 8) {
-        const FN(eight_doubles) x = EIGHT(g + i);
-        lanes += x * x;
-    }
-    for (int l = 0; i < n; i++, l++) lanes[l] += (double)g[i] * g[i];
     const T largest = sizeof(T) == sizeof(float) ? (T)0x1.fffffep127 : (T)0x1.fffffffffffffp1023;
-    for (i = 0; i < n; i++) bad += !(g[i] <= largest && g[i] >= -largest);
+    int64_t bad = 0;
+    for (int64_t i = 0; i < n; i++) bad += !(g[i] <= largest && g[i] >= -largest);
     *nonfinite = bad;
-    double sum = 0;
-    for (int l = 0; l < 8; l++) sum += lanes[l];
-    return sum;
+    return FN(dot_double)(g, g, n);
 }
 
 /* torch.optim.AdamW on one column whose gradient is h g, and v += h_next p if the column takes part in v. */
@@ -127,12 +134,12 @@ static void FN(adamw)(T *p, T *m, T *s, const T *g, T h, T h_next, T *v, int64_t
 
 typedef uint64_t FN(wide) __attribute__((vector_size(WIDE)));
 typedef uint32_t FN(wide_words) __attribute__((vector_size(WIDE), aligned(4), may_alias));
-typedef uint32_t FN(words16) __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t FN(ints16) __attribute__((vector_size(64)));
-typedef T FN(sixteen) __attribute__((vector_size(16 * sizeof(T)), aligned(sizeof(T)), may_alias));
-typedef __typeof__(__builtin_choose_expr(sizeof(T) == 4, (uint32_t)0, (uint64_t)0)) FN(bits);
-typedef FN(bits) FN(bits16) __attribute__((vector_size(16 * sizeof(T))));
-#define SIXTEEN(p) (*(FN(sixteen) *)(p))
+typedef uint32_t FN(words) __attribute__((vector_size(4 * FN(PIECE)), aligned(4), may_alias));
+typedef int32_t FN(ints) __attribute__((vector_size(4 * FN(PIECE))));
+typedef __typeof__(__builtin_choose_expr(sizeof(T) == 4, (uint32_t)0, (uint64_t)0)) FN(bit_word);
+typedef FN(bit_word) FN(bit_words) __attribute__((vector_size(WIDE)));
+#define WORDS(p) (*(const FN(words) *)(p))
+#define SUM_PIECES (16 / FN(PIECE)) /* of sums over random numbers, in sixteen lanes for every T */
 
 /* The four words of the counters first .. first + 15, word by word: random.c has the counter. Two registers of 64-bit
  * lanes, even and odd counters, go through the rounds side by side; the garbage in their upper halves never matters. */
@@ -165,24 +172,32 @@ static inline __attribute__((always_inline)) void FN(philox16)(const oplora_stre
     }
 }
 
-/* The q-th sixteen of a block's 128 numbers, in units of 2^-16. Macros, as no ABI returns vectors of this size. */
-#define HALVES(words, q) (*(const FN(words16) *)(words)[(q) / 2] << 16 * (1 - (q) % 2) >> 16)
-#define UNIFORM16(words, q) \
-    __builtin_convertvector((FN(ints16))(HALVES(words, q) + HALVES(words, q)) - 65535, FN(sixteen))
+/* The numbers that one half of each of some words makes, in units of 2^-16. */
+#define UNIFORM(words, high) \
+    __builtin_convertvector((FN(ints))((WORDS(words) << ((high) ? 0 : 16) >> 16) * 2) - 65535, FN(piece))
 
 /* sum of x[i] times the vector's numbers first + i; `first` is a multiple of 128. */
 static double FN(uniform_dot)(const oplora_stream *s, uint32_t vector, int64_t first, const T *x, int64_t n) {
-    FN(sixteen) lanes = {0};
+    FN(piece) sums[SUM_PIECES] = {{0}};
     for (int64_t i = 0; i < n; i += 128) {
         uint32_t words[4][16];
         T padded[128] = {0};
         const T *block = x + i;
         FN(philox16)(s, (uint64_t)(first + i) / 8, vector, words);
         if (n - i < 128) memcpy(padded, block, (size_t)(n - i) * sizeof(T)), block = padded;
+#pragma GCC unroll 4
+        for (int w = 0; w < 4; w++) {
 #pragma GCC unroll 8
-        for (int q = 0; q < 8; q++) lanes += UNIFORM16(words, q) * SIXTEEN(block + 16 * q);
+            for (int q = 0; q < SUM_PIECES; q++) {
+                const int at = q * FN(PIECE);
+                sums[q] += UNIFORM(words[w] + at, 0) * VECTOR(block + 32 * w + at);
+                sums[q] += UNIFORM(words[w] + at, 1) * VECTOR(block + 32 * w + 16 + at);
+            }
+        }
     }
+    T lanes[16];
     double sum = 0;
+    memcpy(lanes, sums, sizeof lanes);
     for (int l = 0; l < 16; l++) sum += lanes[l];
     return sum;
 }
@@ -196,8 +211,15 @@ static void FN(uniform_axpy)(const oplora_stream *s, uint32_t vector, int64_t fi
         const int64_t left = n - i;
         FN(philox16)(s, (uint64_t)(first + i) / 8, vector, words);
         if (left < 128) memcpy(padded, block, (size_t)left * sizeof(T)), block = padded;
+#pragma GCC unroll 4
+        for (int w = 0; w < 4; w++) {
 #pragma GCC unroll 8
-        for (int q = 0; q < 8; q++) SIXTEEN(block + 16 * q) += coefficient * UNIFORM16(words, q);
+            for (int q = 0; q < SUM_PIECES; q++) {
+                T *const low = block + 32 * w + q * FN(PIECE);
+                *(FN(piece) *)low += coefficient * UNIFORM(words[w] + q * FN(PIECE), 0);
+                *(FN(piece) *)(low + 16) += coefficient * UNIFORM(words[w] + q * FN(PIECE), 1);
+            }
+        }
         if (left < 128) memcpy(y + i, padded, (size_t)left * sizeof(T));
     }
 }
@@ -212,58 +234,63 @@ static void FN(sign_words)(const oplora_stream *s, uint32_t group, int64_t first
     }
 }
 
-/* The sign of x changed where bit `bit` of the word is set. */
-#define SIGNED16(word, bit, x) \
-    ((FN(sixteen))((FN(bits16))(x) ^ __builtin_convertvector((word) << (31 - (bit)) & 0x80000000u, FN(bits16)) \
-                                         << (8 * sizeof(T) - 32)))
+/* x with its sign changed where a bit of the words is set; `shift` brings the bit to the top. */
+#define SIGNED(words, shift, x) \
+    ((FN(piece))((FN(bit_words))(x) ^ __builtin_convertvector((words) << (shift) & 0x80000000u, FN(bit_words)) \
+                                          << (8 * sizeof(T) - 32)))
 
 /* out[k] = sum of +-x, the signs of column bit[k]. Four columns at a time read x and the words once. */
 static void FN(sign_dot)(const uint32_t *words, const int *bit, int64_t count, const T *x, int64_t n, double *out) {
-    int64_t k = 0;
-    for (int64_t width; k < count; k += width) {
-        FN(sixteen) lanes[4] = {0};
-        width = count - k < 4 ? 1 : 4;
+    T padded[16] = {0};
+    const int64_t whole = n & ~(int64_t)15;
+    memcpy(padded, x + whole, (size_t)(n - whole) * sizeof(T));
+    for (int64_t k = 0; k < count; k += 4) {
+        FN(piece) sums[4][SUM_PIECES] = {{{0}}};
+        const int last = (int)(count - 1);
+        const int shift0 = 31 - bit[k], shift1 = 31 - bit[k + 1 < count ? k + 1 : last];
+        const int shift2 = 31 - bit[k + 2 < count ? k + 2 : last], shift3 = 31 - bit[k + 3 < count ? k + 3 : last];
         for (int64_t i = 0; i < n; i += 16) {
-            FN(sixteen) some = {0};
-            if (n - i < 16)
-                memcpy(&some, x + i, (size_t)(n - i) * sizeof(T));
-            else
-                some = *(const FN(sixteen) *)(x + i);
-            const FN(words16) word = *(const FN(words16) *)(words + i);
-            lanes[0] += SIGNED16(word, bit[k], some);
-            if (width == 1) continue;
-            lanes[1] += SIGNED16(word, bit[k + 1], some);
-            lanes[2] += SIGNED16(word, bit[k + 2], some);
-            lanes[3] += SIGNED16(word, bit[k + 3], some);
+            const T *const block = i < whole ? x + i : padded;
+#pragma GCC unroll 8
+            for (int q = 0; q < SUM_PIECES; q++) {
+                const FN(piece) some = VECTOR(block + q * FN(PIECE));
+                const FN(words) word = WORDS(words + i + q * FN(PIECE));
+                sums[0][q] += SIGNED(word, shift0, some);
+                sums[1][q] += SIGNED(word, shift1, some);
+                sums[2][q] += SIGNED(word, shift2, some);
+                sums[3][q] += SIGNED(word, shift3, some);
+            }
         }
-        for (int w = 0; w < width; w++) {
+        for (int w = 0; w < 4 && k + w < count; w++) {
+            T lanes[16];
+            memcpy(lanes, sums[w], sizeof lanes);
             out[k + w] = 0;
-            for (int l = 0; l < 16; l++) out[k + w] += lanes[w][l];
+            for (int l = 0; l < 16; l++) out[k + w] += lanes[l];
         }
+    }
+}
+
+static inline __attribute__((always_inline)) void FN(sign_axpy_block)(const uint32_t *words, const int *bit,
+                                                                      const T *coefficient, int64_t count, T *block) {
+    const FN(piece) zero = {0};
+#pragma GCC unroll 8
+    for (int q = 0; q < SUM_PIECES; q++) {
+        const FN(words) word = WORDS(words + q * FN(PIECE));
+        FN(piece) v = VECTOR(block + q * FN(PIECE));
+        for (int64_t k = 0; k < count; k++) v += SIGNED(word, 31 - bit[k], zero + coefficient[k]);
+        *(FN(piece) *)(block + q * FN(PIECE)) = v;
     }
 }
 
 /* y[i] += sum over k of +-coefficient[k], added in the order of k. */
 static void FN(sign_axpy)(const uint32_t *words, const int *bit, const T *coefficient, int64_t count, T *y, int64_t n) {
-    const FN(sixteen) zero = {0};
-    int64_t k = 0;
-    for (int64_t width; k < count; k += width) {
-        width = count - k < 4 ? 1 : 4;
-        for (int64_t i = 0; i < n; i += 16) {
-            T padded[16];
-            T *const block = n - i < 16 ? padded : y + i;
-            if (block == padded) memcpy(padded, y + i, (size_t)(n - i) * sizeof(T));
-            const FN(words16) word = *(const FN(words16) *)(words + i);
-            FN(sixteen) v = SIXTEEN(block) + SIGNED16(word, bit[k], zero + coefficient[k]);
-            if (width == 4) {
-                v += SIGNED16(word, bit[k + 1], zero + coefficient[k + 1]);
-                v += SIGNED16(word, bit[k + 2], zero + coefficient[k + 2]);
-                v += SIGNED16(word, bit[k + 3], zero + coefficient[k + 3]);
-            }
-            SIXTEEN(block) = v;
-            if (block == padded) memcpy(y + i, padded, (size_t)(n - i) * sizeof(T));
-        }
-    }
+    const int64_t whole = n & ~(int64_t)15;
+    T padded[16] = {0};
+    for (int64_t i = 0; i < whole; i += 16) FN(sign_axpy_block)(words + i, bit, coefficient, count, y + i);
+    if (whole == n) return;
+    memcpy(padded, y + whole, (size_t)(n - whole) * sizeof(T));
+    FN(sign_axpy_block)(words + whole, bit, coefficient, count, padded);
+    memcpy(y + whole, padded, (size_t)(n - whole) * sizeof(T));
 }
 
 /* ---- the rows of lean state; adamw_lean.c has the formulas ---- */
@@ -329,9 +356,10 @@ static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int
     for (int64_t i = 0; i < n; i++) A[i] = TY(put)(v[i], noise_of((uint32_t)(first + i), key));
 }
 
+#undef PIECES
 #undef VECTOR
-#undef EIGHT
-#undef SIXTEEN
-#undef HALVES
-#undef UNIFORM16
-#undef SIGNED16
+#undef WIDENED
+#undef WORDS
+#undef SUM_PIECES
+#undef UNIFORM
+#undef SIGNED

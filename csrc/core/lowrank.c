@@ -7,6 +7,7 @@
  * matrix F K K^T F^T is (p, p). Whatever directions are chosen, rotation = K directions^T is the exact projection, so an
  * error in a Gram matrix makes the choice slightly worse and the result never wrong. */
 #include "lowrank.h"
+#include "dispatch.h"
 
 #include <math.h>
 #include <string.h>
@@ -50,11 +51,10 @@ static void eigen(double a[MOST][MOST], int p, double value[MOST], double vector
     for (int i = 0; i < p; i++) value[i] = a[i][i];
 }
 
-static double dot(const double *a, const double *b, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
+static double dot(const double *a, const double *b, int64_t n) { return oplora_dispatch_f64()->dot_double(a, b, n); }
+
+/* y += c x */
+static void axpy(double c, const double *x, double *y, int64_t n) { oplora_dispatch_f64()->axpy(&x, &c, 1, y, n); }
 
 /* Makes row i of the directions orthogonal to those before it and of length one; 0 if nothing is left of it. */
 static int orthonormalise(double *directions, int i, int64_t n) {
@@ -62,15 +62,16 @@ static int orthonormalise(double *directions, int i, int64_t n) {
     const double before = sqrt(dot(row, row, n));
     for (int pass = 0; pass < 2; pass++)
         for (int other = 0; other < i; other++) {
-            const double along = dot(row, directions + other * n, n);
-            for (int64_t j = 0; j < n; j++) row[j] -= along * directions[other * n + j];
+            const double *const unit = directions + other * n;
+            axpy(-dot(row, unit, n), unit, row, n);
         }
     const double length = sqrt(dot(row, row, n));
     if (!(length > 1e-8 * before)) {
         memset(row, 0, (size_t)n * sizeof *row);
         return 0;
     }
-    for (int64_t j = 0; j < n; j++) row[j] /= length;
+    const double shorter = 1 / length;
+    for (int64_t j = 0; j < n; j++) row[j] *= shorter;
     return 1;
 }
 
@@ -114,8 +115,7 @@ double oplora_truncate(const double *gram, int p, const double *K, int64_t n, in
         for (int a = 0; a < p; a++) {
             double weight = 0;
             for (int m = 0; m < p; m++) weight += vector[m][best] * F[m][a];
-            weight /= sqrt(value[best]);
-            for (int64_t j = 0; j < n; j++) row[j] += weight * K[a * n + j];
+            axpy(weight / sqrt(value[best]), K + a * n, row, n);
         }
         if (!orthonormalise(directions, i, n)) break;
         kept += value[best];
