@@ -7,7 +7,7 @@
     memory    bytes held and at the peak, each contender in a process of its own: lean at every H, all at H = 32
     growth    optimizer.step() alone, in turns, for N from 1e5 to 3e7 at H = 32 and for H from 8 to 2048 at N = 1e6
     step      a step with its micro-batches on the sizes of bench_step.py
-    roofline  what bounds each of the two passes of a step: the memory, the arithmetic, or the calls
+    roofline  what bounds a step, whole and as clipping cuts it in two: the memory, the arithmetic, or the calls
 
 The contenders are those of bench_step.py, and oplora.AdamW(state="lean") from both starts. README.md explains the
 columns.
@@ -26,7 +26,7 @@ import harness
 import torch
 from bench_step import LATENT_WIDTH, Methods, Size, with_gradients
 from harness import Contender, Row
-from tasks import DEFAULT_START
+from tasks import DEFAULT_START, MOMENT_RANK, WEIGHT_RANK
 from torch.optim import Optimizer
 
 LEAN = {
@@ -39,9 +39,10 @@ KINDS = ("memory", "growth", "step", "roofline")
 WIDTHS = (8, 32, 128, 512, 2048)
 EXACT_LIMIT_BYTES = 6e9  # state exact runs where it needs less,
 EAGER_LIMIT = 33 * 1.1e6  # the eager way where W2 and c2 have fewer numbers
-# what the two passes over an entry read and write. First: the state, 16 bytes, and g. Second: g and the state, and the
-# state and the factor written
-PASS_BYTES = {"first pass": 20, "second pass": 40}
+# What is read and written of an entry at d = 2, k = 1. ||g||^2 reads g; the first pass g, U (8), A and R (2 each); the
+# second those, m, S and the factor, and writes all but g. A measurement reads g twice and U; the step after it is spared
+# ||g||^2 and W2^T g, but not the first pass' other sums.
+PART_BYTES = {"step": 64, "measuring": 16, "step after measuring": 60}
 RESULT = Path(__file__).parent / "results" / "bench_lean.json"
 
 
@@ -71,10 +72,13 @@ def memory_row(name: str, size: Size) -> Row:
 
 
 def hidden_path_bytes(name: str, size: Size) -> int:
-    """z, W1 and c1 of all layers with their moments, and in the eager way their gradients. In no state they are lean:
-    they don't grow with N but with H, and with 128 numbers a unit they are most of it when H is large."""
+    """What all layers keep of z, W1 and c1 and, in state lean, of Q, B and r: what grows with H and not with N. In state
+    exact two moments beside each number, in the eager way a gradient too."""
+    H, Z, d, k = size.hidden_width, LATENT_WIDTH, WEIGHT_RANK, MOMENT_RANK
+    if name in LEAN:
+        return len(size.layers) * (4 * (H * (2 * d + k + 2) + Z * (d + k + 4)) + 2 * H * (k + 3) + 32)
     copies = {EAGER: 4, LORA: 0}.get(name, 3)
-    return copies * 4 * len(size.layers) * (size.hidden_width * LATENT_WIDTH + size.hidden_width + LATENT_WIDTH)
+    return copies * 4 * len(size.layers) * (H * Z + H + Z)
 
 
 def memory_rows(quick: bool) -> Iterator[Row]:
@@ -130,16 +134,16 @@ def step_rows(sizes: dict[str, Size], rounds: int) -> Iterator[Row]:
 
 
 def parts(optimizer: Optimizer) -> dict[str, Contender]:
-    """The step and its two passes. Measuring the gradients' norm is the first, and the step after it, which takes
-    what was measured, the second. Each runs once before it is timed: a small layer is then in the caches."""
+    """The step, and the two halves that clipping cuts it into: measuring the gradients' norm, and the step after it, which
+    takes what was measured. Each runs once before it is timed: a small layer is then in the caches."""
 
-    def first() -> None:
+    def measure() -> None:
         optimizer.clip_grad_norm_(math.inf)  # type: ignore[attr-defined]
 
     return {
         "step": Contender(optimizer.step, before=optimizer.step),
-        "first pass": Contender(first, before=first),
-        "second pass": Contender(optimizer.step, before=first),
+        "measuring": Contender(measure, before=measure),
+        "step after measuring": Contender(optimizer.step, before=measure),
     }
 
 
@@ -162,7 +166,7 @@ def roofline_rows(rounds: int, quick: bool, array_bytes: int) -> Iterator[Row]:
                 for part, contender in parts(with_gradients(build, there)).items()
             }
             seconds = harness.in_turns({**contenders, **bandwidth.contenders()}, rounds, limit_s=30)
-            for part, entry_bytes in {"step": sum(PASS_BYTES.values()), **PASS_BYTES}.items():
+            for part, entry_bytes in PART_BYTES.items():
                 row = {
                     "kind": "roofline",
                     **size.columns(),
