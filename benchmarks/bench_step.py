@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
-import oplora
 import torch
 from harness import Contender, PeakMemory, Row
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+import oplora
 
 LATENT_WIDTH = 128
 LR = 1e-6  # so small that no unit crosses its ReLU on the way: the work of a step is the same in every round

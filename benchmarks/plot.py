@@ -254,6 +254,24 @@ def lean_tables(rows: list[Row]) -> str:
     return "\n\n".join([*parts, f"Measured on {machine(rows[0])}"])
 
 
+def lean_summary(rows: list[Row]) -> str:
+    """Bytes and time of each way at H = 32, or what its rows have, and of the lean state at its widest."""
+    memory, growth = of_kind(rows, "memory"), growing_with(rows, "hidden_width")
+    widest = max(row["hidden_width"] for row in memory)
+    shown = [(row, row["hidden_width"]) for row in memory if row["hidden_width"] in (32, widest)]
+
+    def cells(row: Row, H: int) -> list[str]:
+        width = "" if is_lora(row["contender"]) else str(H)
+        times = where(growth, contender=row["contender"], hidden_width=H)
+        time = f"{times[0]['ms']:.1f} ms" if times else ""
+        return [STATES[row["contender"]], width, f"{row['bytes_per_entry']:.1f}", time]
+
+    size = growth[0]["factor_numbers"]
+    header = ["", "H", "bytes an entry", f"`step()`, {size / 1e6:.1f} M entries"]
+    table = markdown(header, (cells(row, H) for row, H in shown))
+    return f"{table}\n\nAn entry's value and gradient are counted in. Measured on {machine(rows[0])}"
+
+
 # ---- tables: bench_fidelity ----
 
 
@@ -400,9 +418,13 @@ def width_tables(rows: list[Row]) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bench_step": step_tables,
     "bench_lean": lean_tables,
+    "lean_summary": lean_summary,
     "bench_fidelity": fidelity_tables,
     "bench_width": width_tables,
 }
+
+
+SOURCES = {"lean_summary": "bench_lean"}  # of tables that aren't named as their file
 
 
 def markers(stem: str) -> tuple[str, str]:
@@ -415,7 +437,7 @@ def replace_all(text: str, results: Path) -> str:
     if not there:
         raise SystemExit(f"the file has no {' ... '.join(markers(next(iter(TABLES))))}, nor another benchmark's")
     for stem in there:
-        text = replace_between(text, stem, TABLES[stem](read_rows(results / f"{stem}.json")))
+        text = replace_between(text, stem, TABLES[stem](read_rows(results / f"{SOURCES.get(stem, stem)}.json")))
     return text
 
 

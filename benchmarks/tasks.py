@@ -30,13 +30,14 @@ from typing import Any, Protocol
 
 import harness
 import numpy as np
-import oplora
 import torch
 from harness import Row
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+import oplora
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

@@ -319,7 +319,7 @@ def test_bench_lean_quick_runs(quick):
     kinds = [row["kind"] for row in rows]
     assert kinds == ["memory"] * 6 + ["growth"] * 10 + ["step"] * 10 + ["roofline"] * 6
     assert all(row["device"] and row["threads"] and row["torch"] and row["isa"] for row in rows)
-    assert plot.lean_tables(rows).count("| second pass |") == 2
+    assert plot.lean_tables(rows).count("| measuring |") == 2
     assert quick(bench_lean, "--threads", "1", "--kinds", "roofline")[:26] == rows[:26]
 
 

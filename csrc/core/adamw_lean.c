@@ -33,10 +33,10 @@
 #include <string.h>
 
 enum {
-    BLOCK = 512,           /* rows that are in the first-level cache together; a multiple of what the start asks for */
-    PART = 4096,           /* least rows of a part */
-    MOST_PARTS = 64,       /* of a layer: bounds the scratch */
-    SMALL_WORK = 1 << 18,  /* rows times (1 + H / 32): a layer up to this is one thread's work */
+    BLOCK = 512,          /* rows that are in the first-level cache together; a multiple of what the start asks for */
+    PART = 4096,          /* least rows of a part */
+    MOST_PARTS = 64,      /* of a layer: bounds the scratch */
+    SMALL_WORK = 1 << 18, /* rows times (1 + H / 32): a layer up to this is one thread's work */
     RANK = OPLORA_MOST_RANK,
     BASIS = OPLORA_MOST_BASIS
 };
@@ -85,11 +85,11 @@ typedef struct {
 typedef struct {
     TY(rows) rows;
     int64_t inputs;
-    T *Q, *B, *r;          /* (d, inputs), (k, inputs), (inputs) */
-    double *scale, *mean;  /* s, and the mean of R */
+    T *Q, *B, *r;         /* (d, inputs), (k, inputs), (inputs) */
+    double *scale, *mean; /* s, and the mean of R */
     double keep, rate, beta1;
     double *K, *col, *Q_next, *directions; /* scratch: (BASIS, inputs), (inputs), (d, inputs), (k, inputs) */
-    double *sums;          /* scratch: the basis' Gram matrix (p, p), then U^T g (d) */
+    double *sums;                          /* scratch: the basis' Gram matrix (p, p), then U^T g (d) */
     double dropped_moment, dropped_weight;
 } TY(map);
 

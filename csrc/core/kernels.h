@@ -8,7 +8,7 @@
 enum { FN(LANES) = 64 / sizeof(T), FN(PIECE) = WIDE / sizeof(T), FN(DOUBLES) = WIDE / 8 };
 #define PIECES (64 / WIDE)
 typedef T FN(piece) __attribute__((vector_size(WIDE), aligned(sizeof(T)), may_alias));
-typedef T FN(few) __attribute__((vector_size(FN(DOUBLES) * sizeof(T)), aligned(sizeof(T)), may_alias));
+typedef T FN(few) __attribute__((vector_size(FN(DOUBLES) *sizeof(T)), aligned(sizeof(T)), may_alias));
 typedef double FN(doubles) __attribute__((vector_size(WIDE), aligned(8), may_alias));
 #define VECTOR(p) (*(const FN(piece) *)(p))
 #define WIDENED(p) __builtin_convertvector(*(const FN(few) *)(p), FN(doubles))
@@ -85,8 +85,7 @@ static double FN(dot_double)(const T *a, const T *b, int64_t n) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
 #pragma GCC unroll 4
-        for (int q = 0; q < PIECES; q++)
-            s[q] += WIDENED(a + i + q * FN(DOUBLES)) * WIDENED(b + i + q * FN(DOUBLES));
+        for (int q = 0; q < PIECES; q++) s[q] += WIDENED(a + i + q * FN(DOUBLES)) * WIDENED(b + i + q * FN(DOUBLES));
     }
     memcpy(lanes, s, 64);
     for (int l = 0; i < n; i++, l++) lanes[l] += (double)a[i] * b[i];
@@ -139,7 +138,7 @@ typedef int32_t FN(ints) __attribute__((vector_size(4 * FN(PIECE))));
 typedef __typeof__(__builtin_choose_expr(sizeof(T) == 4, (uint32_t)0, (uint64_t)0)) FN(bit_word);
 typedef FN(bit_word) FN(bit_words) __attribute__((vector_size(WIDE)));
 #define WORDS(p) (*(const FN(words) *)(p))
-#define SUM_PIECES (16 / FN(PIECE)) /* of sums over random numbers, in sixteen lanes for every T */
+#define SUM_PIECES (16 / FN(PIECE))/* of sums over random numbers, in sixteen lanes for every T */
 
 /* The four words of the counters first .. first + 15, word by word: random.c has the counter. Two registers of 64-bit
  * lanes, even and odd counters, go through the rounds side by side; the garbage in their upper halves never matters. */
@@ -307,10 +306,10 @@ static void FN(lean_scale)(const TY(oplora_moment) *restrict R, const T *restric
     }
 }
 
-static inline __attribute__((always_inline)) void
-FN(lean_second_body)(TY(oplora_moment) *restrict m, TY(oplora_moment) *restrict S, TY(oplora_moment) *restrict R,
-                     const T *restrict g, const T *restrict base, int64_t first, int64_t n, const TY(lean_numbers) *a,
-                     T *restrict row, T *restrict scaled, T *restrict out, const int has_base) {
+static inline __attribute__((always_inline)) void FN(lean_second_body)(
+    TY(oplora_moment) *restrict m, TY(oplora_moment) *restrict S, TY(oplora_moment) *restrict R, const T *restrict g,
+    const T *restrict base, int64_t first, int64_t n, const TY(lean_numbers) *a, T *restrict row, T *restrict scaled,
+    T *restrict out, const int has_base) {
     const T beta1_rest = a->beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest, second = a->second;
     const T keep = a->keep, rate = a->rate, eps = a->eps, eps_row = a->eps_row, inverse_root = a->inverse_root;
     const uint32_t key = a->key, other_key = a->key ^ 0x9E3779B9u;
@@ -350,8 +349,7 @@ static void FN(lean_widen)(const TY(oplora_moment) *restrict A, const T *restric
     }
 }
 
-static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int64_t n,
-                           TY(oplora_moment) *restrict A) {
+static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int64_t n, TY(oplora_moment) *restrict A) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) A[i] = TY(put)(v[i], noise_of((uint32_t)(first + i), key));
 }

@@ -308,18 +308,20 @@ static npy_intp rows_of_length(npy_intp length, Py_ssize_t H, Py_ssize_t Z) {
     return (length - rest) / (H + 1);
 }
 
-PyDoc_STRVAR(start_doc,
-             "start(out, *, hidden_width, latent_width, seed, layer, latent_std, random, start)\n--\n\n"
-             "Writes the paper's seeded start into one layer's flat generator parameters, which are all zero.\n"
-             "\n"
-             "out: 1-D, writable, float32 or float64, of H N + N + H Z + H + Z zeros: W2 as H columns of N, c2,\n"
-             "W1, c1, z, with H = hidden_width and Z = latent_width; N follows from the length. random: at most\n"
-             "31 pairs (begin, end), the rows of W2 that start at U(-1/sqrt(H), 1/sqrt(H)) or, with start \"sign\", at\n"
-             "+-1/sqrt(3 H). W1 starts at U(-1/sqrt(Z), 1/sqrt(Z)) and z at N(0, latent_std^2). All the rest is not\n"
-             "touched and stays zero.\n"
-             "The numbers depend on seed (0 to 2^64 - 1), layer (0 to 2^32 - 1) and their place alone.");
+PyDoc_STRVAR(
+    start_doc,
+    "start(out, *, hidden_width, latent_width, seed, layer, latent_std, random, start)\n--\n\n"
+    "Writes the paper's seeded start into one layer's flat generator parameters, which are all zero.\n"
+    "\n"
+    "out: 1-D, writable, float32 or float64, of H N + N + H Z + H + Z zeros: W2 as H columns of N, c2,\n"
+    "W1, c1, z, with H = hidden_width and Z = latent_width; N follows from the length. random: at most\n"
+    "31 pairs (begin, end), the rows of W2 that start at U(-1/sqrt(H), 1/sqrt(H)) or, with start \"sign\", at\n"
+    "+-1/sqrt(3 H). W1 starts at U(-1/sqrt(Z), 1/sqrt(Z)) and z at N(0, latent_std^2). All the rest is not\n"
+    "touched and stays zero.\n"
+    "The numbers depend on seed (0 to 2^64 - 1), layer (0 to 2^32 - 1) and their place alone.");
 static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"out", "hidden_width", "latent_width", "seed", "layer", "latent_std", "random", "start", NULL};
+    static char *names[] = {"out",        "hidden_width", "latent_width", "seed", "layer",
+                            "latent_std", "random",       "start",        NULL};
     const call c = begin(self, "start");
     PyObject *out_, *seed_, *layer_, *random, *kind_;
     Py_ssize_t H, Z;

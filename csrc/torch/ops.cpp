@@ -374,7 +374,8 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
     }
 
     void set_random(const std::vector<int64_t> &random) {
-        STD_TORCH_CHECK(random.size() == this->factors.size(), "oplora::", this->op, ": random needs a number a factor");
+        STD_TORCH_CHECK(random.size() == this->factors.size(), "oplora::", this->op,
+                        ": random needs a number a factor");
         for (size_t f = 0; f < random.size(); f++) this->factors[f].random = random[f] != 0;
     }
 

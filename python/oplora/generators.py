@@ -193,7 +193,8 @@ def create_oplora_optimizer(
         model: as for oplora.AdamW.
         optimizer_cls: for instance torch.optim.SGD; its other arguments are passed on by name.
         lr: learning rate of W2, c2 and of the other trainable parameters; z, W1 and c1 get lr * hidden_lr_ratio.
-        hidden_width, latent_width, latent_std, hidden_lr_ratio, init, adapter_name, seed: as in oplora.AdamW.
+        hidden_width, latent_width, latent_std, hidden_lr_ratio, init, adapter_name, seed: as in oplora.AdamW. The rate
+            of W2 is lr at every width: 32 / hidden_width is right for Adam's kind only, and weight decay would follow.
 
     Gradients are clipped where they are: those of A and B before step(), or those of the generators between
     optimizer.generators.backward() and step().

@@ -316,9 +316,7 @@ def _refuse_devices(layers: list[AdaptedLayer]) -> None:
                 )
 
 
-def _refuse_more_than_memory(
-    factors: list[Factors], settings: Settings, state: str, ranks: tuple[int, int]
-) -> None:
+def _refuse_more_than_memory(factors: list[Factors], settings: Settings, state: str, ranks: tuple[int, int]) -> None:
     """Before anything is allocated: the system may grant more than it has and kill the process later."""
     if state == "lean":
         needed = sum(LeanState.bytes_needed(f, settings, ranks) for f in factors)
