@@ -39,9 +39,9 @@ KINDS = ("memory", "growth", "step", "roofline")
 WIDTHS = (8, 32, 128, 512, 2048)
 EXACT_LIMIT_BYTES = 6e9  # state exact runs where it needs less,
 EAGER_LIMIT = 33 * 1.1e6  # the eager way where W2 and c2 have fewer numbers
-# What is read and written of an entry at d = 2, k = 1. ||g||^2 reads g; the first pass g, U (8), A and R (2 each); the
-# second those, m, S and the factor, and writes all but g. A measurement reads g twice and U; the step after it is spared
-# ||g||^2 and W2^T g, but not the first pass' other sums.
+# What is read and written of an entry at d = 2, k = 1. ||g||^2 reads g; the first pass g, U (8 bytes), A, R (2 each);
+# the second those, m, S and the factor, and writes all but g. A measurement reads g twice and U; the step after it is
+# spared ||g||^2 and W2^T g, but not the first pass' other sums.
 PART_BYTES = {"step": 64, "measuring": 16, "step after measuring": 60}
 RESULT = Path(__file__).parent / "results" / "bench_lean.json"
 
@@ -72,8 +72,8 @@ def memory_row(name: str, size: Size) -> Row:
 
 
 def hidden_path_bytes(name: str, size: Size) -> int:
-    """What all layers keep of z, W1 and c1 and, in state lean, of Q, B and r: what grows with H and not with N. In state
-    exact two moments beside each number, in the eager way a gradient too."""
+    """What all layers keep of z, W1 and c1 and, in state lean, of Q, B and r: what grows with H and not with N. In
+    state exact two moments beside each number, in the eager way a gradient too."""
     H, Z, d, k = size.hidden_width, LATENT_WIDTH, WEIGHT_RANK, MOMENT_RANK
     if name in LEAN:
         return len(size.layers) * (4 * (H * (2 * d + k + 2) + Z * (d + k + 4)) + 2 * H * (k + 3) + 32)
@@ -134,8 +134,8 @@ def step_rows(sizes: dict[str, Size], rounds: int) -> Iterator[Row]:
 
 
 def parts(optimizer: Optimizer) -> dict[str, Contender]:
-    """The step, and the two halves that clipping cuts it into: measuring the gradients' norm, and the step after it, which
-    takes what was measured. Each runs once before it is timed: a small layer is then in the caches."""
+    """The step, and the two halves that clipping cuts it into: measuring the gradients' norm, and the step after it,
+    which takes what was measured. Each runs once before it is timed: a small layer is then in the caches."""
 
     def measure() -> None:
         optimizer.clip_grad_norm_(math.inf)  # type: ignore[attr-defined]

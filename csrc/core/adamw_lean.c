@@ -133,7 +133,18 @@ static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const opl
                                            .eps_row = (T)fmax(live ? a->eps * (double)live / root : a->eps, LEAST_EPS),
                                            .inverse_root = (T)(1 / sqrt(corrected2)),
                                            .key = key[0]};
-    for (int i = 0; i < map->rows.k; i++) map->rows.round_key[i] = key[1] + (uint32_t)i * key[2];
+    /* the first column of A has the bits that R leaves of lean_second's other hash */
+    map->rows.round_key[0] = key[0] ^ 0x9E3779B9u;
+    for (int i = 1; i < map->rows.k; i++) map->rows.round_key[i] = key[1] + (uint32_t)i * key[2];
+}
+
+/* Adds U^T g. */
+static void TY(reduce_along)(const TY(rows) *r, const T *g, int64_t first, int64_t n, double *sums) {
+    const T *column[RANK];
+    double sum[RANK];
+    for (int i = 0; i < r->d; i++) column[i] = r->U + i * r->rows + first;
+    TY(oplora_dispatch)()->dot(column, r->d, g, n, sum);
+    for (int i = 0; i < r->d; i++) sums[TY(basis_size)(r) * TY(basis_size)(r) + i] += sum[i];
 }
 
 /* First pass over the rows [first, first + n), n at most BLOCK: adds to the sums. */
@@ -143,6 +154,11 @@ static void TY(reduce_block)(const TY(rows) *r, const T *g, int64_t first, int64
     T row[BLOCK], scaled_g[BLOCK], wide[BLOCK], scaled_A[RANK][BLOCK];
     const T *basis[BASIS];
     double sum[BASIS];
+    if (d == 2 && k == 1) {
+        kernels->lean_reduce21(r->A + first, r->R + first, r->U + first, r->U + r->rows + first, g, n, &r->numbers,
+                               sums);
+        return;
+    }
     kernels->lean_scale(r->R + first, g, n, &r->numbers, row, scaled_g);
     for (int i = 0; i < d; i++) basis[i] = r->U + i * r->rows + first;
     for (int i = 0; i < k; i++) {
@@ -154,17 +170,8 @@ static void TY(reduce_block)(const TY(rows) *r, const T *g, int64_t first, int64
         kernels->dot(basis, i + 1, basis[i], n, sum);
         for (int j = 0; j <= i; j++) sums[i * p + j] += sum[j];
     }
+    TY(reduce_along)(r, g, first, n, sums);
 }
-
-/* U^T g. */
-static void TY(reduce_along)(const TY(rows) *r, const T *g, int64_t first, int64_t n, double *sums) {
-    const T *column[RANK];
-    double sum[RANK];
-    for (int i = 0; i < r->d; i++) column[i] = r->U + i * r->rows + first;
-    TY(oplora_dispatch)()->dot(column, r->d, g, n, sum);
-    for (int i = 0; i < r->d; i++) sums[TY(basis_size)(r) * TY(basis_size)(r) + i] += sum[i];
-}
-
 /* After all sums and with the next input: the truncations, and what the second pass multiplies the basis with. */
 static void TY(solve_map)(TY(map) *map, const T *x) {
     TY(rows) *const r = &map->rows;
@@ -244,6 +251,12 @@ static void TY(update_block)(const TY(rows) *r, const T *g, const T *base, int64
     const int d = r->d, k = r->k, p = TY(basis_size)(r);
     T row[BLOCK], scaled_g[BLOCK], wide[RANK][BLOCK], scaled_A[RANK][BLOCK], turned[RANK][BLOCK];
     const T *basis[BASIS], *moment[RANK + 1];
+    if (d == 2 && k == 1) {
+        T *const U = r->U + first;
+        kernels->lean_update21(U, U + r->rows, r->A + first, r->m + first, r->S + first, r->R + first, g, base, first,
+                               n, &r->numbers, r->weight, r->rotate_U[0], r->rotate_U[1], r->rotate_A[0], out);
+        return;
+    }
     kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, first, n, &r->numbers, row, scaled_g, out);
     for (int i = 0; i < d; i++) basis[i] = r->U + i * r->rows + first;
     for (int i = 0; i < k; i++) {
@@ -262,7 +275,7 @@ static void TY(update_block)(const TY(rows) *r, const T *g, const T *base, int64
     for (int i = 0; i < k; i++) {
         memset(row, 0, (size_t)n * sizeof(T));
         kernels->axpy(moment, r->rotate_A[i], k + 1, row, n);
-        kernels->lean_round(row, first, r->round_key[i], n, r->A + i * r->rows + first);
+        kernels->lean_round(row, first, r->round_key[i], i ? 0 : 16, n, r->A + i * r->rows + first);
     }
 }
 
@@ -461,7 +474,7 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
             const T *const g = chunk.factor->g + chunk.entry + at;
             const int64_t n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
             if (p->wants & WANTS_GRAM) TY(reduce_block)(r, g, chunk.row + at, n, sums);
-            if (p->wants & WANTS_DH) TY(reduce_along)(r, g, chunk.row + at, n, sums);
+            if (p->wants == WANTS_DH) TY(reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & WANTS_DH && chunk.factor->random)
                 TY(random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums);
         }

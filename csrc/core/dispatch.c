@@ -118,7 +118,9 @@ typedef long long int64x8 __attribute__((vector_size(64)));
      lean_scale_##type##_##isa, \
      lean_second_##type##_##isa, \
      lean_widen_##type##_##isa, \
-     lean_round_##type##_##isa}
+     lean_round_##type##_##isa, \
+     lean_reduce21_##type##_##isa, \
+     lean_update21_##type##_##isa}
 #ifdef HAVE_X86
 #define ROWS(type) {ROW(type, base), ROW(type, avx2), ROW(type, avx512)}
 #else

@@ -138,7 +138,8 @@ typedef int32_t FN(ints) __attribute__((vector_size(4 * FN(PIECE))));
 typedef __typeof__(__builtin_choose_expr(sizeof(T) == 4, (uint32_t)0, (uint64_t)0)) FN(bit_word);
 typedef FN(bit_word) FN(bit_words) __attribute__((vector_size(WIDE)));
 #define WORDS(p) (*(const FN(words) *)(p))
-#define SUM_PIECES (16 / FN(PIECE))/* of sums over random numbers, in sixteen lanes for every T */
+/* of sums over random numbers, in sixteen lanes for every T */
+#define SUM_PIECES (16 / FN(PIECE))
 
 /* The four words of the counters first .. first + 15, word by word: random.c has the counter. Two registers of 64-bit
  * lanes, even and odd counters, go through the rounds side by side; the garbage in their upper halves never matters. */
@@ -349,9 +350,107 @@ static void FN(lean_widen)(const TY(oplora_moment) *restrict A, const T *restric
     }
 }
 
-static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int64_t n, TY(oplora_moment) *restrict A) {
+static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int shift, int64_t n,
+                           TY(oplora_moment) *restrict A) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) A[i] = TY(put)(v[i], noise_of((uint32_t)(first + i), key));
+    for (int64_t i = 0; i < n; i++) A[i] = TY(put)(v[i], noise_of((uint32_t)(first + i), key) >> shift);
+}
+
+/* The first pass at the default ranks, d = 2 and k = 1, with the bits of lean_scale, lean_widen and dot: adds to the lower
+ * half of the Gram matrix (4, 4) of [U0, U1, row A, row g] and to U0^T g, U1^T g behind it. n is at most 512. */
+static void FN(lean_reduce21)(const TY(oplora_moment) *restrict A, const TY(oplora_moment) *restrict R,
+                              const T *restrict U0, const T *restrict U1, const T *restrict g, int64_t n,
+                              const TY(lean_numbers) *a, double *sums) {
+    enum { TILE = 64, SUMS = 12 };
+    const T beta2 = a->beta2, second = a->second, inverse_root = a->inverse_root, eps_row = a->eps_row;
+    static const int place[SUMS] = {0, 4, 5, 8, 9, 10, 12, 13, 14, 15, 16, 17};
+    FN(piece) s[SUMS][PIECES] = {{{0}}};
+    for (int64_t at = 0; at < n; at += TILE) {
+        T padded[3][TILE], ra[TILE], rg[TILE];
+        const int64_t count = n - at < TILE ? n - at : TILE;
+        const T *u0 = U0 + at, *u1 = U1 + at, *x = g + at;
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) {
+            const T r = beta2 * TY(get)(R[at + i]) + second * (g[at + i] * g[at + i]);
+            const T row = 1 / (SQRT(r) * inverse_root + eps_row);
+            ra[i] = row * TY(get)(A[at + i]);
+            rg[i] = row * g[at + i];
+        }
+        if (count < TILE) {
+            memset(padded, 0, sizeof padded);
+            memset(ra + count, 0, (size_t)(TILE - count) * sizeof(T));
+            memset(rg + count, 0, (size_t)(TILE - count) * sizeof(T));
+            u0 = memcpy(padded[0], u0, (size_t)count * sizeof(T));
+            u1 = memcpy(padded[1], u1, (size_t)count * sizeof(T));
+            x = memcpy(padded[2], x, (size_t)count * sizeof(T));
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < PIECES; q++)
+            for (int64_t i = q * FN(PIECE); i < count; i += FN(LANES)) {
+                const FN(piece) c0 = VECTOR(u0 + i), c1 = VECTOR(u1 + i), c2 = VECTOR(ra + i), c3 = VECTOR(rg + i);
+                const FN(piece) gradient = VECTOR(x + i);
+                s[0][q] += c0 * c0;
+                s[1][q] += c0 * c1;
+                s[2][q] += c1 * c1;
+                s[3][q] += c0 * c2;
+                s[4][q] += c1 * c2;
+                s[5][q] += c2 * c2;
+                s[6][q] += c0 * c3;
+                s[7][q] += c1 * c3;
+                s[8][q] += c2 * c3;
+                s[9][q] += c3 * c3;
+                s[10][q] += c0 * gradient;
+                s[11][q] += c1 * gradient;
+            }
+    }
+    for (int k = 0; k < SUMS; k++) {
+        T lanes[FN(LANES)];
+        memcpy(lanes, s[k], 64);
+        sums[place[k]] += FN(sum_lanes)(lanes);
+    }
+}
+
+static inline __attribute__((always_inline)) void FN(lean_update21_body)(
+    T *restrict U0, T *restrict U1, TY(oplora_moment) *restrict A, TY(oplora_moment) *restrict m,
+    TY(oplora_moment) *restrict S, TY(oplora_moment) *restrict R, const T *restrict g, const T *restrict base,
+    int64_t first, int64_t n, const TY(lean_numbers) *a, const T *weight, const T *turn0, const T *turn1,
+    const T *turn_A, T *restrict out, const int has_base) {
+    const T beta1_rest = a->beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest, second = a->second;
+    const T keep = a->keep, rate = a->rate, eps = a->eps, eps_row = a->eps_row, inverse_root = a->inverse_root;
+    const T w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3], a0 = turn_A[0], a1 = turn_A[1];
+    const T p0 = turn0[0], p1 = turn0[1], p2 = turn0[2], p3 = turn0[3];
+    const T q0 = turn1[0], q1 = turn1[1], q2 = turn1[2], q3 = turn1[3];
+    const uint32_t key = a->key, other_key = a->key ^ 0x9E3779B9u;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t noise = noise_of((uint32_t)(first + i), key);
+        const uint32_t other_noise = noise_of((uint32_t)(first + i), other_key);
+        const T x = g[i], square = x * x, m_old = TY(get)(m[i]), A_old = TY(get)(A[i]), u0 = U0[i], u1 = U1[i];
+        const T m_next = m_old + beta1_rest * (x - m_old);
+        const T s_next = beta2 * TY(get)(S[i]) + beta2_rest * square;
+        const T r_next = beta2 * TY(get)(R[i]) + second * square;
+        const T row = 1 / (SQRT(r_next) * inverse_root + eps_row), ra = row * A_old, rg = row * x;
+        const T step = rate * m_next / (SQRT(s_next) * inverse_root + eps);
+        const T kept = (has_base ? base[i] + keep * (out[i] - base[i]) : keep * out[i]) - step;
+        out[i] = (((kept + w0 * u0) + w1 * u1) + w2 * ra) + w3 * rg;
+        U0[i] = ((p0 * u0 + p1 * u1) + p2 * ra) + p3 * rg;
+        U1[i] = ((q0 * u0 + q1 * u1) + q2 * ra) + q3 * rg;
+        A[i] = TY(put)(a0 * A_old + a1 * x, other_noise >> 16);
+        m[i] = TY(put)(m_next, noise);
+        S[i] = TY(put)(s_next, noise >> 16);
+        R[i] = TY(put)(r_next, other_noise);
+    }
+}
+
+/* The second pass at the default ranks, with the bits of lean_second, lean_widen, axpy and lean_round. */
+static void FN(lean_update21)(T *U0, T *U1, TY(oplora_moment) *A, TY(oplora_moment) *m, TY(oplora_moment) *S,
+                              TY(oplora_moment) *R, const T *g, const T *base, int64_t first, int64_t n,
+                              const TY(lean_numbers) *a, const T *weight, const T *turn0, const T *turn1,
+                              const T *turn_A, T *out) {
+    if (base)
+        FN(lean_update21_body)(U0, U1, A, m, S, R, g, base, first, n, a, weight, turn0, turn1, turn_A, out, 1);
+    else
+        FN(lean_update21_body)(U0, U1, A, m, S, R, g, NULL, first, n, a, weight, turn0, turn1, turn_A, out, 0);
 }
 
 #undef PIECES
