@@ -32,25 +32,26 @@ STARTS = ("sign", "uniform")
 RESULT = Path(__file__).parent / "results" / "bench_fidelity.json"
 
 
-def plan(names: Iterable[str], starts: Sequence[str], seeds: int) -> Iterator[Case]:
+def plan(names: Iterable[str], starts: Sequence[str], seeds: int | None) -> Iterator[Case]:
     for name in names:
         task = task_of(name)
+        count = task.seeds if seeds is None else seeds
         for rate in task.rates:
             if rate.probe:
                 yield from (oplora_case(name, "exact", start, rate, seed=0) for start in starts)
                 continue
-            for seed in range(seeds if task.lora_seeds is None else min(seeds, task.lora_seeds)):
+            for seed in range(count if task.lora_seeds is None else min(count, task.lora_seeds)):
                 yield lora_case(name, rate.lr, seed)
             for start in starts:
                 for state in STATES:
-                    yield from (oplora_case(name, state, start, rate, seed) for seed in range(seeds))
+                    yield from (oplora_case(name, state, start, rate, seed) for seed in range(count))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=[DEFAULT_START])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="of every task; by default a task's own number, 3 to 12")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     parser.add_argument("--fresh", action="store_true", help="measure also what the output file has")

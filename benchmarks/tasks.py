@@ -329,6 +329,7 @@ class Task:
     tail: int  # a loss in a row is the mean of so many steps before its mark
     small: bool = True  # runs go side by side, a thread each
     lora_seeds: int | None = None  # plain LoRA runs with so many of the seeds; None: with all
+    seeds: int = 3  # more where a run takes a second: a deviation over three seeds says little
 
     @property
     def marks(self) -> list[int]:
@@ -352,10 +353,21 @@ DIGITS = partial(Digits, load=upright_digits, r=4)
 EPOCH = 28  # steps of BATCH digits
 TASKS = {
     "factorisation": Task(
-        "matrix factorisation, 100 x 100, rank 8", FACTORISATION, 8, 600, rates(1e-3, 3e-3, 1e-2), warmup=50, tail=1
+        "matrix factorisation, 100 x 100, rank 8",
+        FACTORISATION,
+        8,
+        600,
+        rates(1e-3, 3e-3, 1e-2),
+        warmup=50,
+        tail=1,
+        seeds=12,
     ),
-    "digits": Task("rotated digits", DIGITS, 4, 8 * EPOCH, rates(1e-3, 3e-3, 1e-2, 3e-2), warmup=None, tail=EPOCH),
-    "long": Task("rotated digits, 5000 steps", DIGITS, 4, 5000, rates(3e-4, 1e-3, 3e-3), warmup=None, tail=100),
+    "digits": Task(
+        "rotated digits", DIGITS, 4, 8 * EPOCH, rates(1e-3, 3e-3, 1e-2, 3e-2), warmup=None, tail=EPOCH, seeds=12
+    ),
+    "long": Task(
+        "rotated digits, 5000 steps", DIGITS, 4, 5000, rates(3e-4, 1e-3, 3e-3), warmup=None, tail=100, seeds=6
+    ),
     "smollm2": Task(
         "SmolLM2-135M on text",
         partial(Text, load=smollm2, r=8),
