@@ -97,7 +97,7 @@ def time_table(rows: list[Row]) -> str:
         return [f"{size} ({ours['w2_numbers'] / 1e6:.1f} M)", str(n), f"{ours['ms']:.1f} ms", *rivals, best]
 
     counts = sorted({row["micro_batches"] for row in steps})
-    header = ["adapted layers (numbers in W2)", "micro-batches", "`oplora.AdamW`", *RIVALS.values()]
+    header = ["adapted layers (numbers in W2)", "micro-batches", "state exact", *RIVALS.values()]
     header.append(f"{RIVALS[KEPT]}, freed memory kept")
     return markdown(header, (cells(size, n) for size in sizes_of(steps) for n in counts))
 
@@ -109,7 +109,7 @@ def memory_table(rows: list[Row]) -> str:
         row = one(memory, size=size, contender=contender)
         return f"{row['held_bytes'] / 1e6:.0f} / {row['peak_bytes'] / 1e6:.0f}"
 
-    header = ["MB held / at the peak", "`oplora.AdamW`", *RIVALS.values()]
+    header = ["MB held / at the peak", "state exact", *RIVALS.values()]
     return markdown(header, ([size, *(cell(size, c) for c in (OURS, *RIVALS))] for size in sizes_of(memory)))
 
 
@@ -133,7 +133,7 @@ def step_tables(rows: list[Row]) -> str:
     training = of_kind(rows, "forward and backward")[0]
     parts = [
         "Time of an optimizer step with everything around it but the model's own forward and backward, as a\n"
-        "multiple of `oplora.AdamW`'s (20% to 80% quantile of the rounds):",
+        "multiple of state exact's (20% to 80% quantile of the rounds):",
         time_table(rows),
         "*Freed memory kept*: with glibc told to keep what is freed (`mallopt`). Otherwise, as training usually runs,\n"
         "every dW2 of the eager way pays for its pages anew.",
@@ -470,7 +470,7 @@ def draw_step(rows: list[Row], path: Path) -> None:
     for panel, n in zip(axes, counts, strict=False):
         some = [row for row in steps if row["micro_batches"] == n]
         dots(panel, some, ("ratio_20", "ratio", "ratio_80"), 1)
-        panel.set_xlabel(f"time / oplora.AdamW's, micro-batches: {n}")
+        panel.set_xlabel(f"time / state exact's, micro-batches: {n}")
     dots(axes[-1], memory, ("peak_bytes", "peak_bytes", "peak_bytes"), 1e-6)
     axes[-1].set_xlabel("peak memory beside the model, MB")
     figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -482,7 +482,7 @@ def draw_step(rows: list[Row], path: Path) -> None:
 def dots(axes: Any, rows: list[Row], columns: tuple[str, str, str], scale: float) -> None:
     """A line of dots for each size, with their low and high ends, on a logarithmic axis."""
     sizes = sizes_of(rows)
-    for i, (contender, label) in enumerate({OURS: "oplora.AdamW", **RIVALS}.items()):
+    for i, (contender, label) in enumerate({OURS: "oplora, state exact", **RIVALS}.items()):
         found = [one(rows, size=size, contender=contender) for size in sizes]
         low, middle, high = ([scale * row[column] for row in found] for column in columns)
         spread = [
