@@ -36,12 +36,10 @@ def plan(names: Iterable[str], starts: Sequence[str], seeds: int | None) -> Iter
     for name in names:
         task = task_of(name)
         count = task.seeds if seeds is None else seeds
+        lora_seeds = count if task.lora_seeds is None else min(count, task.lora_seeds)
+        for lr in dict.fromkeys(rate.lr for rate in task.rates):
+            yield from (lora_case(name, lr, seed) for seed in range(lora_seeds))
         for rate in task.rates:
-            if rate.probe:
-                yield from (oplora_case(name, "exact", start, rate, seed=0) for start in starts)
-                continue
-            for seed in range(count if task.lora_seeds is None else min(count, task.lora_seeds)):
-                yield lora_case(name, rate.lr, seed)
             for start in starts:
                 for state in STATES:
                     yield from (oplora_case(name, state, start, rate, seed) for seed in range(count))

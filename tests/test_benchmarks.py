@@ -264,7 +264,7 @@ def test_fidelity_plan_pairs_the_states_from_the_same_seeds():
         assert {case.seed for case in some} == {0, 1, 2}
         assert {case.start for case in some} == {"sign"}
     assert len([case for case in cases if case.state == "lean"]) == 3 * (3 + 3)
-    assert len([case for case in cases if case.state == "exact"]) == 3 * (3 + 3) + 1  # and a probe
+    assert len([case for case in cases if case.state == "exact"]) == 3 * (3 + 3)
     assert [case.seed for case in cases if case.state == "lora" and case.task == "smollm2"] == [0, 0, 0]
     assert len(set(cases)) == len(cases)
 

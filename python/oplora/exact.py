@@ -13,7 +13,7 @@ from torch import Tensor
 from . import ops  # noqa: F401  (loads the ops that are called below)
 from .adapters import Factors
 from .start import Settings, allocate, count_parameters, start_parameters
-from .tied import Layers, State, finish, targets
+from .state import Layers, State, finish, targets
 
 __all__ = ["ExactLayers", "ExactState"]
 

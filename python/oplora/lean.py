@@ -15,7 +15,7 @@ from . import ops  # noqa: F401  (loads the ops that are called below)
 from .adapters import Factors
 from .errors import OPLoRAValueError
 from .start import Settings, allocate
-from .tied import Layers, State, check_like, finish, targets
+from .state import Layers, State, check_like, finish, targets
 
 __all__ = ["LeanLayers", "LeanState"]
 

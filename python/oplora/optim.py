@@ -12,7 +12,7 @@ from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLo
 from .exact import ExactState
 from .lean import LeanState
 from .start import Settings, weight_rate
-from .tied import Layers, State
+from .state import Layers, State
 
 __all__ = ["AdamW"]
 

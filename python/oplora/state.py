@@ -1,4 +1,4 @@
-"""What the states of oplora.AdamW have in common: where the core writes, and what it reports of all layers."""
+"""What the states of oplora.AdamW have in common: saving and loading, and going through the core together."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
