@@ -15,9 +15,18 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 import oplora
-import oplora.exact
 import oplora.optim
 import oplora.start
+
+only_exact = pytest.mark.parametrize("default_state", ["exact"], indirect=True)
+only_lean = pytest.mark.parametrize("default_state", ["lean"], indirect=True)
+
+
+@pytest.fixture(autouse=True, params=["lean", "exact"])
+def default_state(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What holds for oplora.AdamW holds in every state, so each test runs with each as the default."""
+    monkeypatch.setitem(oplora.AdamW.__init__.__kwdefaults__, "state", request.param)
+    return request.param
 
 
 def start_equal(optimizer: oplora.AdamW, generators: oplora.Generators) -> None:
@@ -29,16 +38,19 @@ def start_equal(optimizer: oplora.AdamW, generators: oplora.Generators) -> None:
 # ---- the start ----
 
 
+@only_exact
 def test_start_is_that_of_generators_with_the_same_seed() -> None:
     start_equal(oplora.AdamW(make_model(), seed=3), oplora.Generators(make_model(), seed=3))
 
 
+@only_exact
 def test_start_depends_on_seed_and_layer() -> None:
     first, second = (oplora.AdamW(make_model(), seed=seed)._states for seed in (0, 1))
     assert not torch.equal(first[0].parameters, second[0].parameters)
     assert not torch.equal(first[0].parameters[:100], first[1].parameters[:100])
 
 
+@only_exact
 def test_start_is_the_papers() -> None:
     model = make_model(r=64)
     state = oplora.AdamW(model, hidden_width=32, latent_width=128)._states[0]
@@ -141,12 +153,12 @@ def test_layer_without_gradient_stays_and_its_steps_do_not_advance() -> None:
     model = make_model()
     optimizer = oplora.AdamW(model, lr=1e-2)
     first, second = optimizer._states
-    before = second.parameters.clone()
+    before = copy.deepcopy({key: getattr(second, key) for key in second.KEYS})
     for p in first.factors.layer.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert (first.steps, second.steps) == (1, 0)
-    assert torch.equal(second.parameters, before)
+    assert_same_bits({key: getattr(second, key) for key in second.KEYS}, before)
 
 
 def test_zero_gradients_move_nothing_and_make_no_nan() -> None:
@@ -212,6 +224,7 @@ def test_switching_adapters_in_training_steps_each_in_its_turn() -> None:
             assert torch.equal(tensor, before[name]) == (f".{adapter}." not in name)
 
 
+@only_exact
 @pytest.mark.parametrize(
     "config",
     [
@@ -249,6 +262,7 @@ class Pictures(nn.Module):
         return self.convolve(self.table(x)[:, None]).square().mean()
 
 
+@only_exact
 def test_embeddings_and_convolutions_train_as_generators_under_torch_adamw_do() -> None:
     losses = []
     for make in (
@@ -374,6 +388,7 @@ def test_stale_graphs_are_caught() -> None:
         loss.backward()
 
 
+@only_exact
 def test_clip_grad_norm_is_that_of_torch_over_all_parameters() -> None:
     model = make_model(torch.float64, bias="all")
     twin = make_model(torch.float64, bias="all")
@@ -523,13 +538,15 @@ def test_state_of_another_run_is_refused_and_changes_nothing(what: str) -> None:
     with pytest.raises(oplora.OPLoRAError, match=message):
         optimizer.load_state_dict(make().state_dict())
     assert_same_bits(factors(model), before)
-    for name, state in optimizer.state_dict()["generators"].items():
-        assert torch.equal(state["parameters"], kept["generators"][name]["parameters"])
+    for state in optimizer._states:
+        for key in state.KEYS:
+            assert torch.equal(getattr(state, key), kept["generators"][state.name][key])
 
 
-@pytest.mark.parametrize("key", ["parameters", "exp_avg", "decay", "bases", "factors", "step"])
-def test_damaged_state_is_refused(key: str) -> None:
+@pytest.mark.parametrize("key", [0, 1, -1, "bases", "factors", "step"])
+def test_damaged_state_is_refused(key: str | int) -> None:
     optimizer = oplora.AdamW(make_model())
+    key = optimizer._states[0].KEYS[key] if isinstance(key, int) else key
     state = copy.deepcopy(optimizer.state_dict())
     layer = next(iter(state["generators"].values()))
     layer[key] = None if key != "step" else -1
@@ -540,9 +557,36 @@ def test_damaged_state_is_refused(key: str) -> None:
         optimizer.load_state_dict(state)
 
 
+def test_state_of_another_kind_is_refused(default_state: str) -> None:
+    other = {"lean": "exact", "exact": "lean"}[default_state]
+    saved = oplora.AdamW(make_model(), state=other).state_dict()
+    with pytest.raises(oplora.OPLoRAError, match=f"is of state='{other}', this optimizer's is '{default_state}'"):
+        oplora.AdamW(make_model()).load_state_dict(saved)
+
+
+@only_lean
+@pytest.mark.parametrize("other", [{"weight_rank": 3}, {"moment_rank": 2}, {"start": "uniform"}], ids=str)
+def test_lean_state_of_other_numbers_is_refused(other: dict[str, object]) -> None:
+    optimizer = oplora.AdamW(make_model())
+    with pytest.raises(oplora.OPLoRAError, match=f"has {next(iter(other))}"):
+        optimizer.load_state_dict(oplora.AdamW(make_model(), **other).state_dict())
+
+
 # ---- other hands on the factors ----
 
 
+@only_lean
+def test_edits_between_steps_become_part_of_the_bias() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-3)
+    train(model, optimizer, 2)
+    model.load_state_dict({n: torch.full_like(t, 0.25) for n, t in factors(model).items()}, strict=False)
+    train(model, optimizer, 1)
+    for tensor in factors(model).values():
+        assert (tensor - 0.25).abs().max() < 0.02
+
+
+@only_exact
 def test_edits_between_steps_are_adopted_with_a_warning() -> None:
     model = make_model()
     optimizer = oplora.AdamW(model, lr=1e-3)
@@ -585,6 +629,8 @@ def test_model_moved_to_another_dtype_goes_on() -> None:
     train(model, optimizer, 1)
     model.to(torch.bfloat16)
     train(model, optimizer, 2, torch.bfloat16)
+    model.to(torch.float32)
+    train(model, optimizer, 2)
     assert all(t.isfinite().all() for t in factors(model).values())
 
 
@@ -605,10 +651,10 @@ def test_nonfinite_gradient_is_refused_and_changes_nothing(where: str, value: fl
     with pytest.raises(oplora.OPLoRAError, match="NaN or infinity"):
         optimizer.step()
     assert_same_bits(model.state_dict(), before)
-    for name, generator in optimizer.state_dict()["generators"].items():
-        assert generator["step"] == 2
-        for key in ("parameters", "exp_avg", "exp_avg_sq", "decay"):
-            assert torch.equal(generator[key], state["generators"][name][key])
+    for generator in optimizer._states:
+        assert generator.steps == 2
+        for key in generator.KEYS:
+            assert torch.equal(getattr(generator, key), state["generators"][generator.name][key])
 
 
 def test_nonfinite_gradient_names_the_layer() -> None:
@@ -721,6 +767,9 @@ BAD_ARGUMENTS = {
     "weight_decay": [-0.1],
     "hidden_lr_ratio": [-1.0],
     "state": ["lean?", None],
+    "start": ["normal", 1],
+    "weight_rank": [0, 9, 1.5],
+    "moment_rank": [0, 9],
     "init": ["zero"],
     "seed": [-1, 2**64],
 }
@@ -732,11 +781,12 @@ def test_argument_out_of_range_is_named(name: str, value: object) -> None:
         oplora.AdamW(make_model(), **{name: value})
 
 
-def test_more_than_memory_is_refused_before_allocating() -> None:
-    with pytest.raises(oplora.OPLoRAError, match=r"need [\d.]+ GiB, this machine has"):
-        oplora.AdamW(make_model(), hidden_width=10**10)
+def test_more_than_memory_is_refused_before_allocating(default_state: str) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=rf"need [\d.]+ GiB, this machine has .* '{default_state}' takes"):
+        oplora.AdamW(make_model(), hidden_width=10**11)
 
 
+@only_exact
 def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, width, lr = 2**24 + 3, 129, 0.5  # 26 GB of W2, m and v, of which one column is ever touched
     monkeypatch.setattr(oplora.optim, "_refuse_more_than_memory", lambda *_: None)
@@ -746,18 +796,19 @@ def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.Monk
     assert state.H * state.N > 2**31
     bias = oplora.start.views(state.parameters, width, 1)["c1"]
     bias[:-1], bias[-1] = -1, 3
-    oplora.exact.write_factors(optimizer._states)
+    state.begin(keep=False)
     A, B = state.factors.layer.parameters()
     A.grad, B.grad = torch.zeros_like(A), torch.ones_like(B)
     optimizer.step()
     h = oplora.stats(optimizer)[state.name]["trainable_lr"] ** 0.5
     assert h == pytest.approx(3, abs=0.1)
-    torch.testing.assert_close(B.detach(), torch.full_like(B, -lr * (1 + h)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(B.detach(), torch.full_like(B, -lr * (1 + h * 32 / width)), rtol=1e-5, atol=0)
 
 
 # ---- memory ----
 
 
+@only_exact
 def test_state_takes_12_bytes_an_element_and_small_terms() -> None:
     model = get_peft_model(Net((256, 512, 128)), LoraConfig(r=16, target_modules=["first", "second"]))
     state = oplora.AdamW(model).state_dict()["generators"]
@@ -766,13 +817,32 @@ def test_state_takes_12_bytes_an_element_and_small_terms() -> None:
     assert 12 * 32 * N <= held <= 12 * 33 * N + 12 * 2 * (32 * 128 + 32 + 128) + 2 * 32 * 9
 
 
+@only_lean
+@pytest.mark.parametrize("hidden_width", [8, 512])
+def test_lean_state_takes_16_bytes_an_entry_and_terms_of_the_width(hidden_width: int) -> None:
+    model = get_peft_model(Net((256, 512, 128)), LoraConfig(r=16, target_modules=["first", "second"]))
+    state = oplora.AdamW(model, hidden_width=hidden_width).state_dict()["generators"]
+    own = (g[key] for g in state.values() for key in ("numbers", "moments", "scalars"))
+    N = 16 * (256 + 512 + 512 + 128)
+    assert sum(t.numel() * t.element_size() for t in own) == 16 * N + 2 * (36 * hidden_width + 28 * 128 + 32)
+
+
+@only_lean
+def test_saved_lean_state_is_as_small() -> None:
+    model = get_peft_model(Net((256, 512, 128)), LoraConfig(r=16, target_modules=["first", "second"]))
+    buffer = io.BytesIO()
+    torch.save(oplora.AdamW(model, hidden_width=64).state_dict(), buffer)
+    N = 16 * (256 + 512 + 512 + 128)
+    assert len(buffer.getvalue()) < (16 + 4 + 2) * N  # with the factors, which are saved too
+
+
 MEMORY_SCRIPT = """
 import resource, sys, torch, oplora
 from torch import nn
 from peft import LoraConfig, get_peft_model
 model = nn.Sequential(nn.Linear(2000, 2000, bias=False))
 model = get_peft_model(model, LoraConfig(r=128, target_modules=["0"]))
-optimizer = oplora.AdamW(model, lr=1e-3)
+optimizer = oplora.AdamW(model, lr=1e-3, state="exact")
 W2 = sum(s.H * s.N * 4 for s in optimizer._states)
 for p in optimizer.param_groups[0]["params"]:
     p.grad = torch.ones_like(p)
@@ -788,6 +858,7 @@ print(W2, peak() - before)
 """
 
 
+@only_exact
 def test_no_array_of_the_size_of_w2_appears_in_a_step() -> None:
     out = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True).stdout
     W2, grown = map(int, out.split())

@@ -94,7 +94,25 @@ def test_start_depends_on_seed_and_layer(change: dict[str, int]) -> None:
 
 
 def test_start_takes_rows_in_any_sequence() -> None:
-    assert np.array_equal(start(random=[[0, 10], (10, 20)]), start(random=((np.int64(0), 20),)))
+    assert np.array_equal(start(random=[[0, 10], (10, 20)]), start(random=((np.int64(0), 10), [10, 20])))
+
+
+def test_every_range_of_rows_has_numbers_of_its_own() -> None:
+    first = start(random=[(0, 10)])[: 6 * 300].reshape(6, 300)
+    both = start(random=[(0, 10), (10, 20)])[: 6 * 300].reshape(6, 300)
+    assert np.array_equal(first[:, :10], both[:, :10])
+    assert not np.array_equal(both[:, :10], both[:, 10:20])
+
+
+def test_sign_start_has_the_variance_of_the_uniform_one() -> None:
+    signs = start(start="sign", random=[(0, 300)])[: 6 * 300]
+    assert np.array_equal(np.unique(np.abs(signs)), [np.float64(1 / np.sqrt(18))])
+    assert abs(signs.mean()) < 0.03
+
+
+def test_unknown_start_is_named() -> None:
+    with pytest.raises(OPLoRAValueError, match="start is 'normal', expected 'uniform' or 'sign'"):
+        start(start="normal")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +140,16 @@ def test_start_refuses(changes: dict[str, Any], message: str) -> None:
 def test_start_refuses_widths_that_do_not_fit(widths: tuple[int, int]) -> None:
     out = np.zeros(6 * 300 + 300 + 6 * 5 + 6 + 5)
     with pytest.raises(OPLoRAValueError, match="out has 2141 entries"):
-        _core.start(out, hidden_width=widths[0], latent_width=widths[1], seed=0, layer=0, latent_std=1, random=[], start="uniform")
+        _core.start(
+            out,
+            hidden_width=widths[0],
+            latent_width=widths[1],
+            seed=0,
+            layer=0,
+            latent_std=1,
+            random=[],
+            start="uniform",
+        )
 
 
 def test_start_refuses_to_write_read_only_memory() -> None:

@@ -37,14 +37,15 @@ class LeanState(State):
     def __init__(
         self, factors: Factors, settings: Settings, ranks: tuple[int, int], index: int, arenas: "Arenas"
     ) -> None:
-        self.factors, self.settings, self.index, self.arenas = factors, settings, index, arenas
+        self.factors, self.arenas, self.start = factors, arenas, settings.start
+        self.seed, self.index, self.latent_std = settings.seed, index, settings.latent_std
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
         self.weight_rank, self.moment_rank = ranks
         self.steps = 0
         self.random = [int(random) for random in factors.is_random()]
         self.numbers, self.moments, self.scalars, offsets = arenas.next_views()
         kind = int(settings.start == "sign")
-        self.sizes = [self.H, self.Z, *ranks, kind, index, len(factors.shapes), *offsets]
+        self.sizes = [self.H, self.Z, *ranks, kind, index, len(factors.shapes), *offsets]  # as ops.cpp wants them
         self.masters: list[Tensor | None] = [None] * len(factors.shapes)
 
     @staticmethod
@@ -80,7 +81,7 @@ class LeanState(State):
         state = (self.numbers, self.moments, self.scalars)
         sizes = [*self.sizes[:7], 0, 0, 0]  # the views begin where the layer does
         torch.ops.oplora.lean_start_(
-            *state, written, sizes, self.random, _signed(self.settings.seed), self.settings.latent_std
+            *state, written, sizes, self.random, _signed(self.seed), self.latent_std
         )
         if keep:
             self.factors.keep(written)
@@ -92,15 +93,12 @@ class LeanState(State):
 
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
         """What a factor holds is what the next step goes on from, so only masters have to follow it."""
-        dtype = self.factors.dtype
-        if not self.factors.were_touched(parameters):
-            return False
+        touched = self.factors.were_touched(parameters)
         for i, (parameter, master) in enumerate(zip(parameters, self.masters, strict=True)):
-            value = parameter.detach()
-            if parameter.dtype == dtype:  # also after the model was moved back
+            if parameter.dtype == self.factors.dtype:  # also after the model was moved back
                 self.masters[i] = None
-            elif master is None or not torch.equal(master.to(parameter.dtype), value):
-                self.masters[i] = value.to(dtype)
+            elif master is None or (touched and not torch.equal(master.to(parameter.dtype), parameter.detach())):
+                self.masters[i] = parameter.detach().to(self.factors.dtype)
         return False
 
     def targets(self, parameters: Sequence[torch.nn.Parameter]) -> list[Tensor]:
@@ -123,21 +121,18 @@ class LeanState(State):
         return dict(zip(names, dropped, strict=True))
 
     def settings_saved(self) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            **super().settings_saved(),
-            "weight_rank": self.weight_rank,
-            "moment_rank": self.moment_rank,
-            "start": settings.start,
-            "seed": settings.seed,
-            "layer": self.index,
-        }
+        ranks = {"weight_rank": self.weight_rank, "moment_rank": self.moment_rank}
+        return {**super().settings_saved(), **ranks, "start": self.start}
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "masters": list(self.masters)}
+        """Also the seed and the layer's index, from which W2's and W1's start is made."""
+        return {**super().state_dict(), "masters": list(self.masters), "seed": self.seed, "layer": self.index}
 
     def check_state(self, saved: Any) -> None:
         super().check_state(saved)
+        for key, end in (("seed", 1 << 64), ("layer", 1 << 32)):
+            if not isinstance(saved[key], int) or not 0 <= saved[key] < end:
+                raise OPLoRAValueError(f"oplora: the saved {key} of layer {self.name} is {saved[key]!r}.")
         if not isinstance(saved["masters"], list | tuple) or len(saved["masters"]) != len(self.masters):
             raise OPLoRAValueError(f"oplora: the saved masters of layer {self.name} are not one a factor.")
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
@@ -151,6 +146,8 @@ class LeanState(State):
 
     def load_state(self, saved: dict[str, Any]) -> None:
         super().load_state(saved)
+        self.seed, self.index = saved["seed"], saved["layer"]
+        self.sizes[5] = self.index
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
             if mine is not None:
                 mine.copy_(theirs)
@@ -238,7 +235,7 @@ class LeanLayers(Layers):
         for state in self.states:
             sizes += state.sizes
             random += state.random
-        return sizes, random, _signed(self.states[0].settings.seed)
+        return sizes, random, _signed(self.states[0].seed)
 
 
 def _moment_dtype(dtype: torch.dtype) -> torch.dtype:
