@@ -104,10 +104,10 @@ static void TY(test_start)(void) {
     const int64_t size = oplora_size(H, Z, N);
     const oplora_rows rows[] = {{3, 20003}, {30000, 30001}};
     T *const first = zeros(size, sizeof(T));
-    CHECK(TY(oplora_start)(first, H, Z, N, 5, 2, 0.01, rows, 2, NULL) == OPLORA_OK);
+    CHECK(TY(oplora_start)(first, H, Z, N, 5, 2, 0.01, OPLORA_UNIFORM, rows, 2, NULL) == OPLORA_OK);
     for (int s = 1; s < SPLITS; s++) {
         T *const again = zeros(size, sizeof(T));
-        CHECK(TY(oplora_start)(again, H, Z, N, 5, 2, 0.01, rows, 2, splits[s]) == OPLORA_OK);
+        CHECK(TY(oplora_start)(again, H, Z, N, 5, 2, 0.01, OPLORA_UNIFORM, rows, 2, splits[s]) == OPLORA_OK);
         CHECK(!memcmp(first, again, (size_t)size * sizeof(T)));
         free(again);
     }
@@ -122,22 +122,38 @@ static void TY(test_start)(void) {
         }
     CHECK(fabs(square / (20001 * H) * 3 * H - 1) < 0.02);
     CHECK(largest <= 1 / sqrt(H) * (1 + TY(epsilon)) && largest > 0.99 / sqrt(H));
-    /* one entry made by hand: counter (row, tensor, column / 4, layer), key seed */
+    /* entries made by hand: 1234 of the first range, 128 * 9 + 16 * 5 + 2, is the high half of word 2 of counter
+     * 16 * 9 + 2; the second range has a stream of its own, and W1's vectors are its rows */
     uint32_t word[4];
-    oplora_philox4x32_10((const uint32_t[]){17, 0, 1, 2}, (const uint32_t[]){5, 0}, word);
-    const double expected = (2.0 * ((double)(word[1] >> 8) - 8388608) + 1) / 16777216 / sqrt(H);
-    CHECK(TY(near)(first[5 * N + 17], expected, 1));
-    oplora_philox4x32_10((const uint32_t[]){4, 1 << 24, 2, 2}, (const uint32_t[]){5, 0}, word);
-    const double hidden = (2.0 * ((double)(word[0] >> 8) - 8388608) + 1) / 16777216 / sqrt(Z);
-    CHECK(TY(near)(first[H * N + N + 4 * Z + 8], hidden, 1));
+    oplora_philox4x32_10((const uint32_t[]){16 * 9 + 2, 0, 5, 2}, (const uint32_t[]){5, 0}, word);
+    const double expected = (2.0 * (word[2] >> 16) + 1 - 65536) / 65536 / sqrt(H);
+    CHECK(TY(near)(first[5 * N + 3 + 1234], expected, 1));
+    oplora_philox4x32_10((const uint32_t[]){0, 8 << 24, 1, 2}, (const uint32_t[]){5, 0}, word);
+    CHECK(TY(near)(first[N + 30000], (2.0 * (word[0] & 0xffff) + 1 - 65536) / 65536 / sqrt(H), 1));
+    oplora_philox4x32_10((const uint32_t[]){8, 1 << 24, 4, 2}, (const uint32_t[]){5, 0}, word);
+    CHECK(TY(near)(first[H * N + N + 4 * Z + 8], (2.0 * (word[0] & 0xffff) + 1 - 65536) / 65536 / sqrt(Z), 1));
     for (int64_t i = 0; i < N; i++) CHECK(first[H * N + i] == 0);
     add_to_digest(first, (size_t)(size - Z) * sizeof(T)); /* z goes through libm */
 
+    T *const signs = zeros(size, sizeof(T));
+    CHECK(TY(oplora_start)(signs, H, Z, N, 5, 2, 0.01, OPLORA_SIGN, rows, 2, split_in_sevens) == OPLORA_OK);
+    for (int64_t j = 0; j < H; j++)
+        for (int64_t n = 0; n < N; n++) CHECK((signs[j * N + n] != 0) == (first[j * N + n] != 0));
+    for (int64_t j = 0; j < H; j++) { /* 1234 = 64 * 19 + 16 * 1 + 2 */
+        oplora_philox4x32_10((const uint32_t[]){16 * 19 + 2, 3 << 24, 0, 2}, (const uint32_t[]){5, 0}, word);
+        CHECK(TY(near)(signs[j * N + 3 + 1234], (word[1] >> j & 1 ? -1 : 1) / sqrt(3.0 * H), 1));
+    }
+    CHECK(!memcmp(signs + H * N, first + H * N, (size_t)(size - H * N) * sizeof(T))); /* the rest is the same */
+    add_to_digest(signs, (size_t)(H * N) * sizeof(T));
+    free(signs);
+
     const oplora_rows wrong[] = {{5, 4}, {-1, 3}, {0, N + 1}};
-    for (int i = 0; i < 3; i++) CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, &wrong[i], 1, NULL) == OPLORA_ESIZE);
-    CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, NAN, rows, 1, NULL) == OPLORA_EVALUE);
-    CHECK(TY(oplora_start)(NULL, H, Z, N, 0, 0, 0.01, rows, 1, NULL) == OPLORA_ENULL);
-    CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, rows, 1, failing) == OPLORA_EPARALLEL);
+    for (int i = 0; i < 3; i++)
+        CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, OPLORA_UNIFORM, &wrong[i], 1, NULL) == OPLORA_ESIZE);
+    CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, NAN, OPLORA_UNIFORM, rows, 1, NULL) == OPLORA_EVALUE);
+    CHECK(TY(oplora_start)(NULL, H, Z, N, 0, 0, 0.01, OPLORA_UNIFORM, rows, 1, NULL) == OPLORA_ENULL);
+    CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, OPLORA_UNIFORM, rows, 1, failing) == OPLORA_EPARALLEL);
+    CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, (oplora_start_kind)2, rows, 1, NULL) == OPLORA_EVALUE);
     free(first);
 }
 
@@ -216,16 +232,18 @@ static void TY(test_generate)(int64_t H, int64_t Z, int64_t N) {
 }
 
 /* torch.optim.AdamW on one number, in double. */
-static void TY(reference_adamw)(double *p, double *m, double *s, double g, double lr, const oplora_adamw *a) {
+static void TY(reference_adamw)(double *p, double *m, double *s, double g, double lr, double decay,
+                                const oplora_adamw *a) {
     *m = a->beta1 * *m + (1 - a->beta1) * g;
     *s = a->beta2 * *s + (1 - a->beta2) * g * g;
     const double m_hat = *m / (1 - pow(a->beta1, (double)a->step)), s_hat = *s / (1 - pow(a->beta2, (double)a->step));
-    *p = *p * (1 - lr * a->weight_decay) - lr * m_hat / (sqrt(s_hat) + a->eps);
+    *p = *p * (1 - decay) - lr * m_hat / (sqrt(s_hat) + a->eps);
 }
 
 /* The reference of the exact step: dW2 = g h^T entry by entry, every column touched. */
 static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, const oplora_adamw *a) {
     const int64_t H = t->H, Z = t->Z, N = t->N, c2 = H * N, W1 = c2 + N, c1 = W1 + H * Z, z = c1 + H;
+    const double outer = a->lr * a->weight_decay, hidden = a->hidden_lr * a->weight_decay;
     double *const old = zeros(Z + H * Z, 8);
     memcpy(old, t->p + z, (size_t)Z * 8);
     memcpy(old + Z, t->p + W1, (size_t)(H * Z) * 8);
@@ -237,23 +255,23 @@ static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, c
     for (int64_t j = 0; j < H; j++)
         for (int64_t n = 0; n < N; n++) {
             const int64_t at = j * N + n;
-            TY(reference_adamw)(&t->p[at], &m[at], &s[at], g[n] * t->h[j], a->lr, a);
+            TY(reference_adamw)(&t->p[at], &m[at], &s[at], g[n] * t->h[j], a->weight_lr, outer, a);
         }
-    for (int64_t n = 0; n < N; n++) TY(reference_adamw)(&t->p[c2 + n], &m[c2 + n], &s[c2 + n], g[n], a->lr, a);
+    for (int64_t n = 0; n < N; n++) TY(reference_adamw)(&t->p[c2 + n], &m[c2 + n], &s[c2 + n], g[n], a->lr, outer, a);
     for (int64_t j = 0; j < H; j++) {
         for (int64_t i = 0; i < Z; i++) {
             const int64_t at = W1 + j * Z + i;
-            TY(reference_adamw)(&t->p[at], &m[at], &s[at], t->dh[j] * old[i], a->hidden_lr, a);
+            TY(reference_adamw)(&t->p[at], &m[at], &s[at], t->dh[j] * old[i], a->hidden_lr, hidden, a);
             t->hidden_square += t->dh[j] * old[i] * t->dh[j] * old[i];
         }
         t->hidden_square += t->dh[j] * t->dh[j];
-        TY(reference_adamw)(&t->p[c1 + j], &m[c1 + j], &s[c1 + j], t->dh[j], a->hidden_lr, a);
+        TY(reference_adamw)(&t->p[c1 + j], &m[c1 + j], &s[c1 + j], t->dh[j], a->hidden_lr, hidden, a);
     }
     for (int64_t i = 0; i < Z; i++) {
         double dz = 0;
         for (int64_t j = 0; j < H; j++) dz += old[Z + j * Z + i] * t->dh[j];
         t->hidden_square += dz * dz;
-        TY(reference_adamw)(&t->p[z + i], &m[z + i], &s[z + i], dz, a->hidden_lr, a);
+        TY(reference_adamw)(&t->p[z + i], &m[z + i], &s[z + i], dz, a->hidden_lr, hidden, a);
     }
     free(old);
     TY(truth_generate)(t);
@@ -279,13 +297,13 @@ static void TY(make_fast)(TY(fast) *f, int64_t H, int64_t Z, int64_t rows_a, int
                               rows_b ? 2 : 1,
                               {0},
                               zeros(oplora_exact_report_size(H), 8)}};
-    TY(oplora_start)(f->layer.parameters, H, Z, N, 1, index, 0.3, &(oplora_rows){0, rows_a}, 1, NULL);
+    TY(oplora_start)(f->layer.parameters, H, Z, N, 1, index, 0.3, OPLORA_UNIFORM, &(oplora_rows){0, rows_a}, 1, NULL);
     for (int64_t j = 0; j < H; j++) f->layer.decay[j] = 1;
     for (int k = 0; k < f->layer.n_factors; k++) {
         const int64_t rows = k ? rows_b : rows_a;
         T *const base = zeros(rows, sizeof(T));
         for (int64_t i = 0; i < rows; i++) base[i] = (T)noise();
-        f->factors[k] = (TY(oplora_factor)){rows, zeros(rows, sizeof(T)), k ? base : NULL, zeros(rows, sizeof(T))};
+        f->factors[k] = (TY(oplora_factor)){rows, zeros(rows, sizeof(T)), k ? base : NULL, zeros(rows, sizeof(T)), 0};
         if (!k) free(base);
     }
     f->layer.factors = f->factors;
@@ -304,7 +322,8 @@ static void TY(free_fast)(TY(fast) *f) {
 
 /* Gradients that come and go, and rates that push units over zero and back. */
 static void TY(set_step)(TY(fast) *f, int64_t step) {
-    f->layer.adamw = (oplora_adamw){step % 5 == 3 ? 0 : 1e-2, 0.2, 0.9, 0.999, 1e-8, 0.7, step};
+    f->layer.adamw =
+        (oplora_adamw){step % 5 == 3 ? 0 : 1e-2, step % 5 == 3 ? 0 : 3e-3, 0.2, 0.9, 0.999, 1e-8, 0.7, step};
     for (int k = 0; k < f->layer.n_factors; k++)
         for (int64_t i = 0; i < f->factors[k].rows; i++) ((T *)f->factors[k].g)[i] = (T)(step % 4 ? noise() : 0);
 }
@@ -435,11 +454,9 @@ static void TY(test_refusals)(void) {
     CHECK(TY(oplora_exact_step)(NULL, 0, 0, NULL, NULL) == OPLORA_OK);
     CHECK(TY(oplora_exact_step)(&layer, 1, 0, NULL, NULL) == OPLORA_ENULL);
     CHECK(TY(oplora_exact_step)(&layer, -1, 0, workspace, NULL) == OPLORA_ESIZE);
-    const oplora_adamw wrong[] = {{NAN, 0, 0.9, 0.999, 1e-8, 0, 1},
-                                  {0, 0, 1, 0.999, 1e-8, 0, 1},
-                                  {0, 0, 0.9, -1, 1e-8, 0, 1},
-                                  {0, 0, 0.9, 0.999, -1, 0, 1},
-                                  {0, 0, 0.9, 0.999, 1e-8, 0, 0}};
+    const oplora_adamw wrong[] = {{NAN, 0, 0, 0.9, 0.999, 1e-8, 0, 1}, {0, INFINITY, 0, 0.9, 0.999, 1e-8, 0, 1},
+                                  {0, 0, 0, 1, 0.999, 1e-8, 0, 1},     {0, 0, 0, 0.9, -1, 1e-8, 0, 1},
+                                  {0, 0, 0, 0.9, 0.999, -1, 0, 1},     {0, 0, 0, 0.9, 0.999, 1e-8, 0, 0}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         layer.adamw = wrong[i];
         CHECK(TY(oplora_exact_step)(&layer, 1, 0, workspace, NULL) == OPLORA_EVALUE);
