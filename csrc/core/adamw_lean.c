@@ -36,7 +36,7 @@ enum {
     BLOCK = 512,          /* rows that are in the first-level cache together; a multiple of what the start asks for */
     PART = 4096,          /* least rows of a part */
     MOST_PARTS = 64,      /* of a layer: bounds the scratch */
-    SMALL_WORK = 1 << 18, /* rows times (1 + H / 32): a layer up to this is one thread's work */
+    SMALL_WORK = 1 << 17, /* rows times (1 + H / 32): a layer up to this is one thread's work */
     RANK = OPLORA_MOST_RANK,
     BASIS = OPLORA_MOST_BASIS
 };
