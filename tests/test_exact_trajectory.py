@@ -148,6 +148,26 @@ def test_exact_equals_eager_for_any_width_and_seed(
     assert (ours - truth).norm() <= 1e-12 * max(1.0, float(truth.norm()))
 
 
+@pytest.mark.parametrize("start", ["uniform", "sign"])
+def test_exact_equals_eager_from_either_start(start: str) -> None:
+    model = make_model(torch.float64)
+    optimizer = oplora.AdamW(model, lr=1e-2, state="exact", start=start)
+    pairs = []
+    for state in optimizer._states:
+        eager = EagerGenerator(oplora.start.views(state.parameters, state.H, state.Z), state.factors.shapes)
+        pairs.append((eager, state.factors.layer))
+    reference = torch.optim.AdamW([p for eager, _ in pairs for p in eager.parameters()], lr=1e-2)
+    for x, y in batches(20, torch.float64):
+        optimizer.zero_grad(), reference.zero_grad()
+        (model(x) - y).square().mean().backward()
+        for eager, layer in pairs:
+            torch.autograd.backward(eager(), [p.grad for p in layer.parameters()])
+        optimizer.step(), reference.step()
+    for eager, layer in pairs:
+        for ours, truth in zip(layer.parameters(), eager(), strict=True):
+            assert (ours - truth).norm() <= 1e-12 * truth.norm()
+
+
 def waking_gradients() -> Iterator[tuple[float, float]]:
     """(sign of the push on c1, scale of g): turns units off and on again."""
     yield from ((1.0, 1.0), (-1.0, 1.0), (-1.0, 0.0), (1.0, 3.0), (1.0, 1e-3), (-1.0, 1.0)) * 6

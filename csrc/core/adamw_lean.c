@@ -29,6 +29,7 @@
 #include "lowrank.h"
 #include "workspace.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -531,6 +532,12 @@ static void TY(collect_dh)(TY(plan) *p, const double *parts) {
     }
 }
 
+/* x in T, within its range: one infinite number would make the whole hidden path NaN. */
+static T TY(bounded)(double x) {
+    const double largest = sizeof(T) == sizeof(float) ? FLT_MAX : DBL_MAX;
+    return (T)(x > largest ? largest : x < -largest ? -largest : x == x ? x : 0);
+}
+
 /* p->d = dh in T, and dz = W1^T d into p->change; the report's numbers of the hidden path. */
 static void TY(report_hidden)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
@@ -543,17 +550,17 @@ static void TY(report_hidden)(TY(plan) *p) {
     memset(dz, 0, (size_t)l->Z * sizeof(T));
     l->report[4] = 0;
     for (int64_t j = 0; j < l->H; j++) {
-        p->d[j] = (T)p->dh[j];
+        p->d[j] = TY(bounded)(p->dh[j]);
         d2 += p->dh[j] * p->dh[j];
         l->report[4] += p->h[j] != 0;
         if (p->dh[j] == 0) continue;
-        kernels->uniform_axpy(&s, (uint32_t)j, 0, (T)(bound * p->dh[j]), dz, l->Z);
+        kernels->uniform_axpy(&s, (uint32_t)j, 0, TY(bounded)(bound * p->dh[j]), dz, l->Z);
         for (int i = 0; i < r->d; i++) along[i] += (double)r->U[i * l->H + j] * p->dh[j];
     }
     for (int64_t i = 0; i < l->Z; i++) {
         double sum = dz[i];
         for (int a = 0; a < r->d; a++) sum += (double)p->hidden.Q[a * l->Z + i] * along[a];
-        dz[i] = (T)sum;
+        dz[i] = TY(bounded)(sum);
         dz2 += sum * sum;
     }
     l->report[2] = dz2 + d2 * (TY(square)(p->z, l->Z) + 1);
@@ -583,7 +590,7 @@ static void TY(step_hidden)(TY(plan) *p) {
                                        .beta2_rest = (T)(1 - a->beta2),
                                        .keep = (T)map->keep,
                                        .rate = (T)map->rate,
-                                       .eps = (T)a->eps,
+                                       .eps = map->rows.numbers.eps,
                                        .inverse_root = map->rows.numbers.inverse_root};
     memcpy(p->z_next, p->z, (size_t)l->Z * sizeof(T));
     kernels->adamw(p->z_next, p->z_avg, p->z_avg_sq, p->change, 1, 0, NULL, l->Z, &numbers);

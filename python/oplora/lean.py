@@ -80,9 +80,7 @@ class LeanState(State):
         written = [torch.empty(p.shape, dtype=dtype) for p in parameters] if keep else targets(parameters, dtype)
         state = (self.numbers, self.moments, self.scalars)
         sizes = [*self.sizes[:7], 0, 0, 0]  # the views begin where the layer does
-        torch.ops.oplora.lean_start_(
-            *state, written, sizes, self.random, _signed(self.seed), self.latent_std
-        )
+        torch.ops.oplora.lean_start_(*state, written, sizes, self.random, _signed(self.seed), self.latent_std)
         if keep:
             self.factors.keep(written)
         else:
@@ -126,6 +124,7 @@ class LeanState(State):
 
     def state_dict(self) -> dict[str, Any]:
         """Also the seed and the layer's index, from which W2's and W1's start is made."""
+        self.absorb_edits(self.factors.layer.parameters())  # a model that was moved has other masters from now on
         return {**super().state_dict(), "masters": list(self.masters), "seed": self.seed, "layer": self.index}
 
     def check_state(self, saved: Any) -> None:
