@@ -22,7 +22,8 @@
  * everything that both truncations and the output combine; what multiplies it is a few numbers.
  *
  * Rows are cut into blocks that stay in the first-level cache, blocks into parts that do not depend on who does them,
- * and sums run in the order of blocks and parts. */
+ * and sums run in the order of blocks and parts. Layers are one thread's work each; one so large that the others would
+ * wait for it is spread over all of them. */
 #ifndef T
 
 #include "dispatch.h"
@@ -37,7 +38,8 @@ enum {
     BLOCK = 512,          /* rows that are in the first-level cache together; a multiple of what the start asks for */
     PART = 4096,          /* least rows of a part */
     MOST_PARTS = 64,      /* of a layer: bounds the scratch */
-    SMALL_WORK = 1 << 17, /* rows times (1 + H / 32): a layer up to this is one thread's work */
+    SMALL_WORK = 1 << 16, /* rows times (1 + H / 32): a layer up to this is one thread's work, */
+    LARGE_WORK = 1 << 21, /* one above this is spread over the threads, and between them one that is much of all */
     RANK = OPLORA_MOST_RANK,
     BASIS = OPLORA_MOST_BASIS
 };
@@ -291,7 +293,8 @@ typedef struct {
     double *part_sums; /* (parts, sums of the outer map, H): the last is W0^T g over W0's bound */
     int64_t first_part, parts, chunks;
     double bound;
-    int wants; /* of the first pass: WANTS_DH, WANTS_GRAM */
+    int spreads; /* over the threads; who does the work changes no bit */
+    int wants;   /* of the first pass: WANTS_DH, WANTS_GRAM */
 } TY(plan);
 
 typedef struct {
@@ -307,13 +310,10 @@ typedef struct {
 
 static int64_t TY(chunks)(int64_t rows) { return (rows + PART - 1) / PART; }
 
-static int TY(is_small)(const TY(oplora_lean) *l) {
-    return (double)l->N * (1 + (double)l->H / 32) <= (double)SMALL_WORK;
-}
+static double TY(work)(const TY(oplora_lean) *l) { return (double)l->N * (1 + (double)l->H / 32); }
 
 static int64_t TY(parts_of)(const TY(oplora_lean) *l) {
     int64_t chunks = 0;
-    if (TY(is_small)(l)) return 1;
     for (int64_t f = 0; f < l->n_factors; f++) chunks += TY(chunks)(l->factors[f].rows);
     return chunks < MOST_PARTS ? chunks : MOST_PARTS;
 }
@@ -510,6 +510,7 @@ static void TY(begin_layer)(TY(plan) *p) {
     const oplora_adamw *const a = &l->adamw;
     uint32_t key[4];
     TY(find_hidden)(p, p->h);
+    memset(p->outer.sums, 0, (size_t)TY(part_size)(l) * sizeof(double));
     if (!(p->wants & WANTS_GRAM)) return;
     oplora_philox4x32_10(
         (const uint32_t[]){(uint32_t)a->step, (uint32_t)(a->step >> 32) | OPLORA_ROUNDING << 24, 0, l->layer},
@@ -517,17 +518,19 @@ static void TY(begin_layer)(TY(plan) *p) {
     TY(prepare_map)(&p->outer, p->h, l->report[0], a, a->weight_lr, a->lr, a->lr * a->weight_decay, key);
 }
 
+static void TY(add_part)(TY(plan) *p, const double *sums) {
+    for (int64_t i = 0; i < TY(part_size)(p->layer); i++) p->outer.sums[i] += sums[i];
+}
+
 /* dh = s W0^T g + Q (U^T g) where the unit is on, from the sums of all parts. */
-static void TY(collect_dh)(TY(plan) *p, const double *parts) {
+static void TY(find_dh)(TY(plan) *p) {
     const TY(rows) *const r = &p->outer.rows;
-    const int64_t H = p->layer->H, size = TY(part_size)(p->layer), own = TY(sums_size)(r);
-    const int p_size = TY(basis_size)(r);
-    memset(p->outer.sums, 0, (size_t)size * sizeof(double));
-    for (int64_t part = 0; part < p->parts; part++)
-        for (int64_t i = 0; i < size; i++) p->outer.sums[i] += parts[part * size + i];
-    for (int64_t j = 0; j < H && p->wants & WANTS_DH; j++) {
+    const int64_t H = p->layer->H, own = TY(sums_size)(r);
+    const double *const along = p->outer.sums + TY(basis_size)(r) * TY(basis_size)(r);
+    if (!(p->wants & WANTS_DH)) return;
+    for (int64_t j = 0; j < H; j++) {
         double sum = *p->outer.scale * p->bound * p->outer.sums[own + j];
-        for (int i = 0; i < r->d; i++) sum += (double)p->outer.Q[i * H + j] * p->outer.sums[p_size * p_size + i];
+        for (int i = 0; i < r->d; i++) sum += (double)p->outer.Q[i * H + j] * along[i];
         p->dh[j] = p->h[j] != 0 ? sum : 0;
     }
 }
@@ -606,10 +609,10 @@ static void TY(step_hidden)(TY(plan) *p) {
 }
 
 /* Between the passes. */
-static void TY(solve_layer)(TY(plan) *p, const double *parts) {
+static void TY(solve_layer)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
     TY(map) *const map = &p->outer;
-    TY(collect_dh)(p, parts);
+    TY(find_dh)(p);
     TY(step_hidden)(p);
     TY(solve_map)(map, p->h);
     TY(finish_map)(map, p->h, p->h_next);
@@ -622,8 +625,8 @@ static void TY(solve_layer)(TY(plan) *p, const double *parts) {
     l->report[8] = p->hidden.dropped_weight;
 }
 
-static void TY(measure_dh)(TY(plan) *p, const double *parts) {
-    TY(collect_dh)(p, parts);
+static void TY(measure_dh)(TY(plan) *p) {
+    TY(find_dh)(p);
     TY(report_hidden)(p);
 }
 
@@ -647,26 +650,28 @@ RANGE(square_parts, TY(square_part)(&job->plans[job->part_plan[i]], i - job->pla
                                     job->squares + 2 * i))
 RANGE(reduce_parts, TY(reduce_part)(job->current, i, job->part_sums + i * TY(part_size)(job->current->layer)))
 RANGE(update_parts, TY(update_part)(job->current, i))
-static void TY(measure_small)(TY(job) *job, TY(plan) *p) {
-    (void)job;
-    TY(reduce_part)(p, 0, p->part_sums);
-    TY(measure_dh)(p, p->part_sums);
+/* A whole layer by one thread. */
+static void TY(do_small)(TY(plan) *p, int steps) {
+    for (int64_t part = 0; part < p->parts; part++) {
+        TY(reduce_part)(p, part, p->part_sums);
+        TY(add_part)(p, p->part_sums);
+    }
+    if (!steps) {
+        TY(measure_dh)(p);
+        return;
+    }
+    TY(solve_layer)(p);
+    for (int64_t part = 0; part < p->parts; part++) TY(update_part)(p, part);
 }
-static void TY(step_small)(TY(job) *job, TY(plan) *p) {
-    (void)job;
-    TY(reduce_part)(p, 0, p->part_sums);
-    TY(solve_layer)(p, p->part_sums);
-    TY(update_part)(p, 0);
-}
-#define LAYER(call) \
+#define LAYER(steps) \
     { \
         TY(plan) *const p = &job->plans[job->first_plan + i]; \
         TY(use_slot)(job, job->first_plan + begin, p); \
         TY(begin_layer)(p); \
-        call(job, p); \
+        TY(do_small)(p, steps); \
     }
-RANGE(measure_layers, LAYER(TY(measure_small)))
-RANGE(step_layers, LAYER(TY(step_small)))
+RANGE(measure_layers, LAYER(0))
+RANGE(step_layers, LAYER(1))
 #undef LAYER
 #undef RANGE
 
@@ -677,19 +682,20 @@ static oplora_status TY(do_large)(TY(job) *job, TY(plan) *p, int steps, oplora_p
     TY(use_slot)(job, 0, p);
     TY(begin_layer)(p);
     oplora_status status = oplora_parallel(par, p->parts, 1, TY(reduce_parts), job);
+    for (int64_t part = 0; part < p->parts; part++) TY(add_part)(p, job->part_sums + part * TY(part_size)(p->layer));
     if (status == OPLORA_OK && steps) {
-        TY(solve_layer)(p, job->part_sums);
+        TY(solve_layer)(p);
         status = oplora_parallel(par, p->parts, 1, TY(update_parts), job);
     } else if (status == OPLORA_OK)
-        TY(measure_dh)(p, job->part_sums);
+        TY(measure_dh)(p);
     oplora_restore_subnormals(subnormals);
     return status;
 }
 
-/* Runs of small layers a layer a thread, large layers one at a time. */
+/* Runs of layers a layer a thread, those that are spread one at a time. */
 static oplora_status TY(for_layers)(TY(job) *job, int steps, oplora_parallel_fn par) {
     for (int64_t first = 0, last; first < job->n_plans; first = last) {
-        for (last = first; last < job->n_plans && TY(is_small)(job->plans[last].layer); last++) {
+        for (last = first; last < job->n_plans && !job->plans[last].spreads; last++) {
         }
         if (last > first) {
             job->first_plan = first;
@@ -759,8 +765,12 @@ static TY(job) TY(plan_layers)(const TY(oplora_lean) *layers, int64_t n_layers, 
     job.part_sums = take(a, sums, sizeof(double));
     job.slots = take(a, n_layers, job.slot_bytes);
     if (!a->memory || a->used < 0) return job;
+    double all = 0;
+    for (int64_t i = 0; i < n_layers; i++) all += TY(work)(&layers[i]);
     for (int64_t i = 0, part = 0; i < n_layers; i++) {
+        const double work = TY(work)(&layers[i]);
         job.plans[i] = TY(plan_of)(&layers[i]);
+        job.plans[i].spreads = work > LARGE_WORK || (work > SMALL_WORK && work > all / 4);
         job.plans[i].first_part = part;
         for (const int64_t end = part + job.plans[i].parts; part < end; part++) job.part_plan[part] = i;
     }

@@ -311,14 +311,15 @@ static inline __attribute__((always_inline)) void FN(lean_second_body)(
     TY(oplora_moment) *restrict m, TY(oplora_moment) *restrict S, TY(oplora_moment) *restrict R, const T *restrict g,
     const T *restrict base, int64_t first, int64_t n, const TY(lean_numbers) *a, T *restrict row, T *restrict scaled,
     T *restrict out, const int has_base) {
-    const T beta1_rest = a->beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest, second = a->second;
+    const T beta1_rest = a->beta1_rest, beta1 = 1 - beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest;
+    const T second = a->second;
     const T keep = a->keep, rate = a->rate, eps = a->eps, eps_row = a->eps_row, inverse_root = a->inverse_root;
     const uint32_t key = a->key, other_key = a->key ^ 0x9E3779B9u;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         const uint32_t noise = noise_of((uint32_t)(first + i), key);
         const T square = g[i] * g[i], m_old = TY(get)(m[i]);
-        const T m_next = m_old + beta1_rest * (g[i] - m_old);
+        const T m_next = beta1 * m_old + beta1_rest * g[i]; /* no difference, which could overflow */
         const T s_next = beta2 * TY(get)(S[i]) + beta2_rest * square;
         const T r_next = beta2 * TY(get)(R[i]) + second * square;
         const T step = rate * m_next / (SQRT(s_next) * inverse_root + eps);
@@ -415,7 +416,8 @@ static inline __attribute__((always_inline)) void FN(lean_update21_body)(
     TY(oplora_moment) *restrict S, TY(oplora_moment) *restrict R, const T *restrict g, const T *restrict base,
     int64_t first, int64_t n, const TY(lean_numbers) *a, const T *weight, const T *turn0, const T *turn1,
     const T *turn_A, T *restrict out, const int has_base) {
-    const T beta1_rest = a->beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest, second = a->second;
+    const T beta1_rest = a->beta1_rest, beta1 = 1 - beta1_rest, beta2 = a->beta2, beta2_rest = a->beta2_rest;
+    const T second = a->second;
     const T keep = a->keep, rate = a->rate, eps = a->eps, eps_row = a->eps_row, inverse_root = a->inverse_root;
     const T w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3], a0 = turn_A[0], a1 = turn_A[1];
     const T p0 = turn0[0], p1 = turn0[1], p2 = turn0[2], p3 = turn0[3];
@@ -426,7 +428,7 @@ static inline __attribute__((always_inline)) void FN(lean_update21_body)(
         const uint32_t noise = noise_of((uint32_t)(first + i), key);
         const uint32_t other_noise = noise_of((uint32_t)(first + i), other_key);
         const T x = g[i], square = x * x, m_old = TY(get)(m[i]), A_old = TY(get)(A[i]), u0 = U0[i], u1 = U1[i];
-        const T m_next = m_old + beta1_rest * (x - m_old);
+        const T m_next = beta1 * m_old + beta1_rest * x;
         const T s_next = beta2 * TY(get)(S[i]) + beta2_rest * square;
         const T r_next = beta2 * TY(get)(R[i]) + second * square;
         const T row = 1 / (SQRT(r_next) * inverse_root + eps_row), ra = row * A_old, rg = row * x;
