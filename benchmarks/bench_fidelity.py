@@ -3,6 +3,7 @@
     python benchmarks/bench_fidelity.py                     all tasks, to benchmarks/results/bench_fidelity.json
     python benchmarks/bench_fidelity.py --tasks digits      one of them
     python benchmarks/bench_fidelity.py --starts uniform sign
+    python benchmarks/bench_fidelity.py --ranks             lean alone at other ranks, to results/bench_ranks.json
     python benchmarks/bench_fidelity.py --quick --output /tmp/fidelity.json
 
 The tasks are in tasks.py. A run that was cut short goes on where it was: rows that the file has are not measured
@@ -29,7 +30,10 @@ from tasks import DEFAULT_START, TASKS, TOYS, Case, lora_case, oplora_case, task
 
 STATES = ("exact", "lean")
 STARTS = ("sign", "uniform")
+RANKS = ((1, 1), (2, 1), (3, 2), (4, 2), (8, 4))  # weight_rank, moment_rank
+RANK_TASKS = ("factorisation", "digits")
 RESULT = Path(__file__).parent / "results" / "bench_fidelity.json"
+RANK_RESULT = RESULT.with_name("bench_ranks.json")
 
 
 def plan(names: Iterable[str], starts: Sequence[str], seeds: int | None) -> Iterator[Case]:
@@ -45,11 +49,21 @@ def plan(names: Iterable[str], starts: Sequence[str], seeds: int | None) -> Iter
                     yield from (oplora_case(name, state, start, rate, seed) for seed in range(count))
 
 
+def rank_plan(names: Iterable[str], start: str, seeds: int | None) -> Iterator[Case]:
+    for name in names:
+        task = task_of(name)
+        for rate in task.rates:
+            for ranks in RANKS:
+                for seed in range(task.seeds if seeds is None else seeds):
+                    yield oplora_case(name, "lean", start, rate, seed, ranks=ranks)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=[DEFAULT_START])
     parser.add_argument("--seeds", type=int, help="of every task; by default a task's own number, 3 to 12")
+    parser.add_argument("--ranks", action="store_true", help=f"{' and '.join(RANK_TASKS)} alone, with state lean alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path)
     parser.add_argument("--fresh", action="store_true", help="measure also what the output file has")
@@ -59,10 +73,13 @@ def main() -> None:
         parser.error("--quick needs --output: its rows don't belong among the results")
     torch.set_num_threads(arguments.threads)
     names, seeds = (TOYS, 2) if arguments.quick else (arguments.tasks, arguments.seeds)
-    output = arguments.output or RESULT
+    output = arguments.output or (RANK_RESULT if arguments.ranks else RESULT)
     common = {"benchmark": "fidelity", **harness.environment()}
     begin = time.perf_counter()
-    cases = plan(names, arguments.starts, seeds)
+    if arguments.ranks:
+        cases = rank_plan(names if arguments.quick else RANK_TASKS, DEFAULT_START, seeds)
+    else:
+        cases = plan(names, arguments.starts, seeds)
     rows = tasks.run_all(cases, output, common, arguments.threads, fresh=arguments.fresh, apart=not arguments.quick)
     print(f"{len(rows)} rows in {output}, {time.perf_counter() - begin:.0f} s")
 

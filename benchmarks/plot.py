@@ -364,6 +364,19 @@ def fidelity_tables(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def rank_tables(rows: list[Row]) -> str:
+    ranks = sorted({(row["weight_rank"], row["moment_rank"]) for row in rows})
+    settings = dict.fromkeys((row["title"], row["task"], row["lr"], row["hidden_lr_ratio"]) for row in rows)
+
+    def cells(title: str, task: str, lr: float, ratio: float) -> list[str]:
+        same = where(rows, task=task, lr=lr, hidden_lr_ratio=ratio)
+        losses = [str(Spread.of(where(same, weight_rank=d, moment_rank=k))) for d, k in ranks]
+        return [title, f"{lr:g}" if ratio == 1 else f"{lr:g}, paper, {ratio:g}", *losses]
+
+    header = ["final loss of lean", "rate", *(f"d = {d}, k = {k}" for d, k in ranks)]
+    return f"{markdown(header, (cells(*some) for some in settings))}\n\nTrained on {machine(rows[0])}"
+
+
 # ---- tables: bench_width ----
 
 
@@ -420,6 +433,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bench_lean": lean_tables,
     "lean_summary": lean_summary,
     "bench_fidelity": fidelity_tables,
+    "bench_ranks": rank_tables,
     "bench_width": width_tables,
 }
 

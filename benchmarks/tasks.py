@@ -83,8 +83,16 @@ def lora_case(name: str, lr: float, seed: int) -> Case:
     return Case(name, "lora", lr, seed, task_of(name).steps)
 
 
-def oplora_case(name: str, state: str, start: str, rate: Rate, seed: int, hidden_width: int = 32) -> Case:
-    weight_rank, moment_rank = (WEIGHT_RANK, MOMENT_RANK) if state == "lean" else (None, None)
+def oplora_case(
+    name: str,
+    state: str,
+    start: str,
+    rate: Rate,
+    seed: int,
+    hidden_width: int = 32,
+    ranks: tuple[int, int] = (WEIGHT_RANK, MOMENT_RANK),
+) -> Case:
+    weight_rank, moment_rank = ranks if state == "lean" else (None, None)
     return Case(
         name,
         state,

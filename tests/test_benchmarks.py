@@ -281,6 +281,13 @@ def test_bench_fidelity_quick_runs_and_resumes(quick, capsys):
     assert capsys.readouterr().out.startswith(f"{len(rows)} rows")
 
 
+def test_ranks_are_compared_on_lean_alone(quick):
+    rows = quick(bench_fidelity, "--ranks", "--threads", "1")
+    assert {row["state"] for row in rows} == {"lean"}
+    assert {(row["weight_rank"], row["moment_rank"]) for row in rows} == set(bench_fidelity.RANKS)
+    assert "d = 8, k = 4" in plot.rank_tables(rows)
+
+
 def test_quick_rows_stay_out_of_the_results(monkeypatch, capsys):
     for benchmark in (bench_fidelity, bench_lean, bench_width):
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--quick"])
