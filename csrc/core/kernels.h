@@ -295,15 +295,17 @@ static void FN(sign_axpy)(const uint32_t *words, const int *bit, const T *coeffi
 
 /* ---- the rows of lean state; adamw_lean.c has the formulas ---- */
 
-/* row = 1 / (sqrt of the second moment's next row factor + eps), scaled = row g. Nothing is stored in the state. */
+/* row = 1 / (sqrt of the second moment's next row factor + eps), scaled = row g. Nothing is stored in the state. Where all
+ * units are off `second` is 0, and g^2 may have overflowed: their product is 0 here, not NaN. Decay is written so that
+ * keep = 1 changes no bit. */
 static void FN(lean_scale)(const TY(oplora_moment) *restrict R, const T *restrict g, int64_t n,
                            const TY(lean_numbers) *a, T *restrict row, T *restrict scaled) {
     const T beta2 = a->beta2, second = a->second, inverse_root = a->inverse_root, eps_row = a->eps_row;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const T r = beta2 * TY(get)(R[i]) + second * (g[i] * g[i]);
+        const T r = beta2 * TY(get)(R[i]) + (second > 0 ? second * (g[i] * g[i]) : 0);
         row[i] = 1 / (SQRT(r) * inverse_root + eps_row);
-        scaled[i] = row[i] * g[i];
+        scaled[i] = second > 0 ? row[i] * g[i] : 0;
     }
 }
 
@@ -321,11 +323,11 @@ static inline __attribute__((always_inline)) void FN(lean_second_body)(
         const T square = g[i] * g[i], m_old = TY(get)(m[i]);
         const T m_next = beta1 * m_old + beta1_rest * g[i]; /* no difference, which could overflow */
         const T s_next = beta2 * TY(get)(S[i]) + beta2_rest * square;
-        const T r_next = beta2 * TY(get)(R[i]) + second * square;
+        const T r_next = beta2 * TY(get)(R[i]) + (second > 0 ? second * square : 0);
         const T step = rate * m_next / (SQRT(s_next) * inverse_root + eps);
         row[i] = 1 / (SQRT(r_next) * inverse_root + eps_row);
-        scaled[i] = row[i] * g[i];
-        out[i] = (has_base ? base[i] + keep * (out[i] - base[i]) : keep * out[i]) - step;
+        scaled[i] = second > 0 ? row[i] * g[i] : 0;
+        out[i] = out[i] - (1 - keep) * (has_base ? out[i] - base[i] : out[i]) - step;
         m[i] = TY(put)(m_next, noise);
         S[i] = TY(put)(s_next, noise >> 16);
         R[i] = TY(put)(r_next, noise_of((uint32_t)(first + i), other_key));
@@ -372,10 +374,10 @@ static void FN(lean_reduce21)(const TY(oplora_moment) *restrict A, const TY(oplo
         const T *u0 = U0 + at, *u1 = U1 + at, *x = g + at;
 #pragma omp simd
         for (int64_t i = 0; i < count; i++) {
-            const T r = beta2 * TY(get)(R[at + i]) + second * (g[at + i] * g[at + i]);
+            const T r = beta2 * TY(get)(R[at + i]) + (second > 0 ? second * (g[at + i] * g[at + i]) : 0);
             const T row = 1 / (SQRT(r) * inverse_root + eps_row);
             ra[i] = row * TY(get)(A[at + i]);
-            rg[i] = row * g[at + i];
+            rg[i] = second > 0 ? row * g[at + i] : 0;
         }
         if (count < TILE) {
             memset(padded, 0, sizeof padded);
@@ -430,10 +432,10 @@ static inline __attribute__((always_inline)) void FN(lean_update21_body)(
         const T x = g[i], square = x * x, m_old = TY(get)(m[i]), A_old = TY(get)(A[i]), u0 = U0[i], u1 = U1[i];
         const T m_next = beta1 * m_old + beta1_rest * x;
         const T s_next = beta2 * TY(get)(S[i]) + beta2_rest * square;
-        const T r_next = beta2 * TY(get)(R[i]) + second * square;
-        const T row = 1 / (SQRT(r_next) * inverse_root + eps_row), ra = row * A_old, rg = row * x;
+        const T r_next = beta2 * TY(get)(R[i]) + (second > 0 ? second * square : 0);
+        const T row = 1 / (SQRT(r_next) * inverse_root + eps_row), ra = row * A_old, rg = second > 0 ? row * x : 0;
         const T step = rate * m_next / (SQRT(s_next) * inverse_root + eps);
-        const T kept = (has_base ? base[i] + keep * (out[i] - base[i]) : keep * out[i]) - step;
+        const T kept = out[i] - (1 - keep) * (has_base ? out[i] - base[i] : out[i]) - step;
         out[i] = (((kept + w0 * u0) + w1 * u1) + w2 * ra) + w3 * rg;
         U0[i] = ((p0 * u0 + p1 * u1) + p2 * ra) + p3 * rg;
         U1[i] = ((q0 * u0 + q1 * u1) + q2 * ra) + q3 * rg;

@@ -80,6 +80,38 @@ static void *zeros(int64_t count, size_t size) {
     return memory;
 }
 
+/* ---- the start's numbers one at a time, by random.c's description ---- */
+
+static const uint64_t start_seed = 0xfedcba9876543210u;
+enum { START_LAYER = 77 };
+
+static void start_words(int64_t index, uint32_t tensor, uint32_t vector, uint32_t word[4]) {
+    oplora_philox4x32_10(
+        (const uint32_t[]){(uint32_t)index, (uint32_t)(index >> 32) | tensor << 24, vector, START_LAYER},
+        (const uint32_t[]){(uint32_t)start_seed, (uint32_t)(start_seed >> 32)}, word);
+}
+
+static double uniform_entry(uint32_t tensor, uint32_t vector, int64_t entry) { /* in (-1, 1) */
+    const int64_t q = entry / 16 % 8;
+    uint32_t word[4];
+    start_words(entry / 128 * 16 + entry % 16, tensor, vector, word);
+    return (2.0 * (word[q / 2] >> 16 * (q % 2) & 0xffff) + 1 - 65536) / 65536;
+}
+
+static double sign_entry(uint32_t tensor, int64_t column, int64_t row) {
+    uint32_t word[4];
+    start_words(row / 64 * 16 + row % 16, tensor, (uint32_t)(column / 32), word);
+    return word[row / 16 % 4] >> column % 32 & 1 ? -1 : 1;
+}
+
+static double normal_entry(int64_t i) {
+    uint32_t word[4];
+    start_words(i / 4, 2, 0, word);
+    const uint32_t *const pair = word + i % 4 / 2 * 2;
+    const double radius = sqrt(-2 * log((pair[0] + 0.5) / 4294967296.0)), angle = 2 * acos(-1) * pair[1] / 4294967296.0;
+    return radius * (i % 2 ? sin(angle) : cos(angle));
+}
+
 #define OPLORA_TEMPLATE "../../tests/c/test_core.c"
 #include "each_type.h"
 
@@ -155,6 +187,65 @@ static void TY(test_start)(void) {
     CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, OPLORA_UNIFORM, rows, 1, failing) == OPLORA_EPARALLEL);
     CHECK(TY(oplora_start)(first, H, Z, N, 0, 0, 0.01, (oplora_start_kind)2, rows, 1, NULL) == OPLORA_EVALUE);
     free(first);
+}
+
+/* Every number of a start: each range counts from its own first row, in a stream of its own, empty ranges too. */
+static void TY(test_start_entries)(int64_t H, int64_t Z, int64_t N, const oplora_rows *rows, int64_t n_rows,
+                                   oplora_start_kind kind) {
+    const int64_t size = oplora_size(H, Z, N);
+    T *const p = zeros(size, sizeof(T)), *const W1 = p + H * N + N, *const z = W1 + H * Z + H;
+    double *const expected = zeros(size, sizeof(double));
+    const double bound = 1 / sqrt((double)H), bound1 = 1 / sqrt((double)Z);
+    double square = 0;
+    int64_t count = 0, wrong = 0;
+    for (int64_t r = 0; r < n_rows; r++)
+        for (int64_t j = 0; j < H; j++)
+            for (int64_t n = rows[r].begin; n < rows[r].end; n++, count++)
+                expected[j * N + n] = kind == OPLORA_UNIFORM
+                                          ? bound * uniform_entry((uint32_t)(8 * r), (uint32_t)j, n - rows[r].begin)
+                                          : bound / sqrt(3) * sign_entry((uint32_t)(8 * r) + 3, j, n - rows[r].begin);
+    for (int64_t j = 0; j < H; j++)
+        for (int64_t i = 0; i < Z; i++) expected[H * N + N + j * Z + i] = bound1 * uniform_entry(1, (uint32_t)j, i);
+    for (int64_t i = 0; i < Z; i++) expected[size - Z + i] = 0.02 * normal_entry(i);
+
+    CHECK(TY(oplora_start)(p, H, Z, N, start_seed, START_LAYER, 0.02, kind, rows, n_rows, split_backwards) ==
+          OPLORA_OK);
+    for (int64_t i = 0; i < H * N + N + H * Z + H; i++)
+        wrong += fabs(p[i] - expected[i]) > TY(epsilon) *fabs(expected[i]);
+    CHECK(wrong == 0);
+    for (int64_t i = 0; i < Z; i++) CHECK(TY(near)(z[i], expected[size - Z + i], 0.1));
+    for (int64_t i = 0; i < H * N; i++) square += (double)p[i] * p[i];
+    if (count > 1000) CHECK(fabs(square / (double)count * 3 * (double)H - 1) < (kind == OPLORA_SIGN ? 1e-5 : 0.05));
+    add_to_digest(p, (size_t)(size - Z) * sizeof(T));
+    free(p);
+    free(expected);
+}
+
+static void TY(test_starts)(void) {
+    static const oplora_rows whole[] = {{0, 129}}, one[] = {{0, 1}}, tasks[] = {{5, 16384 + 5}, {16389, 40000}};
+    static const oplora_rows some[] = {{0, 1}, {1, 66}, {66, 66}, {100, 163}, {163, 300}};
+    static const struct {
+        int64_t H, Z, N;
+        const oplora_rows *rows;
+        int64_t n_rows;
+    } starts[] = {{1, 1, 1, one, 1},        {33, 130, 300, some, 5}, {70, 1, 129, whole, 1},
+                  {64, 257, 129, whole, 1}, {2, 3, 40000, tasks, 2}, {3, 4, 50, NULL, 0}};
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++)
+        for (int kind = OPLORA_UNIFORM; kind <= OPLORA_SIGN; kind++)
+            TY(test_start_entries)(starts[i].H, starts[i].Z, starts[i].N, starts[i].rows, starts[i].n_rows,
+                                   (oplora_start_kind)kind);
+    oplora_rows many[32]; /* one more than there are streams */
+    for (int i = 0; i < 32; i++) many[i] = (oplora_rows){2 * i, 2 * i + 1};
+    for (int kind = OPLORA_UNIFORM; kind <= OPLORA_SIGN; kind++)
+        TY(test_start_entries)(34, 2, 64, many, 31, (oplora_start_kind)kind);
+    T p[2 * 64 + 64 + 2 + 2 + 1] = {0};
+    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, many, 32, NULL) == OPLORA_ESIZE);
+    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, many, -1, NULL) == OPLORA_ESIZE);
+    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, NULL, 1, NULL) == OPLORA_ENULL);
+    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, -0.01, OPLORA_SIGN, many, 1, NULL) == OPLORA_EVALUE);
+    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, INFINITY, OPLORA_SIGN, many, 1, NULL) == OPLORA_EVALUE);
+    CHECK(TY(oplora_start)(p, 0, 1, 64, 0, 0, 0.01, OPLORA_SIGN, many, 1, NULL) == OPLORA_ESIZE);
+    for (size_t i = 0; i < sizeof p / sizeof *p; i++) CHECK(p[i] == 0);
 }
 
 /* A generator with its gradients, by the formulas, in double. */
@@ -455,6 +546,7 @@ static void TY(test_refusals)(void) {
     CHECK(TY(oplora_exact_step)(&layer, 1, 0, NULL, NULL) == OPLORA_ENULL);
     CHECK(TY(oplora_exact_step)(&layer, -1, 0, workspace, NULL) == OPLORA_ESIZE);
     const oplora_adamw wrong[] = {{NAN, 0, 0, 0.9, 0.999, 1e-8, 0, 1}, {0, INFINITY, 0, 0.9, 0.999, 1e-8, 0, 1},
+                                  {0, 0, NAN, 0.9, 0.999, 1e-8, 0, 1}, {0, 0, 0, 0.9, 0.999, 1e-8, NAN, 1},
                                   {0, 0, 0, 1, 0.999, 1e-8, 0, 1},     {0, 0, 0, 0.9, -1, 1e-8, 0, 1},
                                   {0, 0, 0, 0.9, 0.999, -1, 0, 1},     {0, 0, 0, 0.9, 0.999, 1e-8, 0, 0}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
@@ -477,6 +569,7 @@ static void TY(test_refusals)(void) {
 static void TY(test_type)(void) {
     noise_state = 1;
     TY(test_start)();
+    TY(test_starts)();
     static const int64_t sizes[][3] = {{1, 1, 1},     {3, 5, 7},     {32, 128, 2049},
                                        {5, 3, 20001}, {70, 16, 300}, {130, 2, 33}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) TY(test_generate)(sizes[i][0], sizes[i][1], sizes[i][2]);
