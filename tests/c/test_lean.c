@@ -50,15 +50,20 @@ typedef struct {
     int64_t begin, end;
     oplora_range_fn fn;
     void *context;
+    int *here; /* how many threads have begun */
 } half;
 static void *every_second(void *argument) {
     const half *const work = argument;
+    __atomic_add_fetch(work->here, 1, __ATOMIC_ACQ_REL);
+    while (__atomic_load_n(work->here, __ATOMIC_ACQUIRE) < 2) {
+    }
     for (int64_t at = work->begin; at < work->end; at += 2) work->fn(at, at + 1, work->context);
     return NULL;
 }
 static int32_t split_on_threads(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
     (void)grain;
-    half odd = {begin + 1, end, fn, context}, even = {begin, end, fn, context};
+    int here = 0;
+    half odd = {begin + 1, end, fn, context, &here}, even = {begin, end, fn, context, &here};
     pthread_t thread;
     if (pthread_create(&thread, NULL, every_second, &odd)) return 1;
     every_second(&even);
@@ -424,8 +429,8 @@ static const shape large[] = {{2, 3, {270000, 1001, 0}, 1, 2, 2, 1, OPLORA_UNIFO
 enum { LARGE = sizeof large / sizeof *large };
 /* Of these the fourth is spread. */
 static const shape few[] = {
-    {32, 16, {2048, 333, 0}, 1, 2, 2, 1, OPLORA_SIGN}, {1, 1, {1, 0, 0}, 1, 0, 2, 1, OPLORA_UNIFORM},
-    {70, 3, {31, 33, 5}, 3, 2, 3, 2, OPLORA_SIGN},     {2000, 8, {3000, 5100, 0}, 1, 2, 2, 1, OPLORA_UNIFORM},
+    {32, 16, {2048, 333, 0}, 1, 2, 2, 1, OPLORA_SIGN}, {70, 3, {1031, 633, 5}, 3, 2, 3, 2, OPLORA_SIGN},
+    {1, 1, {1, 0, 0}, 1, 0, 2, 1, OPLORA_UNIFORM},     {2000, 8, {3000, 5100, 0}, 1, 2, 2, 1, OPLORA_UNIFORM},
     {5, 128, {700, 9, 0}, 1, 2, 8, 8, OPLORA_SIGN},
 };
 enum { FEW = sizeof few / sizeof *few };
@@ -1180,16 +1185,13 @@ static void TY(test_edges)(const shape *like) {
     for (size_t i = 0; i < sizeof scales / sizeof *scales; i++)
         for (int way = 0; way < 4; way++) {
             TY(made) f;
-            int off = 1;
             TY(make)(&f, like, (uint32_t)way);
-            for (int64_t j = 0; j < like->H; j++) off &= !(TY(view_of)(&f.layer).pre[j] > 0);
             for (int64_t step = 1; step <= 30; step++) {
                 TY(set_gradients)(&f, step, way % 2 && step % 5 != 2 ? 1 : scales[i]);
                 if (way >= 2) f.layer.adamw.eps = 0;
                 TY(step_alone)(&f, OPLORA_OK);
             }
-            /* known limit: while no unit was ever on, |g| / eps and g^2 must fit into T */
-            CHECK(TY(is_finite)(&f, !TY(is_float) || scales[i] < 1e16) || (off && scales[i] > 1e8));
+            CHECK(TY(is_finite)(&f, !TY(is_float) || scales[i] < 1e16));
             TY(unmake)(&f);
         }
     TY(made) f; /* decay until nothing is left of the start */
@@ -1203,8 +1205,7 @@ static void TY(test_edges)(const shape *like) {
     TY(unmake)(&f);
 }
 
-/* Rates of zero: the moments move and nothing else, not by a bit; not at first and not after steps. A factor with a
- * base may move by the rounding of base + (out - base). */
+/* Rates of zero: the moments move and nothing else, not by a bit; not at first and not after steps. */
 static void TY(test_rate_zero)(const shape *like) {
     TY(made) f, kept;
     const uint32_t seed = noise_state;
@@ -1224,11 +1225,7 @@ static void TY(test_rate_zero)(const shape *like) {
         CHECK(!memcmp(a.pre, b.pre, H * sizeof(T)) && !memcmp(a.z, b.z, Z * sizeof(T)));
         CHECK(f.layer.scalars[0] == kept.layer.scalars[0] && f.layer.scalars[2] == kept.layer.scalars[2]);
         for (int k = 0; k < f.layer.n_factors; k++)
-            for (int64_t i = 0; i < f.factors[k].rows; i++) {
-                const T now = f.factors[k].out[i], was = kept.factors[k].out[i];
-                const double eps = TY(is_float) ? FLT_EPSILON : DBL_EPSILON;
-                CHECK(fabs((double)now - was) <= (f.factors[k].base ? eps * fabs(was - f.factors[k].base[i]) : 0));
-            }
+            CHECK(!memcmp(f.factors[k].out, kept.factors[k].out, (size_t)f.factors[k].rows * sizeof(T)));
     }
     TY(unmake)(&f);
     TY(unmake)(&kept);
