@@ -58,11 +58,11 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build/c/%: tests/c/%.c tests/c/check.h $(CORE) $(wildcard csrc/core/*.h)
+build/c/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(wildcard csrc/core/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
 
-build/asan/%: tests/c/%.c tests/c/check.h $(CORE) $(wildcard csrc/core/*.h)
+build/asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(wildcard csrc/core/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
 

@@ -121,10 +121,10 @@ static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers,
         p.c1 = p.W1 + l->H * l->Z;
         p.z = p.c1 + l->H;
         p.ones[0] = 1;
-        const oplora_adamw *const a_of = &l->adamw;
-        p.outer = TY(numbers_of)(a_of, a_of->weight_lr, a_of->lr * a_of->weight_decay);
-        p.bias = TY(numbers_of)(a_of, a_of->lr, a_of->lr * a_of->weight_decay);
-        p.hidden = TY(numbers_of)(a_of, a_of->hidden_lr, a_of->hidden_lr * a_of->weight_decay);
+        const oplora_adamw *const adamw = &l->adamw;
+        p.outer = TY(numbers_of)(adamw, adamw->weight_lr, adamw->lr * adamw->weight_decay);
+        p.bias = TY(numbers_of)(adamw, adamw->lr, adamw->lr * adamw->weight_decay);
+        p.hidden = TY(numbers_of)(adamw, adamw->hidden_lr, adamw->hidden_lr * adamw->weight_decay);
         job.plans[i] = p;
     }
     if (a->memory) job.spans[n_spans] = (TY(span)){.first_task = task, .plan = n_layers};

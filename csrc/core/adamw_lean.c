@@ -175,6 +175,7 @@ static void TY(reduce_block)(const TY(rows) *r, const T *g, int64_t first, int64
     }
     TY(reduce_along)(r, g, first, n, sums);
 }
+
 /* After all sums and with the next input: the truncations, and what the second pass multiplies the basis with. */
 static void TY(solve_map)(TY(map) *map, const T *x) {
     TY(rows) *const r = &map->rows;
@@ -505,6 +506,14 @@ static void TY(find_hidden)(const TY(plan) *p, T *h) {
     for (int64_t j = 0; j < p->layer->H; j++) h[j] = p->pre[j] > 0 ? p->pre[j] : 0;
 }
 
+/* Of this step's rounding noise; map is 0 for W2, 1 for W1. */
+static void TY(rounding_key)(const TY(oplora_lean) *l, uint32_t map, uint32_t key[4]) {
+    const uint64_t step = (uint64_t)l->adamw.step;
+    oplora_philox4x32_10(
+        (const uint32_t[]){(uint32_t)step, (uint32_t)(step >> 32) | OPLORA_ROUNDING << 24, map, l->layer},
+        (const uint32_t[]){(uint32_t)l->seed, (uint32_t)(l->seed >> 32)}, key);
+}
+
 static void TY(begin_layer)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
     const oplora_adamw *const a = &l->adamw;
@@ -512,9 +521,7 @@ static void TY(begin_layer)(TY(plan) *p) {
     TY(find_hidden)(p, p->h);
     memset(p->outer.sums, 0, (size_t)TY(part_size)(l) * sizeof(double));
     if (!(p->wants & WANTS_GRAM)) return;
-    oplora_philox4x32_10(
-        (const uint32_t[]){(uint32_t)a->step, (uint32_t)(a->step >> 32) | OPLORA_ROUNDING << 24, 0, l->layer},
-        (const uint32_t[]){(uint32_t)l->seed, (uint32_t)(l->seed >> 32)}, key);
+    TY(rounding_key)(l, 0, key);
     TY(prepare_map)(&p->outer, p->h, l->report[0], a, a->weight_lr, a->lr, a->lr * a->weight_decay, key);
 }
 
@@ -578,9 +585,7 @@ static void TY(step_hidden)(TY(plan) *p) {
     TY(map) *const map = &p->hidden;
     uint32_t key[4];
     TY(report_hidden)(p);
-    oplora_philox4x32_10(
-        (const uint32_t[]){(uint32_t)a->step, (uint32_t)(a->step >> 32) | OPLORA_ROUNDING << 24, 1, l->layer},
-        (const uint32_t[]){(uint32_t)l->seed, (uint32_t)(l->seed >> 32)}, key);
+    TY(rounding_key)(l, 1, key);
     const double decay = a->hidden_lr * a->weight_decay;
     TY(prepare_map)(map, p->z, TY(square)(p->d, l->H), a, a->hidden_lr, a->hidden_lr, decay, key);
     memset(map->sums, 0, (size_t)TY(sums_size)(&map->rows) * sizeof(double));

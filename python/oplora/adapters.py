@@ -208,8 +208,8 @@ class Factors:
     def random_rows(self) -> list[tuple[int, int]]:
         """[begin, end) of the rows of W2 that start at random."""
         rows, begin = [], 0
-        for tensor, size in zip(self.layer.tensors, self.sizes, strict=True):
-            if STARTS[tensor] is Start.RANDOM:
+        for random, size in zip(self.is_random(), self.sizes, strict=True):
+            if random:
                 rows.append((begin, begin + size))
             begin += size
         return rows

@@ -1,7 +1,7 @@
 """What the states of oplora.AdamW have in common: saving and loading, and going through the core together."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -187,11 +187,9 @@ class Layers(ABC):
             begin += state.report_size
 
 
-def targets(
-    parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype, new: Callable[..., Tensor] = torch.empty
-) -> list[Tensor]:
+def targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
     """Where the core writes: into the factors themselves, or for those of another dtype or layout into buffers."""
-    return [p if p.dtype == dtype and p.is_contiguous() else new(p.shape, dtype=dtype) for p in parameters]
+    return [p if p.dtype == dtype and p.is_contiguous() else torch.empty(p.shape, dtype=dtype) for p in parameters]
 
 
 def finish(states: Sequence[State], parameters: list[torch.nn.Parameter], written: list[Tensor]) -> None:
