@@ -4,6 +4,10 @@
 
 #include "oplora_core.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* The stream of one tensor of one layer. W2 has one for each range of its rows that starts at random, as the entries of
  * a stream count from 0: W2_TENSOR + RANGE_TENSORS * i for the i-th. */
 typedef struct {
@@ -22,5 +26,9 @@ double oplora_start_bound(oplora_start_kind kind, int64_t fan_in);
 oplora_stream oplora_w2_stream(uint64_t seed, uint32_t layer, oplora_start_kind kind, int64_t range);
 void oplora_start_latent_f32(uint64_t seed, uint32_t layer, int64_t Z, double deviation, float *z);
 void oplora_start_latent_f64(uint64_t seed, uint32_t layer, int64_t Z, double deviation, double *z);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -1,0 +1,317 @@
+// The lean step's kernels against the C core, bit for bit: after every call all of the state, the factors, the reports and
+// the step counts are the same. Runs on the CPU, in the three builds and the three orders of threads that
+// cuda_on_cpu/README.md describes; argv[1] names the build.
+#include "adamw_lean.h"
+#include "cuda_on_cpu.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+static int failures = 0, checks = 0;
+static void check(bool good, const std::string &what) {
+    checks++;
+    if (!good) failures++, printf("FAILED: %s\n", what.c_str());
+}
+
+namespace {
+
+struct FactorShape {
+    int64_t rows;
+    bool random, based;
+};
+
+struct Shape {
+    std::string name;
+    int64_t H, Z, d, k;
+    oplora_start_kind start;
+    std::vector<FactorShape> factors;
+    int layers = 1;
+};
+
+// One side's memory: everything a step reads or writes.
+struct Side {
+    std::vector<float> numbers;
+    std::vector<uint16_t> moments;
+    std::vector<double> scalars, report, dh;
+    std::vector<std::vector<float>> gradients, bases, out;
+    std::vector<oplora_factor_f32> factors;
+    std::vector<oplora_lean_f32> layers;
+    std::vector<oplora_adamw> adamw;
+    std::vector<char> workspace;
+
+    explicit Side(const Shape &shape) {
+        int64_t N = 0;
+        for (const auto &f : shape.factors) N += f.rows;
+        const int64_t numbers_each = oplora_lean_numbers(shape.H, shape.Z, N, shape.d, shape.k);
+        const int64_t moments_each = oplora_lean_moments(shape.H, shape.Z, N, shape.d, shape.k);
+        const size_t n = static_cast<size_t>(shape.layers);
+        numbers.resize(n * static_cast<size_t>(numbers_each));
+        moments.resize(n * static_cast<size_t>(moments_each));
+        scalars.resize(n * OPLORA_LEAN_SCALARS);
+        report.resize(n * OPLORA_LEAN_REPORT, -1);
+        dh.resize(n * static_cast<size_t>(shape.H), -1);
+        adamw.resize(n, {1e-3, 2e-3, 5e-4, 0.9, 0.999, 1e-8, 0.1, 1});
+        for (size_t i = 0; i < n; i++)
+            for (const auto &f : shape.factors) {
+                const size_t rows = static_cast<size_t>(f.rows);
+                gradients.emplace_back(rows);
+                bases.emplace_back(f.based ? rows : 0, 0.25f);
+                out.emplace_back(rows);
+            }
+        for (size_t i = 0; i < gradients.size(); i++) {
+            const auto &f = shape.factors[i % shape.factors.size()];
+            factors.push_back(
+                {f.rows, gradients[i].data(), f.based ? bases[i].data() : nullptr, out[i].data(), f.random});
+        }
+        for (size_t i = 0; i < n; i++)
+            layers.push_back({shape.H, shape.Z, N, shape.d, shape.k, 0x123456789abcdefu, static_cast<uint32_t>(i + 3),
+                              shape.start, numbers.data() + i * static_cast<size_t>(numbers_each),
+                              moments.data() + i * static_cast<size_t>(moments_each),
+                              scalars.data() + i * OPLORA_LEAN_SCALARS, factors.data() + i * shape.factors.size(),
+                              static_cast<int64_t>(shape.factors.size()), adamw[i],
+                              report.data() + i * OPLORA_LEAN_REPORT, dh.data() + i * static_cast<size_t>(shape.H)});
+    }
+};
+
+template <class T> bool same(const std::vector<T> &a, const std::vector<T> &b, const char *name, std::string *where) {
+    for (size_t i = 0; i < a.size(); i++)
+        if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0) {
+            char text[200];
+            snprintf(text, sizeof text, "%s[%zu of %zu] is %.9g, the core's %.9g", name, i, a.size(),
+                     static_cast<double>(b[i]), static_cast<double>(a[i]));
+            *where = text;
+            return false;
+        }
+    return true;
+}
+
+bool same_sides(const Side &core, const Side &device, std::string *where) {
+    if (!same(core.report, device.report, "report", where) || !same(core.scalars, device.scalars, "scalars", where) ||
+        !same(core.numbers, device.numbers, "numbers", where) ||
+        !same(core.moments, device.moments, "moments", where) || !same(core.dh, device.dh, "dh", where))
+        return false;
+    for (size_t f = 0; f < core.out.size(); f++)
+        if (!same(core.out[f], device.out[f], ("factor " + std::to_string(f)).c_str(), where)) return false;
+    for (size_t i = 0; i < core.adamw.size(); i++)
+        if (core.adamw[i].step != device.adamw[i].step) {
+            *where = "step of layer " + std::to_string(i);
+            return false;
+        }
+    return true;
+}
+
+// Both sides through the same calls.
+struct Pair {
+    Shape shape;
+    Side core, device;
+    std::vector<char> scratch, table;
+    oplora_cuda_lean_plan plan;
+    std::mt19937 random{7};
+
+    explicit Pair(const Shape &s) : shape(s), core(s), device(s) {
+        const auto n = static_cast<int64_t>(core.layers.size());
+        scratch.resize(static_cast<size_t>(oplora_lean_workspace_bytes_f32(core.layers.data(), n)) + 64);
+        // what a device hands out holds anything
+        device.workspace.assign(static_cast<size_t>(oplora_cuda_lean_workspace_bytes(device.layers.data(), n)) + 64,
+                                '\x7f');
+        table.resize(static_cast<size_t>(oplora_cuda_lean_table_bytes(device.layers.data(), n)) + 64);
+        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, device.adamw.data(), aligned(device.workspace),
+                                           aligned(table), &plan) == OPLORA_OK,
+              shape.name + ": plan");
+    }
+
+    static void *aligned(std::vector<char> &memory) {
+        return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    }
+
+    void compare(const char *what) {
+        std::string where;
+        check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
+    }
+
+    void start() {
+        for (auto &layer : core.layers) oplora_lean_start_f32(&layer, 0.01, nullptr);
+        check(oplora_cuda_lean_start(&plan, aligned(table), 0.01, nullptr) == cudaSuccess, shape.name + ": start runs");
+        compare("start");
+    }
+
+    void gradients(float scale) {
+        std::normal_distribution<float> normal(0, scale);
+        for (size_t f = 0; f < core.gradients.size(); f++) {
+            for (auto &g : core.gradients[f]) g = normal(random);
+            device.gradients[f] = core.gradients[f];
+        }
+        rebind();
+    }
+
+    // vectors were assigned, not moved: the addresses stay, which this makes sure of
+    void rebind() {
+        for (size_t f = 0; f < device.gradients.size(); f++)
+            check(device.factors[f].g == device.gradients[f].data(), shape.name + ": addresses stay");
+    }
+
+    void measure() {
+        const oplora_status status =
+            oplora_lean_measure_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
+        check(oplora_cuda_lean_measure(&plan, aligned(table), nullptr) == cudaSuccess, shape.name + ": measure runs");
+        check(status == OPLORA_OK || status == OPLORA_ENONFINITE, shape.name + ": measure");
+        compare("measure");
+    }
+
+    void step(int measured = 0) {
+        for (size_t i = 0; i < core.layers.size(); i++) core.layers[i].adamw = core.adamw[i];
+        const oplora_status status =
+            oplora_lean_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
+        for (auto &a : core.adamw) a.step += status == OPLORA_OK;
+        check(oplora_cuda_lean_step(&plan, aligned(table), measured, nullptr) == cudaSuccess,
+              shape.name + ": step runs");
+        compare(measured ? "measured step" : "step");
+    }
+
+    template <class Set> void each_adamw(Set set) {
+        for (auto *side : {&core, &device})
+            for (auto &a : side->adamw) set(a);
+    }
+};
+
+void steps(const Shape &shape, int count) {
+    Pair pair(shape);
+    pair.start();
+    for (int i = 0; i < count; i++) {
+        pair.gradients(i == 0 ? 0.f : i % 2 ? 1e-2f : 1.f); // the first gradient of lora_A is zero: B is
+        pair.step();
+    }
+    pair.each_adamw([](oplora_adamw &a) { a.hidden_lr = 0, a.weight_decay = 0, a.lr = 3e-2; });
+    pair.gradients(1e-3f);
+    pair.measure();
+    for (auto *side : {&pair.core, &pair.device}) { // as clipping does
+        for (size_t i = 0; i < side->layers.size(); i++) side->report[i * OPLORA_LEAN_REPORT] *= 0.25;
+        for (auto &d : side->dh) d *= 0.5;
+        for (auto &gradient : side->gradients)
+            for (auto &g : gradient) g *= 0.5f;
+    }
+    pair.step(1);
+}
+
+void nothing_moves_at_rate_zero(const Shape &shape) {
+    Pair pair(shape);
+    pair.start();
+    pair.gradients(1.f);
+    pair.each_adamw([](oplora_adamw &a) { a.lr = a.weight_lr = a.hidden_lr = 0; });
+    const auto before = pair.device.out;
+    pair.step();
+    check(before == pair.device.out, shape.name + ": at rate 0 no factor moves");
+}
+
+void units_die_and_return(const Shape &shape) {
+    Pair pair(shape);
+    pair.start();
+    pair.gradients(1.f);
+    pair.step();
+    for (const float to : {-1.f, 1.f}) { // W1 z + c1 lies behind U and U1
+        for (auto *side : {&pair.core, &pair.device})
+            for (auto &l : side->layers)
+                for (int64_t j = 0; j < shape.H; j += 2) l.numbers[l.weight_rank * (l.N + l.H) + j] = to;
+        pair.gradients(1.f);
+        pair.step();
+        pair.step();
+    }
+    for (auto *side : {&pair.core, &pair.device})
+        for (auto &l : side->layers)
+            for (int64_t j = 0; j < shape.H; j++) l.numbers[l.weight_rank * (l.N + l.H) + j] = -2.f;
+    pair.step(); // all are off
+}
+
+void nonfinite_changes_nothing(const Shape &shape) {
+    for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+        Pair pair(shape);
+        pair.start();
+        pair.gradients(1.f);
+        pair.step();
+        pair.core.gradients.back().back() = pair.device.gradients.back().back() = bad;
+        const Side before = pair.device;
+        pair.step();
+        check(pair.device.report[pair.device.report.size() - OPLORA_LEAN_REPORT + 1] == 1, shape.name + ": counted");
+        check(before.numbers == pair.device.numbers && before.moments == pair.device.moments &&
+                  before.out == pair.device.out && before.adamw[0].step == pair.device.adamw[0].step,
+              shape.name + ": a gradient that is not finite changes nothing");
+        pair.measure();
+        pair.gradients(1.f);
+        pair.step();
+    }
+}
+
+void refuses(const char *what, oplora_status expected, const std::vector<oplora_lean_f32> &layers) {
+    oplora_cuda_lean_plan plan;
+    std::vector<char> memory(1 << 16);
+    oplora_adamw adamw = {};
+    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, memory.data(),
+                                       memory.data(), &plan) == expected,
+          what);
+}
+
+void run(bool slow) {
+    const auto U = OPLORA_UNIFORM, S = OPLORA_SIGN;
+    using F = std::vector<FactorShape>;
+    const std::vector<Shape> shapes = {
+        {"one row", 1, 1, 2, 1, S, F{{1, true, false}}},
+        {"odd, uniform", 4, 7, 2, 1, U, F{{31, true, false}, {33, false, false}}},
+        {"odd, sign", 30, 128, 2, 1, S, F{{127, true, false}, {129, false, true}}},
+        {"blocks end inside", 32, 130, 2, 1, U, F{{513, true, true}, {641, false, false}}},
+        {"two random factors", 33, 128, 2, 1, S, F{{300, true, false}, {70, false, false}, {515, true, false}}},
+        {"two random factors, uniform", 33, 128, 2, 1, U, F{{300, true, false}, {515, true, false}}},
+        {"ranks 1 and 1", 8, 9, 1, 1, S, F{{100, true, false}, {60, false, false}}},
+        {"ranks 4 and 2", 30, 20, 4, 2, U, F{{190, true, false}, {60, false, true}}},
+        {"ranks 8 and 8", 12, 17, 8, 8, S, F{{90, true, false}, {33, false, false}}},
+        {"wide", 768, 5, 2, 1, S, F{{40, true, false}, {25, false, false}}},
+        {"many layers", 4, 5, 2, 1, S, F{{9, true, false}, {6, false, false}}, slow ? 40 : 300},
+    };
+    for (const auto &shape : shapes) steps(shape, slow ? 2 : 4);
+    if (!slow) {
+        steps({"parts of several chunks", 5, 6, 2, 1, S, F{{300001, true, false}, {31, false, false}}}, 2);
+        steps({"parts, uniform", 3, 6, 2, 1, U, F{{9000, true, false}, {4097, false, false}}}, 2);
+        steps({"wide hidden map", 4100, 3, 2, 1, S, F{{20, true, false}, {5, false, false}}}, 2);
+        steps({"wide hidden map, other ranks", 600, 3, 3, 1, U, F{{20, true, false}, {5, false, false}}}, 2);
+    }
+    nothing_moves_at_rate_zero(shapes[3]);
+    nothing_moves_at_rate_zero(shapes[7]);
+    units_die_and_return(shapes[2]);
+    units_die_and_return(shapes[1]);
+    units_die_and_return(shapes[7]);
+    nonfinite_changes_nothing(shapes[2]);
+    nonfinite_changes_nothing(shapes[10]);
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    const std::string kind = argc > 1 ? argv[1] : "values";
+#if defined(__x86_64__)
+    _mm_setcsr(_mm_getcsr() | 0x8040); // nvcc -ftz=true, and what the core does around its own loops
+#endif
+    using cuda_on_cpu::Order;
+    for (const Order order : {Order::forward, Order::reverse, Order::random}) {
+        cuda_on_cpu::options.order = order;
+        run(kind != "values");
+    }
+    Side side({"bad", 4, 5, 2, 1, OPLORA_SIGN, {{9, true, false}}});
+    auto layers = side.layers;
+    layers[0].numbers = nullptr;
+    refuses("a missing pointer is refused", OPLORA_ENULL, layers);
+    layers = side.layers;
+    layers[0].N = 10;
+    refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+    layers = side.layers;
+    layers[0].moment_rank = 9;
+    refuses("a rank above 8 is refused", OPLORA_ESIZE, layers);
+    printf("lean kernels, %s: %d passed, %d failed\n", kind.c_str(), checks - failures, failures);
+    return failures != 0;
+}
