@@ -296,36 +296,44 @@ __device__ void random_reduce(const Layer &l, const Chunk &chunk, Tile &tile, do
     const float *const gradient = chunk.factor->g + chunk.entry;
     const uint64_t begin = static_cast<uint64_t>(chunk.entry + group() * BLOCK);
     const bool uniform = l.start == OPLORA_UNIFORM;
-    float g[BLOCK / LANES];
-#pragma unroll
-    for (int i = 0; i < BLOCK / LANES; i++) g[i] = row_of(i) < chunk.rows ? gradient[row_of(i)] : 0.f;
+    constexpr int HALF = BLOCK / LANES / 2; /* rows at a time, as all of them are too many registers */
     for (int64_t base = 0; base < l.H; base += LANES) {
         const int count = l.H - base < LANES ? static_cast<int>(l.H - base) : LANES;
-        uint4 words[BLOCK / 64];
-        if (!uniform) {
+#pragma unroll 1
+        for (int half = 0; half < 2; half++) {
+            const uint64_t first = begin + static_cast<uint64_t>(half * HALF * LANES);
+            uint4 words[HALF / 4];
+            float g[HALF];
 #pragma unroll
-            for (int b = 0; b < BLOCK / 64; b++)
-                words[b] =
-                    philox(s, begin / 4 + static_cast<uint64_t>(b * LANES + lane()), static_cast<uint32_t>(base / 32));
-        }
-        for (int c = 0; c < count; c++) {
-            float sum = 0;
-            if (l.h[base + c] == 0) {
-                /* off: its sum is zero, and its numbers are not made */
-            } else if (uniform) {
-#pragma unroll
-                for (int b = 0; b < BLOCK / SUB; b++) {
-                    const uint4 eight = philox(s, begin / 8 + static_cast<uint64_t>(b * LANES + lane()),
-                                               static_cast<uint32_t>(base + c));
-#pragma unroll
-                    for (int q = 0; q < ROWS; q++) sum += uniform_of(eight, q) * g[b * ROWS + q];
-                }
-            } else {
-                const int bit = static_cast<int>((base + c) % 32);
-#pragma unroll
-                for (int i = 0; i < BLOCK / LANES; i++) sum += signed_by(word_of(words[i / 4], i % 4), bit, g[i]);
+            for (int i = 0; i < HALF; i++) {
+                const int64_t at = row_of(half * HALF + i);
+                g[i] = at < chunk.rows ? gradient[at] : 0.f;
             }
-            tile.lanes[group()][c][lane()] = sum;
+            if (!uniform) {
+#pragma unroll
+                for (int b = 0; b < HALF / 4; b++)
+                    words[b] = philox(s, first / 4 + static_cast<uint64_t>(b * LANES + lane()),
+                                      static_cast<uint32_t>(base / 32));
+            }
+            for (int c = 0; c < count; c++) {
+                float sum = half ? tile.lanes[group()][c][lane()] : 0.f;
+                if (l.h[base + c] == 0) {
+                    /* off: its sum is zero, and its numbers are not made */
+                } else if (uniform) {
+#pragma unroll
+                    for (int b = 0; b < HALF / ROWS; b++) {
+                        const uint4 eight = philox(s, first / 8 + static_cast<uint64_t>(b * LANES + lane()),
+                                                   static_cast<uint32_t>(base + c));
+#pragma unroll
+                        for (int q = 0; q < ROWS; q++) sum += uniform_of(eight, q) * g[b * ROWS + q];
+                    }
+                } else {
+                    const int bit = static_cast<int>((base + c) % 32);
+#pragma unroll
+                    for (int i = 0; i < HALF; i++) sum += signed_by(word_of(words[i / 4], i % 4), bit, g[i]);
+                }
+                tile.lanes[group()][c][lane()] = sum;
+            }
         }
         add_tile(tile, count, blocks_in(chunk.rows), [&](int c) { return sums + base + c; });
     }
@@ -623,7 +631,7 @@ __global__ void __launch_bounds__(THREADS) begin_kernel(Table t, int wants) {
 
 /* ---- reduce ---- */
 
-template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) reduce_kernel(Table t, int wants) {
+template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_kernel(Table t, int wants) {
     SHARED_ARRAY(Tile, tile, 1);
     if (*t.nonfinite) return;
     const int64_t index = blockIdx.x;
