@@ -1,7 +1,9 @@
 # `make demo` and `make test` are the two commands; each makes its environment (.venv) if it is not there.
 #
 #   make demo      fine-tune SmolLM2-135M with LoRA and with OP-LoRA side by side, save, reload, compare, draw
-#   make test      everything: lint, C tests, C tests under the sanitizers, pytest
+#   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
+#   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
+#   make cuda      the CUDA kernels, compiled for every architecture without warnings and spills
 #   make bench     the step benchmark, its figure and the README's table
 #   make format    clang-format and ruff on all sources
 #
@@ -22,7 +24,30 @@ CORE := $(wildcard csrc/core/*.c)
 SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
 C_TESTS := $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
 
-.PHONY: all demo test build lint format test-c asan pytest bench plot clean
+CXX ?= g++
+KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/*.cu))
+CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
+CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
+CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
+    -Icsrc/cuda -Icsrc/core -Itests/cuda_on_cpu -Itests/cuda
+# what each of the three builds compiles kernels with, and everything else
+KERNEL_values := -O2
+KERNEL_address := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+KERNEL_races := -O2 -fsanitize=thread
+HOST_values := -O2
+HOST_address := $(KERNEL_address)
+HOST_races := -O2
+CUDA_BUILDS := values address races
+
+# the newest PTX serves architectures that are newer still
+CUDA_ARCHS ?= 80 86 89 90 100 120
+# the bits of the C core: nothing fused, subnormals as zero
+NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v
+NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
+
+.PHONY: all demo test build lint format test-c test-cuda cuda asan pytest bench plot clean
+
+.SECONDARY:
 
 all: build
 
@@ -45,16 +70,16 @@ $(VENV)/.smollm2: $(VENV)/.environment
 demo: build $(VENV)/.smollm2
 	$(BIN)/python examples/finetune_llm.py --output runs/demo
 
-test: build lint test-c asan pytest
+test: build lint test-c asan test-cuda cuda pytest
 
 lint: build
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/*)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: build
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/*)
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -75,6 +100,52 @@ test-c: $(C_TESTS:%=build/c/%)
 
 asan: $(C_TESTS:%=build/asan/%)
 	@for test in $^; do echo "$$test"; $$test || exit 1; done
+
+# $(1): a build. Objects of kernels, of the emulator and of the core, then a program a test.
+define CUDA_BUILD
+build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(CUDA_SOURCES) $$(wildcard csrc/core/*.h)
+	@mkdir -p $$(@D)
+	$$(CXX) $$(CUDA_CXX_FLAGS) $$(KERNEL_$(1)) -x c++ -c $$< -o $$@
+
+build/cuda/$(1)/selftest: tests/cuda_on_cpu/selftest.cu build/cuda/$(1)/cuda_on_cpu.o
+	$$(CXX) $$(CUDA_CXX_FLAGS) $$(KERNEL_$(1)) -x c++ -c $$< -o $$@.o
+	$$(CXX) $$(HOST_$(1)) $$@.o build/cuda/$(1)/cuda_on_cpu.o -ldl -o $$@
+
+build/cuda/$(1)/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_cpu/cuda_on_cpu.h
+	@mkdir -p $$(@D)
+	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) -c $$< -o $$@
+
+build/cuda/$(1)/test_%: tests/cuda/test_%.cpp build/cuda/$(1)/cuda_on_cpu.o $(KERNELS:%=build/cuda/$(1)/%.cu.o) \
+    $(CORE:csrc/core/%.c=build/cuda/core/%.o)
+	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) $$< $$(filter %.o,$$^) -lm -ldl -o $$@
+endef
+$(foreach build,$(CUDA_BUILDS),$(eval $(call CUDA_BUILD,$(build))))
+
+build/cuda/core/%.o: csrc/core/%.c $(wildcard csrc/core/*)
+	@mkdir -p $(@D)
+	$(CC) $(C_FLAGS) -c $< -o $@
+
+# every kernel in three builds and three orders of threads, against the C core
+test-cuda: $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%))
+	@for build in $(CUDA_BUILDS); do for test in selftest $(CUDA_TESTS); do \
+	    build/cuda/$$build/$$test $$build > build/cuda/$$build/$$test.log 2>&1 || \
+	    { cat build/cuda/$$build/$$test.log; exit 1; }; \
+	    echo "$$build: $$(tail -n 1 build/cuda/$$build/$$test.log)"; done; done
+
+# the toolkit's compiler from PyPI, where the system has none
+$(VENV)/cuda/bin/nvcc: $(VENV)/.environment
+	$(BIN)/pip install --quiet nvidia-cuda-nvcc nvidia-cuda-runtime
+	ln -sfn "$$($(BIN)/python -c 'import nvidia.cu13 as c; print(list(c.__path__)[0])')" $(VENV)/cuda
+
+build/nvcc/%.fatbin: csrc/cuda/%.cu $(CUDA_SOURCES) $(wildcard csrc/core/*.h) $(NVCC)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) --threads=2 $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
+	    -gencode=arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \
+	    -fatbin $< -o $@.part 2> $@.log || { cat $@.log; exit 1; }
+	@! grep -B 2 -E 'bytes stack frame, .*([1-9][0-9]* bytes spill (stores|loads))' $@.log || { echo "$<: spills"; exit 1; }
+	@mv $@.part $@
+
+cuda: $(KERNELS:%=build/nvcc/%.fatbin)
 
 pytest: build
 	$(BIN)/python -m pytest

@@ -617,7 +617,7 @@ __device__ void find_hidden(const Layer &l, float *h) {
     __syncthreads();
 }
 
-__global__ void __launch_bounds__(THREADS) begin_kernel(Table t, int wants) {
+__global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
     SHARED_ARRAY(double, number, 4);
     if (*t.nonfinite) return;
     const Layer &l = t.layers[blockIdx.x];
