@@ -57,8 +57,9 @@ $(VENV)/.environment: pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-$(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[examples,test,lint]"
+# for one architecture only where the caller asks for none: `make cuda` compiles all of them
+$(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES) $(wildcard csrc/cuda/*)
+	OPLORA_CUDA_ARCHS="$${OPLORA_CUDA_ARCHS-90}" $(BIN)/pip install --quiet --no-build-isolation --editable ".[examples,test,lint]"
 	touch $@
 
 build: $(VENV)/.built

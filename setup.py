@@ -1,14 +1,19 @@
-"""Builds two libraries around one static C core (csrc/core):
+"""Builds three libraries around one static C core (csrc/core):
 
 oplora._core          CPython and NumPy extension module, needs no torch
 liboplora_torch.so    torch ops on the stable ABI; not a Python module, loaded by torch.ops.load_library
+liboplora_cuda.so     the CUDA kernels behind a plain C interface, with the CUDA runtime inside; needs nvcc
 
 OPLORA_TORCH_DIR      the folder of the torch package, if it isn't found
+OPLORA_CUDA           auto (the default: build the CUDA library if nvcc is found), 0 (do not), 1 (fail without nvcc)
+OPLORA_CUDA_ARCHS     the GPU architectures it carries, "80 86 89 90 100 120" by default; newer ones use its PTX
+CUDA_HOME             where nvcc is, if it isn't on PATH
 """
 
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -20,9 +25,15 @@ from setuptools.command.build_ext import build_ext
 TORCH_MIN = (2, 11)
 SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.*"))  # a change to any of them rebuilds what is stale
 CORE = sorted(str(p) for p in Path("csrc/core").glob("*.c"))
+CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 # No -march: the core carries every instruction set and chooses at run time. -ffp-contract=off: the same bits on each.
 CORE_CFLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CORE_CFLAGS += ["-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+CUDA_ARCHS = "80 86 89 90 100 120"
+# -fmad=false -ftz=true: the bits of the core, which fuses nothing and counts subnormals as zero
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=true", "-cudart=static"]
+NVCC_FLAGS += ["--threads=0", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def torch_dir():
@@ -48,8 +59,30 @@ def torch_dir():
     )
 
 
+def nvcc():
+    """The path of the CUDA compiler, or None where the CUDA library is not to be built."""
+    want = os.environ.get("OPLORA_CUDA", "auto")
+    if want not in ("auto", "0", "1"):
+        raise SystemExit(f"oplora: OPLORA_CUDA is {want!r}, expected auto, 0 or 1.")
+    if want == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    path = shutil.which("nvcc", path=os.path.join(home, "bin")) or shutil.which("nvcc")
+    if not path and want == "1":
+        raise SystemExit(
+            f"oplora: OPLORA_CUDA=1, but nvcc is neither in {home}/bin nor on PATH. Install the CUDA toolkit 12.8 or "
+            "newer and set CUDA_HOME to its folder, or leave OPLORA_CUDA out to install for the CPU."
+        )
+    return path
+
+
 class Library(Extension):
     """A shared library that lies in the package but is no Python module."""
+
+
+def cuda_library():
+    """Optional unless it is asked for: an nvcc that fails must not keep anyone from installing for the CPU."""
+    return [Library("oplora.liboplora_cuda", CUDA, optional=os.environ.get("OPLORA_CUDA") != "1")] if nvcc() else []
 
 
 class BuildExt(build_ext):
@@ -67,7 +100,27 @@ class BuildExt(build_ext):
             torch = torch_dir()
             ext.library_dirs.append(str(torch / "lib"))
             ext.extra_compile_args.append(f"-isystem{torch / 'include'}")
-        super().build_extension(ext)
+        if ext.name == "oplora.liboplora_cuda":
+            self.build_cuda(ext)
+        else:
+            super().build_extension(ext)
+
+    def build_cuda(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        newest = max(Path(source).stat().st_mtime for source in SOURCES)
+        archs = os.environ.get("OPLORA_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
+        stamp = Path(self.build_temp, "liboplora_cuda.archs")
+        known = stamp.read_text() if stamp.is_file() else ""
+        if not self.force and known == " ".join(archs) and target.is_file() and target.stat().st_mtime > newest:
+            return
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        core = Path(self.get_finalized_command("build_clib").build_clib, "liboplora_core.a")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # a build that fails leaves none of other sources behind
+        self.spawn([nvcc(), *NVCC_FLAGS, *codes, *ext.sources, str(core), "-o", str(target)])
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(" ".join(archs))
 
 
 setup(
@@ -96,6 +149,7 @@ setup(
             extra_link_args=["-Wl,--no-undefined"],
             language="c++",
         ),
+        *cuda_library(),
     ],
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},  # one wheel for every Python and every torch

@@ -1,5 +1,6 @@
 """The wheel: one for every Python from 3.11 and every torch from 2.11, and it works away from the sources."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -37,7 +38,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("csrc", "python", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         run("cp", "-r", ROOT / name, source / name)
     run("find", source, "-name", "*.so", "-delete")
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    broken = folder / "toolkit/bin/nvcc"  # a compiler that fails must not keep anyone from installing for the CPU
+    broken.parent.mkdir(parents=True)
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    run(*pip, CUDA_HOME=str(folder / "toolkit"), OPLORA_CUDA="auto")
     return next(folder.glob("*.whl"))
 
 
@@ -49,6 +55,7 @@ def test_wheel_holds_the_libraries_and_no_sources_of_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"oplora/_core.abi3.so", "oplora/liboplora_torch.so", "oplora/py.typed"} <= set(names)
     assert all(name.startswith(("oplora/", "oplora-")) for name in names)
+    assert "oplora/liboplora_cuda.so" not in names  # its compiler failed
 
 
 def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
@@ -88,6 +95,40 @@ def test_torch_library_uses_the_stable_abi_alone() -> None:
 def test_numpy_module_needs_no_torch_and_no_openmp() -> None:
     symbols = undefined_symbols("_core.abi3.so")
     assert not [s for s in symbols if "torch" in s or s.startswith(("GOMP", "omp_"))]
+
+
+def test_asking_for_cuda_without_its_compiler_says_what_to_install(tmp_path: Path) -> None:
+    env = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "OPLORA_CUDA": "1"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "nvcc is neither in" in done.stderr and "CUDA_HOME" in done.stderr
+
+
+def cuda_library() -> Path:
+    import oplora
+
+    path = Path(oplora.__file__).with_name("liboplora_cuda.so")
+    if not path.is_file():
+        pytest.skip("built without nvcc")
+    return path
+
+
+def test_cuda_library_loads_where_there_is_no_gpu() -> None:
+    library = ctypes.CDLL(str(cuda_library()))
+    bytes_of = library.oplora_cuda_generate_backward_workspace_bytes
+    bytes_of.restype = ctypes.c_int64
+    bytes_of.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    assert bytes_of(0, 32, 128, 16385) == (2 + 1) * 32 * 8
+    assert bytes_of(0, 0, 128, 16385) == -1
+
+
+def test_cuda_library_needs_no_driver_and_no_torch_to_load_and_offers_its_own_names_alone() -> None:
+    path = cuda_library()
+    assert not [s for s in undefined_symbols(path.name) if s.startswith("cu") or "torch" in s]
+    offered = [line.split()[-1] for line in run("nm", "-D", "--defined-only", path).splitlines()]
+    assert offered and all(name.startswith("oplora_cuda_") for name in offered)
 
 
 def test_public_names_are_the_documented_ten() -> None:

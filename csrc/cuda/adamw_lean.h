@@ -9,6 +9,7 @@
 #define OPLORA_CUDA_ADAMW_LEAN_H
 
 #include "../core/oplora_core.h"
+#include "export.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -23,22 +24,25 @@ typedef struct {
 } oplora_cuda_lean_plan;
 
 /* Bytes of the table, and of scratch on the device, aligned to 64; -1 for sizes that do not fit. */
-int64_t oplora_cuda_lean_table_bytes(const oplora_lean_f32 *layers, int64_t n_layers);
-int64_t oplora_cuda_lean_workspace_bytes(const oplora_lean_f32 *layers, int64_t n_layers);
+OPLORA_CUDA_API int64_t oplora_cuda_lean_table_bytes(const oplora_lean_f32 *layers, int64_t n_layers);
+OPLORA_CUDA_API int64_t oplora_cuda_lean_workspace_bytes(const oplora_lean_f32 *layers, int64_t n_layers);
 
 /* `adamw`: on the device, the numbers of each layer's next step; the layers' own are not looked at. A step reads them
  * when it runs, and adds 1 to `step` of every layer if it was done: so it can be captured in a CUDA graph, and rates
  * change without a new plan. */
-oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers, oplora_adamw *adamw,
-                                           void *workspace, void *table, oplora_cuda_lean_plan *plan);
+OPLORA_CUDA_API oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers,
+                                                           oplora_adamw *adamw, void *workspace, void *table,
+                                                           oplora_cuda_lean_plan *plan);
 
 /* oplora_lean_start of every layer. */
-int oplora_cuda_lean_start(const oplora_cuda_lean_plan *plan, const void *table, double latent_std, void *stream);
+OPLORA_CUDA_API int oplora_cuda_lean_start(const oplora_cuda_lean_plan *plan, const void *table, double latent_std,
+                                           void *stream);
 
 /* oplora_lean_measure and oplora_lean_step. Whether all gradients are finite is known on the device alone: if one is not,
  * every report's [0] and [1] say so and nothing else is changed, adamw.step included. */
-int oplora_cuda_lean_measure(const oplora_cuda_lean_plan *plan, const void *table, void *stream);
-int oplora_cuda_lean_step(const oplora_cuda_lean_plan *plan, const void *table, int measured, void *stream);
+OPLORA_CUDA_API int oplora_cuda_lean_measure(const oplora_cuda_lean_plan *plan, const void *table, void *stream);
+OPLORA_CUDA_API int oplora_cuda_lean_step(const oplora_cuda_lean_plan *plan, const void *table, int measured,
+                                          void *stream);
 
 #ifdef __cplusplus
 }

@@ -7,24 +7,30 @@
 #define OPLORA_CUDA_GENERATE_H
 
 #include "../core/oplora_core.h"
+#include "export.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-int oplora_cuda_generate_f32(const float *z, const float *W1, const float *c1, const float *W2, const float *c2,
-                             oplora_layout layout, int64_t H, int64_t Z, int64_t N, float *h, float *v, void *stream);
-int oplora_cuda_generate_f64(const double *z, const double *W1, const double *c1, const double *W2, const double *c2,
-                             oplora_layout layout, int64_t H, int64_t Z, int64_t N, double *h, double *v, void *stream);
+OPLORA_CUDA_API int oplora_cuda_generate_f32(const float *z, const float *W1, const float *c1, const float *W2,
+                                             const float *c2, oplora_layout layout, int64_t H, int64_t Z, int64_t N,
+                                             float *h, float *v, void *stream);
+OPLORA_CUDA_API int oplora_cuda_generate_f64(const double *z, const double *W1, const double *c1, const double *W2,
+                                             const double *c2, oplora_layout layout, int64_t H, int64_t Z, int64_t N,
+                                             double *h, double *v, void *stream);
 
 /* workspace: this many bytes on the device, aligned for double; -1 for sizes that do not fit. */
-int64_t oplora_cuda_generate_backward_workspace_bytes(oplora_layout layout, int64_t H, int64_t Z, int64_t N);
-int oplora_cuda_generate_backward_f32(const float *g, const float *z, const float *W1, const float *c1, const float *W2,
-                                      oplora_layout layout, int64_t H, int64_t Z, int64_t N, float *dz, float *dW1,
-                                      float *dc1, float *h, void *workspace, void *stream);
-int oplora_cuda_generate_backward_f64(const double *g, const double *z, const double *W1, const double *c1,
-                                      const double *W2, oplora_layout layout, int64_t H, int64_t Z, int64_t N,
-                                      double *dz, double *dW1, double *dc1, double *h, void *workspace, void *stream);
+OPLORA_CUDA_API int64_t oplora_cuda_generate_backward_workspace_bytes(oplora_layout layout, int64_t H, int64_t Z,
+                                                                      int64_t N);
+OPLORA_CUDA_API int oplora_cuda_generate_backward_f32(const float *g, const float *z, const float *W1, const float *c1,
+                                                      const float *W2, oplora_layout layout, int64_t H, int64_t Z,
+                                                      int64_t N, float *dz, float *dW1, float *dc1, float *h,
+                                                      void *workspace, void *stream);
+OPLORA_CUDA_API int oplora_cuda_generate_backward_f64(const double *g, const double *z, const double *W1,
+                                                      const double *c1, const double *W2, oplora_layout layout,
+                                                      int64_t H, int64_t Z, int64_t N, double *dz, double *dW1,
+                                                      double *dc1, double *h, void *workspace, void *stream);
 
 #ifdef __cplusplus
 }
