@@ -7,7 +7,7 @@
  *     begin     the averages that no single row is needed for, a layer a block
  *     reduce    the basis' Gram matrix, U^T g and W0^T g, a part a block: reads 16 bytes a row (d = 2, k = 1)
  *     solve     the hidden path and the truncations, a layer a block
- *     update    A, U, moments and the factors: reads 28 and writes 24 bytes a row
+ *     update    A, U, moments and the factors: reads 24 and writes 20 bytes a row
  *
  * A group of LANES threads takes BLOCK rows, thread l of it the rows l, l + LANES, ...: those are the lanes of the
  * core's sums and the rows whose random numbers one counter makes. GROUPS groups make a block of threads, which so takes a

@@ -471,7 +471,7 @@ struct Access {
 };
 struct Cell {
     Access write, atomic, read[2];
-};                         // of two bytes of memory, the last of each
+}; // of two bytes of memory, the last of each
 bool instrumented = false; // were the kernels compiled with -fsanitize=thread?
 constexpr uintptr_t shadow_page = 4096;
 std::unordered_map<uintptr_t, std::unique_ptr<Cell[]>> shadow;
@@ -617,13 +617,25 @@ cudaError_t cudaGetLastError() {
 extern "C" {
 #define HOOK(name, n, kind) \
     void __tsan_##name(void *p) { cuda_on_cpu::touch(p, n, cuda_on_cpu::Kind::kind, __builtin_return_address(0)); }
-HOOK(read1, 1, read)
-HOOK(read2, 2, read) HOOK(read4, 4, read) HOOK(read8, 8, read) HOOK(read16, 16, read) HOOK(write1, 1, write)
-    HOOK(write2, 2, write) HOOK(write4, 4, write) HOOK(write8, 8, write) HOOK(write16, 16, write)
-        HOOK(unaligned_read2, 2, read) HOOK(unaligned_read4, 4, read) HOOK(unaligned_read8, 8, read)
-            HOOK(unaligned_read16, 16, read) HOOK(unaligned_write2, 2, write) HOOK(unaligned_write4, 4, write)
-                HOOK(unaligned_write8, 8, write)
-                    HOOK(unaligned_write16, 16, write) void __tsan_read_range(void *p, size_t n) {
+HOOK(read1, 1, read);
+HOOK(read2, 2, read);
+HOOK(read4, 4, read);
+HOOK(read8, 8, read);
+HOOK(read16, 16, read);
+HOOK(write1, 1, write);
+HOOK(write2, 2, write);
+HOOK(write4, 4, write);
+HOOK(write8, 8, write);
+HOOK(write16, 16, write);
+HOOK(unaligned_read2, 2, read);
+HOOK(unaligned_read4, 4, read);
+HOOK(unaligned_read8, 8, read);
+HOOK(unaligned_read16, 16, read);
+HOOK(unaligned_write2, 2, write);
+HOOK(unaligned_write4, 4, write);
+HOOK(unaligned_write8, 8, write);
+HOOK(unaligned_write16, 16, write);
+void __tsan_read_range(void *p, size_t n) {
     cuda_on_cpu::touch(p, n, cuda_on_cpu::Kind::read, __builtin_return_address(0));
 }
 void __tsan_write_range(void *p, size_t n) {
