@@ -1,0 +1,551 @@
+/* adamw_exact on a GPU. The formulas are in csrc/core/adamw_exact.c, whose bits these kernels give: sums run in the core's
+ * lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
+ *
+ *     squares   ||g||^2 and non-finite entries, a task eight lanes     4 bytes a row
+ *     collect   their sums, a layer a block; the verdict
+ *     hidden    h, a layer a block
+ *     reduce    dh's share of a task, a task a block                   4 bytes an entry of a column that is on
+ *     report    dh and the hidden path's norm, a layer a block; in a step also AdamW on z, W1, c1 and the next h
+ *     update    AdamW on W2 and c2 and the next factors, a task a block: 24 bytes an entry of a column that moves
+ *     settle    what still columns owe, and the step count, a layer a block
+ *
+ * reduce and update are memory-bound: 13 and 5 operations to 24 and 4 bytes. */
+#include "adamw_exact.h"
+
+#include "../core/workspace.h"
+#include "device.h"
+
+#include <math.h>
+#include <string.h>
+
+namespace {
+
+constexpr int THREADS = 128, LANES = 16, GROUPS = THREADS / LANES; /* of dot in csrc/core/kernels.h */
+constexpr int DOUBLE_LANES = 8, UNITS = THREADS / DOUBLE_LANES;    /* of dot_double */
+constexpr int64_t CHUNK = 2048;                                    /* as in the core */
+
+/* AdamW's numbers for a tensor; see adamw_numbers in csrc/core/dispatch.h. */
+struct Numbers {
+    float beta1_rest, beta2, beta2_rest, keep, rate, eps, inverse_root;
+};
+
+struct Layer {
+    int64_t H, Z, N;
+    float *parameters, *exp_avg, *exp_avg_sq;
+    double *decay;
+    uint8_t *moving;
+    double *report;
+    oplora_adamw *adamw;
+    float *h, *h_next, *d, *dz;     /* scratch: (H) three times, (Z) */
+    double *latent, *partial;       /* scratch: (Z); (tasks, H + 2): dh, ||g||^2, how many are not finite */
+    Numbers *outer, *bias, *hidden; /* scratch: for W2, for c2, and for z, W1, c1 */
+    int64_t first_factor, first_task, tasks;
+};
+
+struct Table {
+    const Layer *layers;
+    const oplora_factor_f32 *factors;
+    const int64_t *first_task; /* of every layer, and behind the last */
+    int64_t n_layers;
+    int *nonfinite;
+};
+
+/* CHUNK rows of one factor. */
+struct Task {
+    const Layer *layer;
+    const oplora_factor_f32 *factor;
+    double *partial;
+    int64_t row, offset, count; /* first row in W2, first entry in the factor, entries */
+};
+
+__host__ __device__ int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
+
+__device__ Task task_at(const Table &t, int64_t task) {
+    int64_t low = 0, high = t.n_layers, row = 0;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (t.first_task[middle] <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    const Layer &l = t.layers[low];
+    task -= l.first_task;
+    double *const partial = l.partial + task * (l.H + 2);
+    const oplora_factor_f32 *factor = t.factors + l.first_factor;
+    for (; task >= chunks_of(factor->rows); factor++) {
+        task -= chunks_of(factor->rows);
+        row += factor->rows;
+    }
+    const int64_t offset = task * CHUNK, left = factor->rows - offset;
+    return {&l, factor, partial, row + offset, offset, left < CHUNK ? left : CHUNK};
+}
+
+__device__ float *W1_of(const Layer &l) { return l.parameters + l.H * l.N + l.N; }
+__device__ float *c1_of(const Layer &l) { return W1_of(l) + l.H * l.Z; }
+__device__ float *z_of(const Layer &l) { return c1_of(l) + l.H; }
+
+/* ---- squares, collect, hidden, reduce ---- */
+
+/* UNITS tasks a block, each in dot_double's eight lanes. */
+__global__ void __launch_bounds__(THREADS) squares_kernel(Table t) {
+    SHARED_ARRAY(double, lanes, THREADS);
+    SHARED_ARRAY(int, bad, THREADS);
+    const int id = static_cast<int>(threadIdx.x), l = id % DOUBLE_LANES;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * UNITS + id / DOUBLE_LANES;
+    const bool exists = index < t.first_task[t.n_layers];
+    double sum = 0;
+    int count = 0;
+    double *to = nullptr;
+    if (exists) {
+        const Task task = task_at(t, index);
+        const float *const g = task.factor->g + task.offset;
+        to = task.partial + task.layer->H;
+#pragma unroll 8
+        for (int64_t n = l; n < task.count; n += DOUBLE_LANES) {
+            const float x = g[n];
+            sum += static_cast<double>(x) * x;
+            count += !(x <= 0x1.fffffep127f && x >= -0x1.fffffep127f);
+        }
+    }
+    lanes[id] = sum;
+    bad[id] = count;
+    __syncthreads();
+    if (l != 0 || !exists) return;
+    sum = 0;
+    count = 0;
+    for (int k = 0; k < DOUBLE_LANES; k++) {
+        sum += lanes[id + k];
+        count += bad[id + k];
+    }
+    to[0] = sum;
+    to[1] = count;
+}
+
+__device__ Numbers numbers_of(const oplora_adamw &a, double lr, double decay, double corrected1, double corrected2) {
+    return {static_cast<float>(1 - a.beta1),         static_cast<float>(a.beta2),
+            static_cast<float>(1 - a.beta2),         static_cast<float>(1 - decay),
+            static_cast<float>(lr / corrected1),     static_cast<float>(a.eps),
+            static_cast<float>(1 / sqrt(corrected2))};
+}
+
+/* A layer's sums in the order of tasks. With `measured` they are in the report already. */
+__global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
+    const Layer &l = t.layers[blockIdx.x];
+    const int which = static_cast<int>(threadIdx.x);
+    if (which < 2) {
+        if (!measured) {
+            double sum = 0;
+            for (int64_t task = 0; task < l.tasks; task++) sum += l.partial[task * (l.H + 2) + l.H + which];
+            l.report[which] = sum;
+        }
+        if (which == 1 && l.report[1] != 0) atomicOr(t.nonfinite, 1);
+    } else if (which == 2) {
+        const oplora_adamw &a = *l.adamw;
+        const double corrected1 = 1 - pow(a.beta1, static_cast<double>(a.step));
+        const double corrected2 = 1 - pow(a.beta2, static_cast<double>(a.step));
+        *l.outer = numbers_of(a, a.weight_lr, a.lr * a.weight_decay, corrected1, corrected2);
+        *l.bias = numbers_of(a, a.lr, a.lr * a.weight_decay, corrected1, corrected2);
+        *l.hidden = numbers_of(a, a.hidden_lr, a.hidden_lr * a.weight_decay, corrected1, corrected2);
+    }
+}
+
+/* h = ReLU(W1 z + c1) by all threads: eight a unit, every product and sum in double. lanes: THREADS of shared memory. */
+__device__ void find_hidden(const Layer &l, float *h, double *lanes) {
+    const float *const W1 = W1_of(l), *const c1 = c1_of(l), *const z = z_of(l);
+    const int t = static_cast<int>(threadIdx.x);
+    for (int64_t base = 0; base < l.H; base += UNITS) {
+        const int64_t j = base + t / DOUBLE_LANES;
+        double sum = 0;
+        for (int64_t i = t % DOUBLE_LANES; i < l.Z && j < l.H; i += DOUBLE_LANES)
+            sum += static_cast<double>(W1[j * l.Z + i]) * z[i];
+        lanes[t] = sum;
+        __syncthreads();
+        if (t % DOUBLE_LANES == 0 && j < l.H) {
+            sum = 0;
+            for (int k = 0; k < DOUBLE_LANES; k++) sum += lanes[t + k];
+            const float pre = static_cast<float>(sum + c1[j]);
+            h[j] = pre > 0 ? pre : 0;
+        }
+        __syncthreads();
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) hidden_kernel(Table t) {
+    SHARED_ARRAY(double, lanes, THREADS);
+    if (*t.nonfinite) return;
+    const Layer &l = t.layers[blockIdx.x];
+    find_hidden(l, l.h, lanes);
+}
+
+/* A group of LANES threads takes every GROUPS-th column of the task. */
+__global__ void __launch_bounds__(THREADS) reduce_kernel(Table t) {
+    SHARED_ARRAY(float, lanes, THREADS);
+    if (*t.nonfinite) return;
+    const Task task = task_at(t, blockIdx.x);
+    const Layer &l = *task.layer;
+    const float *const g = task.factor->g + task.offset;
+    const int id = static_cast<int>(threadIdx.x), lane = id % LANES;
+    for (int64_t base = 0; base < l.H; base += GROUPS) {
+        const int64_t j = base + id / LANES;
+        float sum = 0;
+        if (j < l.H && l.h[j] != 0) {
+            const float *const column = l.parameters + j * l.N + task.row;
+#pragma unroll 8
+            for (int64_t n = lane; n < task.count; n += LANES) sum += column[n] * g[n];
+        }
+        lanes[id] = sum;
+        __syncthreads();
+        if (lane == 0 && j < l.H) {
+            double total = 0;
+            for (int k = 0; k < LANES; k++) total += lanes[id + k];
+            task.partial[j] = total;
+        }
+        __syncthreads();
+    }
+}
+
+/* ---- the hidden path ---- */
+
+/* dz = W1^T d, in double and in the order of units. */
+__device__ void find_latent(const Layer &l) {
+    const double *const d = l.report + 3 + l.H;
+    const float *const W1 = W1_of(l);
+    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) {
+        double sum = 0;
+        for (int64_t j = 0; j < l.H; j++)
+            if (d[j] != 0) sum += d[j] * W1[j * l.Z + i];
+        l.latent[i] = sum;
+    }
+    __syncthreads();
+}
+
+__device__ void report_hidden(const Layer &l, double *sums) {
+    double *const h = l.report + 3, *const d = h + l.H;
+    const int t = static_cast<int>(threadIdx.x);
+    for (int64_t j = t; j < l.H; j += THREADS) {
+        double sum = 0;
+        h[j] = l.h[j];
+        for (int64_t task = 0; l.h[j] != 0 && task < l.tasks; task++) sum += l.partial[task * (l.H + 2) + j];
+        d[j] = sum;
+    }
+    __syncthreads();
+    find_latent(l);
+    if (t == 0) { /* sums in order: one thread each */
+        sums[0] = 0;
+        for (int64_t j = 0; j < l.H; j++) sums[0] += d[j] * d[j];
+    } else if (t == 32) {
+        const float *const z = z_of(l);
+        sums[1] = 0;
+        for (int64_t i = 0; i < l.Z; i++) sums[1] += static_cast<double>(z[i]) * z[i];
+    } else if (t == 64) {
+        sums[2] = 0;
+        for (int64_t i = 0; i < l.Z; i++) sums[2] += l.latent[i] * l.latent[i];
+    }
+    __syncthreads();
+    if (t == 0) l.report[2] = sums[2] + sums[0] * (sums[1] + 1);
+}
+
+/* torch.optim.AdamW on one entry; adamw in csrc/core/kernels.h. Returns its next value. */
+__device__ float adamw(const Numbers &a, float gradient, float p, float &m, float &s) {
+    m = m + a.beta1_rest * (gradient - m);
+    s = a.beta2 * s + a.beta2_rest * (gradient * gradient);
+    return a.keep * p - a.rate * m / (sqrtf(s) * a.inverse_root + a.eps);
+}
+
+__device__ void adamw_at(const Layer &l, int64_t at, float gradient) {
+    l.parameters[at] = adamw(*l.hidden, gradient, l.parameters[at], l.exp_avg[at], l.exp_avg_sq[at]);
+}
+
+/* AdamW on z, W1 and c1 from the report's d, and the next h. */
+__device__ void step_hidden(const Layer &l, int measured, double *lanes) {
+    const double *const d = l.report + 3 + l.H;
+    const int64_t W1 = W1_of(l) - l.parameters, c1 = c1_of(l) - l.parameters, z = z_of(l) - l.parameters;
+    if (measured) find_latent(l);
+    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) l.dz[i] = static_cast<float>(l.latent[i]);
+    for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
+        l.h[j] = static_cast<float>(l.report[3 + j]);
+        l.d[j] = static_cast<float>(d[j]);
+    }
+    __syncthreads();
+    for (int64_t e = threadIdx.x; e < l.H * l.Z; e += THREADS)
+        adamw_at(l, W1 + e, l.d[e / l.Z] * l.parameters[z + e % l.Z]);
+    __syncthreads(); /* W1's gradient is of the old z */
+    for (int64_t j = threadIdx.x; j < l.H; j += THREADS) adamw_at(l, c1 + j, l.d[j]);
+    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) adamw_at(l, z + i, l.dz[i]);
+    __syncthreads();
+    find_hidden(l, l.h_next, lanes);
+}
+
+__global__ void __launch_bounds__(THREADS) report_kernel(Table t, int steps, int measured) {
+    SHARED_ARRAY(double, lanes, THREADS);
+    if (*t.nonfinite) return;
+    const Layer &l = t.layers[blockIdx.x];
+    if (!measured) report_hidden(l, lanes);
+    __syncthreads();
+    if (steps) step_hidden(l, measured, lanes);
+}
+
+/* ---- rows ---- */
+
+/* COUNT neighbouring entries, which one load brings. */
+template <int COUNT> struct alignas(COUNT * sizeof(float)) Some {
+    float value[COUNT];
+};
+template <int COUNT> __device__ Some<COUNT> &at(float *p) { return *reinterpret_cast<Some<COUNT> *>(p); }
+template <int COUNT> __device__ const Some<COUNT> &at(const float *p) {
+    return *reinterpret_cast<const Some<COUNT> *>(p);
+}
+
+/* Whether a task's rows are aligned to 16 bytes wherever they lie, and whole. */
+__device__ bool is_aligned(const Task &task) {
+    const oplora_factor_f32 &f = *task.factor;
+    const Layer &l = *task.layer;
+    uintptr_t bits = 0;
+    for (const void *p :
+         {static_cast<const void *>(l.parameters + task.row), static_cast<const void *>(l.exp_avg + task.row),
+          static_cast<const void *>(l.exp_avg_sq + task.row), static_cast<const void *>(f.out + task.offset)})
+        bits |= reinterpret_cast<uintptr_t>(p);
+    if (f.g) bits |= reinterpret_cast<uintptr_t>(f.g + task.offset);
+    if (f.base) bits |= reinterpret_cast<uintptr_t>(f.base + task.offset);
+    return bits % 16 == 0 && l.N % 4 == 0 && task.count % 4 == 0;
+}
+
+template <int COUNT> __device__ void write_factor(const Task &task, int64_t n, const Some<COUNT> &v) {
+    const oplora_factor_f32 &f = *task.factor;
+    Some<COUNT> value = v;
+    if (f.base) {
+        const Some<COUNT> base = at<COUNT>(f.base + task.offset + n);
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) value.value[k] = base.value[k] + v.value[k];
+    }
+    at<COUNT>(f.out + task.offset + n) = value;
+}
+
+/* AdamW on COUNT entries of a column whose gradient is h g; v += h_next times what they become. */
+template <int COUNT>
+__device__ void update_entries(const Layer &l, const Numbers &a, int64_t index, const Some<COUNT> &g, float h,
+                               float h_next, Some<COUNT> &v) {
+    Some<COUNT> p = at<COUNT>(l.parameters + index), m = at<COUNT>(l.exp_avg + index);
+    Some<COUNT> s = at<COUNT>(l.exp_avg_sq + index);
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) {
+        p.value[k] = adamw(a, h * g.value[k], p.value[k], m.value[k], s.value[k]);
+        if (h_next != 0) v.value[k] += h_next * p.value[k];
+    }
+    at<COUNT>(l.exp_avg + index) = m;
+    at<COUNT>(l.exp_avg_sq + index) = s;
+    at<COUNT>(l.parameters + index) = p;
+}
+
+template <int COUNT> __device__ void update_rows(const Task &task) {
+    const Layer &l = *task.layer;
+    const Numbers outer = *l.outer, bias = *l.bias;
+    for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
+        const Some<COUNT> g = at<COUNT>(task.factor->g + task.offset + n);
+        Some<COUNT> v = {};
+        update_entries<COUNT>(l, bias, l.H * l.N + task.row + n, g, 1, 1, v);
+        for (int64_t j = 0; j < l.H; j++) {
+            const int64_t index = j * l.N + task.row + n;
+            const float h = l.h[j], h_next = l.h_next[j];
+            if (h != 0 || l.moving[j]) {
+                update_entries<COUNT>(l, outer, index, g, h, h_next, v);
+            } else if (h_next != 0) { /* it wakes: what it owes to weight decay is paid now */
+                const float owed = static_cast<float>(l.decay[j] * outer.keep);
+                Some<COUNT> p = at<COUNT>(l.parameters + index);
+#pragma unroll
+                for (int k = 0; k < COUNT; k++) {
+                    if (owed != 1) p.value[k] *= owed;
+                    v.value[k] += h_next * p.value[k];
+                }
+                if (owed != 1) at<COUNT>(l.parameters + index) = p;
+            }
+        }
+        write_factor<COUNT>(task, n, v);
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
+    if (*t.nonfinite) return;
+    const Task task = task_at(t, blockIdx.x);
+    if (is_aligned(task))
+        update_rows<4>(task);
+    else
+        update_rows<1>(task);
+}
+
+template <int COUNT> __device__ void generate_rows(const Task &task) {
+    const Layer &l = *task.layer;
+    for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
+        Some<COUNT> v = {};
+        const Some<COUNT> c2 = at<COUNT>(l.parameters + l.H * l.N + task.row + n);
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) v.value[k] += c2.value[k];
+        for (int64_t j = 0; j < l.H; j++) {
+            const float h = l.h[j];
+            if (h == 0) continue;
+            const Some<COUNT> column = at<COUNT>(l.parameters + j * l.N + task.row + n);
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) v.value[k] += h * column.value[k];
+        }
+        write_factor<COUNT>(task, n, v);
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) generate_kernel(Table t) {
+    const Task task = task_at(t, blockIdx.x);
+    if (is_aligned(task))
+        generate_rows<4>(task);
+    else
+        generate_rows<1>(task);
+}
+
+/* After the rows: which columns have moments now, and what the still ones owe. */
+__global__ void __launch_bounds__(THREADS) settle_kernel(Table t) {
+    if (*t.nonfinite) return;
+    const Layer &l = t.layers[blockIdx.x];
+    for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
+        if (l.h[j] != 0)
+            l.moving[j] = 1;
+        else if (!l.moving[j])
+            l.decay[j] = l.h_next[j] != 0 ? 1 : l.decay[j] * l.outer->keep;
+    }
+    if (threadIdx.x == 0) l.adamw->step++;
+}
+
+/* ---- the plan, on the host ---- */
+
+int64_t tasks_of(const oplora_exact_f32 &l) {
+    int64_t tasks = 0;
+    for (int64_t f = 0; f < l.n_factors; f++) tasks += chunks_of(l.factors[f].rows);
+    return tasks;
+}
+
+/* A layer with its scratch in the workspace; the same walk counts the bytes. */
+Layer plan_layer(const oplora_exact_f32 &l, arena *a) {
+    Layer layer = {};
+    layer.H = l.H, layer.Z = l.Z, layer.N = l.N;
+    layer.parameters = l.parameters, layer.exp_avg = l.exp_avg, layer.exp_avg_sq = l.exp_avg_sq;
+    layer.decay = l.decay, layer.moving = l.moving, layer.report = l.report;
+    layer.tasks = tasks_of(l);
+    for (float **piece : {&layer.h, &layer.h_next, &layer.d})
+        *piece = static_cast<float *>(take(a, l.H, sizeof(float)));
+    layer.dz = static_cast<float *>(take(a, l.Z, sizeof(float)));
+    layer.latent = static_cast<double *>(take(a, l.Z, sizeof(double)));
+    layer.partial = static_cast<double *>(take(a, layer.tasks * (l.H + 2), sizeof(double)));
+    for (Numbers **numbers : {&layer.outer, &layer.bias, &layer.hidden})
+        *numbers = static_cast<Numbers *>(take(a, 1, sizeof(Numbers)));
+    return layer;
+}
+
+/* Where in the table what lies. */
+struct Sections {
+    int64_t factors, first_task, bytes;
+};
+Sections sections_of(const oplora_exact_f32 *layers, int64_t n_layers) {
+    Sections s = {};
+    arena a = {nullptr, 0};
+    int64_t n_factors = 0;
+    for (int64_t i = 0; i < n_layers; i++) n_factors += layers[i].n_factors;
+    take(&a, n_layers, sizeof(Layer));
+    s.factors = a.used;
+    take(&a, n_factors, sizeof(oplora_factor_f32));
+    s.first_task = a.used;
+    take(&a, n_layers + 1, sizeof(int64_t));
+    s.bytes = a.used;
+    return s;
+}
+
+Table table_of(const oplora_cuda_exact_plan *plan, const void *table) {
+    const char *const at = static_cast<const char *>(table);
+    return {reinterpret_cast<const Layer *>(at), reinterpret_cast<const oplora_factor_f32 *>(at + plan->factors),
+            reinterpret_cast<const int64_t *>(at + plan->first_task), plan->n_layers,
+            static_cast<int *>(plan->workspace)};
+}
+
+unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
+
+/* What measurements and steps begin with. */
+cudaError_t first_passes(const oplora_cuda_exact_plan *plan, const Table &t, int measured, cudaStream_t stream) {
+    const unsigned layers = count_of(plan->n_layers), tasks = count_of(plan->n_tasks);
+    const unsigned squares = count_of((plan->n_tasks + UNITS - 1) / UNITS);
+    CUDA_FORWARD(cudaMemsetAsync(t.nonfinite, 0, sizeof *t.nonfinite, stream));
+    if (!measured) CUDA_FORWARD(cuda_launch(squares_kernel, squares, THREADS, 0, stream, t));
+    CUDA_FORWARD(cuda_launch(collect_kernel, layers, 32, 0, stream, t, measured));
+    if (measured) return cudaSuccess;
+    CUDA_FORWARD(cuda_launch(hidden_kernel, layers, THREADS, 0, stream, t));
+    return cuda_launch(reduce_kernel, tasks, THREADS, 0, stream, t);
+}
+
+} // namespace
+
+int64_t oplora_cuda_exact_table_bytes(const oplora_exact_f32 *layers, int64_t n_layers) {
+    if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return -1;
+    return sections_of(layers, n_layers).bytes;
+}
+
+int64_t oplora_cuda_exact_workspace_bytes(const oplora_exact_f32 *layers, int64_t n_layers) {
+    if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return -1;
+    arena a = {nullptr, 0};
+    take(&a, 1, sizeof(int));
+    for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
+    return a.used;
+}
+
+oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers, oplora_adamw *adamw,
+                                            void *workspace, void *table, oplora_cuda_exact_plan *plan) {
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !workspace || !table))) return OPLORA_ENULL;
+    for (int64_t i = 0; i < n_layers; i++) {
+        const oplora_exact_f32 &l = layers[i];
+        if (!l.parameters || !l.exp_avg || !l.exp_avg_sq || !l.decay || !l.moving || !l.report) return OPLORA_ENULL;
+    }
+    if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return OPLORA_ESIZE;
+    const Sections sections = sections_of(layers, n_layers);
+    char *const begin = static_cast<char *>(table);
+    auto *const to = reinterpret_cast<Layer *>(begin);
+    auto *const factors = reinterpret_cast<oplora_factor_f32 *>(begin + sections.factors);
+    auto *const first_task = reinterpret_cast<int64_t *>(begin + sections.first_task);
+    int64_t task = 0, factor = 0;
+    arena a = {static_cast<char *>(workspace), 0};
+    take(&a, 1, sizeof(int));
+    for (int64_t i = 0; i < n_layers; i++) {
+        Layer layer = plan_layer(layers[i], &a);
+        layer.adamw = adamw + i;
+        layer.first_factor = factor;
+        layer.first_task = first_task[i] = task;
+        for (int64_t f = 0; f < layers[i].n_factors; f++) factors[factor++] = layers[i].factors[f];
+        task += layer.tasks;
+        memcpy(&to[i], &layer, sizeof layer);
+    }
+    first_task[n_layers] = task;
+    *plan = {n_layers, task, sections.factors, sections.first_task, workspace};
+    return task > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
+}
+
+int oplora_cuda_exact_measure(const oplora_cuda_exact_plan *plan, const void *table, void *stream) {
+    const Table t = table_of(plan, table);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (plan->n_layers == 0) return cudaSuccess;
+    CUDA_FORWARD(first_passes(plan, t, 0, on));
+    return cuda_launch(report_kernel, count_of(plan->n_layers), THREADS, 0, on, t, 0, 0);
+}
+
+int oplora_cuda_exact_step(const oplora_cuda_exact_plan *plan, const void *table, int measured, void *stream) {
+    const Table t = table_of(plan, table);
+    const auto on = static_cast<cudaStream_t>(stream);
+    const unsigned layers = count_of(plan->n_layers);
+    if (plan->n_layers == 0) return cudaSuccess;
+    CUDA_FORWARD(first_passes(plan, t, measured, on));
+    CUDA_FORWARD(cuda_launch(report_kernel, layers, THREADS, 0, on, t, 1, measured));
+    CUDA_FORWARD(cuda_launch(update_kernel, count_of(plan->n_tasks), THREADS, 0, on, t));
+    return cuda_launch(settle_kernel, layers, THREADS, 0, on, t);
+}
+
+int oplora_cuda_exact_generate(const oplora_cuda_exact_plan *plan, const void *table, void *stream) {
+    const Table t = table_of(plan, table);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (plan->n_layers == 0) return cudaSuccess;
+    CUDA_FORWARD(cudaMemsetAsync(t.nonfinite, 0, sizeof *t.nonfinite, on));
+    CUDA_FORWARD(cuda_launch(hidden_kernel, count_of(plan->n_layers), THREADS, 0, on, t));
+    return cuda_launch(generate_kernel, count_of(plan->n_tasks), THREADS, 0, on, t);
+}
