@@ -104,7 +104,7 @@ asan: $(C_TESTS:%=build/asan/%)
 
 # $(1): a build. Objects of kernels, of the emulator and of the core, then a program a test.
 define CUDA_BUILD
-build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(CUDA_SOURCES) $$(wildcard csrc/core/*.h)
+build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(wildcard csrc/cuda/*.h csrc/cuda/*.cuh csrc/core/*.h tests/cuda_on_cpu/*.h)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(KERNEL_$(1)) -x c++ -c $$< -o $$@
 
@@ -138,7 +138,7 @@ $(VENV)/cuda/bin/nvcc: $(VENV)/.environment
 	$(BIN)/pip install --quiet nvidia-cuda-nvcc nvidia-cuda-runtime
 	ln -sfn "$$($(BIN)/python -c 'import nvidia.cu13 as c; print(list(c.__path__)[0])')" $(VENV)/cuda
 
-build/nvcc/%.fatbin: csrc/cuda/%.cu $(CUDA_SOURCES) $(wildcard csrc/core/*.h) $(NVCC)
+build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh csrc/core/*.h) $(NVCC)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) --threads=2 $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
 	    -gencode=arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \

@@ -277,7 +277,7 @@ __device__ void step_hidden(const Layer &l, int measured, double *lanes) {
     find_hidden(l, l.h_next, lanes);
 }
 
-__global__ void __launch_bounds__(THREADS) report_kernel(Table t, int steps, int measured) {
+__global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, int measured) {
     SHARED_ARRAY(double, lanes, THREADS);
     if (*t.nonfinite) return;
     const Layer &l = t.layers[blockIdx.x];
