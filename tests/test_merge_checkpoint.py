@@ -333,6 +333,7 @@ def test_merge_tidies_up_when_interrupted(tmp_path: Path, signal: str) -> None:
 import os, signal, sys
 from oplora import _core
 from oplora.__main__ import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 _core.merge = lambda *_, **__: os.kill(os.getpid(), signal.{signal})
 sys.exit(main(["merge", "--quiet", *sys.argv[1:]]))
 """
