@@ -12,17 +12,17 @@
  * reduce and update are memory-bound: 13 and 5 operations to 24 and 4 bytes. */
 #include "adamw_exact.h"
 
-#include "../core/workspace.h"
-#include "device.h"
+#include "hidden.cuh"
+#include "model.cuh"
 
 #include <math.h>
-#include <string.h>
 
 namespace {
 
 constexpr int THREADS = 128, LANES = 16, GROUPS = THREADS / LANES; /* of dot in csrc/core/kernels.h */
-constexpr int DOUBLE_LANES = 8, UNITS = THREADS / DOUBLE_LANES;    /* of dot_double */
-constexpr int64_t CHUNK = 2048;                                    /* as in the core */
+constexpr int UNITS = THREADS / HIDDEN_LANES;
+static_assert(HIDDEN_LANES == SQUARE_LANES, "units, and tasks of the squares, a block");
+constexpr int64_t CHUNK = 2048; /* as in the core */
 
 /* AdamW's numbers for a tensor; see adamw_numbers in csrc/core/dispatch.h. */
 struct Numbers {
@@ -42,18 +42,12 @@ struct Layer {
     int64_t first_factor, first_task, tasks;
 };
 
-struct Table {
-    const Layer *layers;
-    const oplora_factor_f32 *factors;
-    const int64_t *first_task; /* of every layer, and behind the last */
-    int64_t n_layers;
-    int *nonfinite;
-};
+using Table = Model<Layer>;
 
 /* CHUNK rows of one factor. */
 struct Task {
     const Layer *layer;
-    const oplora_factor_f32 *factor;
+    const Factor *factor;
     double *partial;
     int64_t row, offset, count; /* first row in W2, first entry in the factor, entries */
 };
@@ -61,18 +55,11 @@ struct Task {
 __host__ __device__ int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
 __device__ Task task_at(const Table &t, int64_t task) {
-    int64_t low = 0, high = t.n_layers, row = 0;
-    while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        if (t.first_task[middle] <= task)
-            low = middle;
-        else
-            high = middle;
-    }
-    const Layer &l = t.layers[low];
+    int64_t row = 0;
+    const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, task)];
     task -= l.first_task;
     double *const partial = l.partial + task * (l.H + 2);
-    const oplora_factor_f32 *factor = t.factors + l.first_factor;
+    const Factor *factor = t.factors + l.first_factor;
     for (; task >= chunks_of(factor->rows); factor++) {
         task -= chunks_of(factor->rows);
         row += factor->rows;
@@ -87,39 +74,21 @@ __device__ float *z_of(const Layer &l) { return c1_of(l) + l.H; }
 
 /* ---- squares, collect, hidden, reduce ---- */
 
-/* UNITS tasks a block, each in dot_double's eight lanes. */
+/* UNITS tasks a block. */
 __global__ void __launch_bounds__(THREADS) squares_kernel(Table t) {
     SHARED_ARRAY(double, lanes, THREADS);
     SHARED_ARRAY(int, bad, THREADS);
-    const int id = static_cast<int>(threadIdx.x), l = id % DOUBLE_LANES;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * UNITS + id / DOUBLE_LANES;
-    const bool exists = index < t.first_task[t.n_layers];
-    double sum = 0;
-    int count = 0;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * UNITS + threadIdx.x / SQUARE_LANES;
+    Gradient g = {};
     double *to = nullptr;
-    if (exists) {
+    int64_t n = 0;
+    if (index < t.first_part[t.n_layers]) {
         const Task task = task_at(t, index);
-        const float *const g = task.factor->g + task.offset;
+        g = gradient_of(*task.factor, task.offset);
         to = task.partial + task.layer->H;
-#pragma unroll 8
-        for (int64_t n = l; n < task.count; n += DOUBLE_LANES) {
-            const float x = g[n];
-            sum += static_cast<double>(x) * x;
-            count += !(x <= 0x1.fffffep127f && x >= -0x1.fffffep127f);
-        }
+        n = task.count;
     }
-    lanes[id] = sum;
-    bad[id] = count;
-    __syncthreads();
-    if (l != 0 || !exists) return;
-    sum = 0;
-    count = 0;
-    for (int k = 0; k < DOUBLE_LANES; k++) {
-        sum += lanes[id + k];
-        count += bad[id + k];
-    }
-    to[0] = sum;
-    to[1] = count;
+    find_squares(g, n, to, lanes, bad);
 }
 
 __device__ Numbers numbers_of(const oplora_adamw &a, double lr, double decay, double corrected1, double corrected2) {
@@ -139,7 +108,7 @@ __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
             for (int64_t task = 0; task < l.tasks; task++) sum += l.partial[task * (l.H + 2) + l.H + which];
             l.report[which] = sum;
         }
-        if (which == 1 && l.report[1] != 0) atomicOr(t.nonfinite, 1);
+        if (which == 1 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
     } else if (which == 2) {
         const oplora_adamw &a = *l.adamw;
         const double corrected1 = 1 - pow(a.beta1, static_cast<double>(a.step));
@@ -150,49 +119,42 @@ __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
     }
 }
 
-/* h = ReLU(W1 z + c1) by all threads: eight a unit, every product and sum in double. lanes: THREADS of shared memory. */
+/* h by all threads, and a barrier. */
 __device__ void find_hidden(const Layer &l, float *h, double *lanes) {
-    const float *const W1 = W1_of(l), *const c1 = c1_of(l), *const z = z_of(l);
-    const int t = static_cast<int>(threadIdx.x);
     for (int64_t base = 0; base < l.H; base += UNITS) {
-        const int64_t j = base + t / DOUBLE_LANES;
-        double sum = 0;
-        for (int64_t i = t % DOUBLE_LANES; i < l.Z && j < l.H; i += DOUBLE_LANES)
-            sum += static_cast<double>(W1[j * l.Z + i]) * z[i];
-        lanes[t] = sum;
-        __syncthreads();
-        if (t % DOUBLE_LANES == 0 && j < l.H) {
-            sum = 0;
-            for (int k = 0; k < DOUBLE_LANES; k++) sum += lanes[t + k];
-            const float pre = static_cast<float>(sum + c1[j]);
-            h[j] = pre > 0 ? pre : 0;
-        }
+        find_units<THREADS>(z_of(l), W1_of(l), c1_of(l), l.H, l.Z, base, lanes, h);
         __syncthreads();
     }
 }
 
 __global__ void __launch_bounds__(THREADS) hidden_kernel(Table t) {
     SHARED_ARRAY(double, lanes, THREADS);
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     find_hidden(l, l.h, lanes);
 }
 
 /* A group of LANES threads takes every GROUPS-th column of the task. */
 __global__ void __launch_bounds__(THREADS) reduce_kernel(Table t) {
+    constexpr int BATCH = 8;
     SHARED_ARRAY(float, lanes, THREADS);
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const Task task = task_at(t, blockIdx.x);
     const Layer &l = *task.layer;
-    const float *const g = task.factor->g + task.offset;
+    const Gradient g = gradient_of(*task.factor, task.offset);
     const int id = static_cast<int>(threadIdx.x), lane = id % LANES;
     for (int64_t base = 0; base < l.H; base += GROUPS) {
         const int64_t j = base + id / LANES;
         float sum = 0;
         if (j < l.H && l.h[j] != 0) {
             const float *const column = l.parameters + j * l.N + task.row;
-#pragma unroll 8
-            for (int64_t n = lane; n < task.count; n += LANES) sum += column[n] * g[n];
+            for (int64_t n = lane; n < task.count; n += BATCH * LANES) {
+                float x[BATCH];
+                g.load(n, LANES, task.count, x);
+#pragma unroll
+                for (int k = 0; k < BATCH; k++)
+                    if (n + k * LANES < task.count) sum += column[n + k * LANES] * x[k];
+            }
         }
         lanes[id] = sum;
         __syncthreads();
@@ -279,7 +241,7 @@ __device__ void step_hidden(const Layer &l, int measured, double *lanes) {
 
 __global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, int measured) {
     SHARED_ARRAY(double, lanes, THREADS);
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     if (!measured) report_hidden(l, lanes);
     __syncthreads();
@@ -292,34 +254,51 @@ __global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, 
 template <int COUNT> struct alignas(COUNT * sizeof(float)) Some {
     float value[COUNT];
 };
+template <int COUNT> struct alignas(COUNT * sizeof(uint16_t)) Halves {
+    uint16_t value[COUNT];
+};
 template <int COUNT> __device__ Some<COUNT> &at(float *p) { return *reinterpret_cast<Some<COUNT> *>(p); }
 template <int COUNT> __device__ const Some<COUNT> &at(const float *p) {
     return *reinterpret_cast<const Some<COUNT> *>(p);
 }
 
-/* Whether a task's rows are aligned to 16 bytes wherever they lie, and whole. */
+/* COUNT entries of a factor's gradient. */
+template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t entry) {
+    if (f.dtype == OPLORA_F32) return at<COUNT>(static_cast<const float *>(f.g) + entry);
+    const auto bits = *reinterpret_cast<const Halves<COUNT> *>(static_cast<const uint16_t *>(f.g) + entry);
+    Some<COUNT> g;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
+    return g;
+}
+
+/* Whether a task's rows are aligned to their vectors wherever they lie, and whole. */
 __device__ bool is_aligned(const Task &task) {
-    const oplora_factor_f32 &f = *task.factor;
+    const Factor &f = *task.factor;
     const Layer &l = *task.layer;
     uintptr_t bits = 0;
-    for (const void *p :
-         {static_cast<const void *>(l.parameters + task.row), static_cast<const void *>(l.exp_avg + task.row),
-          static_cast<const void *>(l.exp_avg_sq + task.row), static_cast<const void *>(f.out + task.offset)})
-        bits |= reinterpret_cast<uintptr_t>(p);
-    if (f.g) bits |= reinterpret_cast<uintptr_t>(f.g + task.offset);
-    if (f.base) bits |= reinterpret_cast<uintptr_t>(f.base + task.offset);
+    for (const float *p : {l.parameters, l.exp_avg, l.exp_avg_sq}) bits |= reinterpret_cast<uintptr_t>(p + task.row);
+    for (const float *p : {static_cast<const float *>(f.out), f.base})
+        if (p) bits |= reinterpret_cast<uintptr_t>(p + task.offset);
+    const uintptr_t g = reinterpret_cast<uintptr_t>(gradient_of(f, task.offset).at);
+    bits |= f.dtype == OPLORA_F32 ? g : 2 * g | 2 * reinterpret_cast<uintptr_t>(f.rounded + task.offset);
     return bits % 16 == 0 && l.N % 4 == 0 && task.count % 4 == 0;
 }
 
 template <int COUNT> __device__ void write_factor(const Task &task, int64_t n, const Some<COUNT> &v) {
-    const oplora_factor_f32 &f = *task.factor;
+    const Factor &f = *task.factor;
     Some<COUNT> value = v;
     if (f.base) {
         const Some<COUNT> base = at<COUNT>(f.base + task.offset + n);
 #pragma unroll
         for (int k = 0; k < COUNT; k++) value.value[k] = base.value[k] + v.value[k];
     }
-    at<COUNT>(f.out + task.offset + n) = value;
+    if (f.out) at<COUNT>(f.out + task.offset + n) = value;
+    if (!f.rounded) return;
+    Halves<COUNT> rounded;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) rounded.value[k] = to_half(value.value[k], f.dtype);
+    *reinterpret_cast<Halves<COUNT> *>(f.rounded + task.offset + n) = rounded;
 }
 
 /* AdamW on COUNT entries of a column whose gradient is h g; v += h_next times what they become. */
@@ -342,7 +321,7 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
     const Layer &l = *task.layer;
     const Numbers outer = *l.outer, bias = *l.bias;
     for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
-        const Some<COUNT> g = at<COUNT>(task.factor->g + task.offset + n);
+        const Some<COUNT> g = gradient_at<COUNT>(*task.factor, task.offset + n);
         Some<COUNT> v = {};
         update_entries<COUNT>(l, bias, l.H * l.N + task.row + n, g, 1, 1, v);
         for (int64_t j = 0; j < l.H; j++) {
@@ -366,7 +345,7 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
 }
 
 __global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const Task task = task_at(t, blockIdx.x);
     if (is_aligned(task))
         update_rows<4>(task);
@@ -402,7 +381,10 @@ __global__ void __launch_bounds__(THREADS) generate_kernel(Table t) {
 
 /* After the rows: which columns have moments now, and what the still ones owe. */
 __global__ void __launch_bounds__(THREADS) settle_kernel(Table t) {
-    if (*t.nonfinite) return;
+    if (t.refused()) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) t.verdict->refused++;
+        return;
+    }
     const Layer &l = t.layers[blockIdx.x];
     for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
         if (l.h[j] != 0)
@@ -438,38 +420,12 @@ Layer plan_layer(const oplora_exact_f32 &l, arena *a) {
     return layer;
 }
 
-/* Where in the table what lies. */
-struct Sections {
-    int64_t factors, first_task, bytes;
-};
-Sections sections_of(const oplora_exact_f32 *layers, int64_t n_layers) {
-    Sections s = {};
-    arena a = {nullptr, 0};
-    int64_t n_factors = 0;
-    for (int64_t i = 0; i < n_layers; i++) n_factors += layers[i].n_factors;
-    take(&a, n_layers, sizeof(Layer));
-    s.factors = a.used;
-    take(&a, n_factors, sizeof(oplora_factor_f32));
-    s.first_task = a.used;
-    take(&a, n_layers + 1, sizeof(int64_t));
-    s.bytes = a.used;
-    return s;
-}
-
-Table table_of(const oplora_cuda_exact_plan *plan, const void *table) {
-    const char *const at = static_cast<const char *>(table);
-    return {reinterpret_cast<const Layer *>(at), reinterpret_cast<const oplora_factor_f32 *>(at + plan->factors),
-            reinterpret_cast<const int64_t *>(at + plan->first_task), plan->n_layers,
-            static_cast<int *>(plan->workspace)};
-}
-
-unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
-
 /* What measurements and steps begin with. */
-cudaError_t first_passes(const oplora_cuda_exact_plan *plan, const Table &t, int measured, cudaStream_t stream) {
-    const unsigned layers = count_of(plan->n_layers), tasks = count_of(plan->n_tasks);
-    const unsigned squares = count_of((plan->n_tasks + UNITS - 1) / UNITS);
-    CUDA_FORWARD(cudaMemsetAsync(t.nonfinite, 0, sizeof *t.nonfinite, stream));
+cudaError_t first_passes(const oplora_cuda_plan *plan, const Table &t, int measured, const int *veto,
+                         cudaStream_t stream) {
+    const unsigned layers = count_of(plan->n_layers), tasks = count_of(plan->n_parts);
+    const unsigned squares = count_of((plan->n_parts + UNITS - 1) / UNITS);
+    CUDA_FORWARD(begin_verdict(plan, veto, stream));
     if (!measured) CUDA_FORWARD(cuda_launch(squares_kernel, squares, THREADS, 0, stream, t));
     CUDA_FORWARD(cuda_launch(collect_kernel, layers, 32, 0, stream, t, measured));
     if (measured) return cudaSuccess;
@@ -481,71 +437,72 @@ cudaError_t first_passes(const oplora_cuda_exact_plan *plan, const Table &t, int
 
 int64_t oplora_cuda_exact_table_bytes(const oplora_exact_f32 *layers, int64_t n_layers) {
     if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return -1;
-    return sections_of(layers, n_layers).bytes;
+    return Sections<Layer>(layers, n_layers, nullptr).memory.used;
 }
 
 int64_t oplora_cuda_exact_workspace_bytes(const oplora_exact_f32 *layers, int64_t n_layers) {
     if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return -1;
     arena a = {nullptr, 0};
-    take(&a, 1, sizeof(int));
+    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
     return a.used;
 }
 
-oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers, oplora_adamw *adamw,
-                                            void *workspace, void *table, oplora_cuda_exact_plan *plan) {
+oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers,
+                                            oplora_adamw *const *adamw, const oplora_cuda_half *halves, void *workspace,
+                                            void *table, oplora_cuda_plan *plan) {
     if (!plan || (n_layers > 0 && (!layers || !adamw || !workspace || !table))) return OPLORA_ENULL;
     for (int64_t i = 0; i < n_layers; i++) {
         const oplora_exact_f32 &l = layers[i];
         if (!l.parameters || !l.exp_avg || !l.exp_avg_sq || !l.decay || !l.moving || !l.report) return OPLORA_ENULL;
     }
     if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return OPLORA_ESIZE;
-    const Sections sections = sections_of(layers, n_layers);
-    char *const begin = static_cast<char *>(table);
-    auto *const to = reinterpret_cast<Layer *>(begin);
-    auto *const factors = reinterpret_cast<oplora_factor_f32 *>(begin + sections.factors);
-    auto *const first_task = reinterpret_cast<int64_t *>(begin + sections.first_task);
-    int64_t task = 0, factor = 0;
+    const Sections<Layer> to(layers, n_layers, table);
+    int64_t task = 0;
+    Factor *factor = to.factors;
     arena a = {static_cast<char *>(workspace), 0};
-    take(&a, 1, sizeof(int));
+    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) {
         Layer layer = plan_layer(layers[i], &a);
-        layer.adamw = adamw + i;
-        layer.first_factor = factor;
-        layer.first_task = first_task[i] = task;
-        for (int64_t f = 0; f < layers[i].n_factors; f++) factors[factor++] = layers[i].factors[f];
+        layer.adamw = adamw[i];
+        layer.first_factor = factor - to.factors;
+        layer.first_task = to.first_part[i] = to.first_chunk[i] = task;
+        factor = plan_factors(layers[i].factors, layers[i].n_factors, halves ? halves + layer.first_factor : nullptr,
+                              factor);
         task += layer.tasks;
-        memcpy(&to[i], &layer, sizeof layer);
+        memcpy(&to.layers[i], &layer, sizeof layer);
     }
-    first_task[n_layers] = task;
-    *plan = {n_layers, task, sections.factors, sections.first_task, workspace};
+    to.first_part[n_layers] = to.first_chunk[n_layers] = task;
+    *plan = {n_layers,  task, task, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
+             workspace, 0};
     return task > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-int oplora_cuda_exact_measure(const oplora_cuda_exact_plan *plan, const void *table, void *stream) {
-    const Table t = table_of(plan, table);
+int oplora_cuda_exact_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {
+    const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(first_passes(plan, t, 0, on));
+    CUDA_FORWARD(first_passes(plan, t, 0, nullptr, on));
     return cuda_launch(report_kernel, count_of(plan->n_layers), THREADS, 0, on, t, 0, 0);
 }
 
-int oplora_cuda_exact_step(const oplora_cuda_exact_plan *plan, const void *table, int measured, void *stream) {
-    const Table t = table_of(plan, table);
+int oplora_cuda_exact_step(const oplora_cuda_plan *plan, const void *table, int measured, const int *veto,
+                           void *stream) {
+    const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     const unsigned layers = count_of(plan->n_layers);
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(first_passes(plan, t, measured, on));
+    CUDA_FORWARD(first_passes(plan, t, measured, veto, on));
     CUDA_FORWARD(cuda_launch(report_kernel, layers, THREADS, 0, on, t, 1, measured));
-    CUDA_FORWARD(cuda_launch(update_kernel, count_of(plan->n_tasks), THREADS, 0, on, t));
+    CUDA_FORWARD(cuda_launch(update_kernel, count_of(plan->n_parts), THREADS, 0, on, t));
     return cuda_launch(settle_kernel, layers, THREADS, 0, on, t);
 }
 
-int oplora_cuda_exact_generate(const oplora_cuda_exact_plan *plan, const void *table, void *stream) {
-    const Table t = table_of(plan, table);
+int oplora_cuda_exact_generate(const oplora_cuda_plan *plan, const void *table, void *stream) {
+    const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(cudaMemsetAsync(t.nonfinite, 0, sizeof *t.nonfinite, on));
+    CUDA_FORWARD(begin_verdict(plan, nullptr, on));
     CUDA_FORWARD(cuda_launch(hidden_kernel, count_of(plan->n_layers), THREADS, 0, on, t));
-    return cuda_launch(generate_kernel, count_of(plan->n_tasks), THREADS, 0, on, t);
+    return cuda_launch(generate_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
 }

@@ -14,12 +14,11 @@
  * chunk of the core's. Groups read 64 bytes at a time (32 of a bfloat16 column), whole sectors. */
 #include "adamw_lean.h"
 
-#include "../core/workspace.h"
 #include "lowrank.cuh"
+#include "model.cuh"
 #include "random.cuh"
 
 #include <math.h>
-#include <string.h>
 
 namespace {
 
@@ -27,10 +26,10 @@ constexpr int LANES = 16, GROUPS = 8, THREADS = LANES * GROUPS;
 constexpr int64_t BLOCK = 512, PART = 4096, MOST_PARTS = 64; /* as in the core */
 static_assert(PART == GROUPS * BLOCK, "a block of threads takes a chunk");
 constexpr int RANK = OPLORA_MOST_RANK, BASIS = MOST;
-constexpr int SUB = 128, ROWS = SUB / LANES;        /* rows that a group, and that a thread, has in registers */
-constexpr int SQUARE_LANES = 8, SQUARE_CHUNKS = 16; /* of the squares: dot_double's lanes; chunks a block */
-enum { WANTS_DH = 1, WANTS_GRAM = 2 };              /* as in the core */
-constexpr int COLLECT_THREADS = MOST_PARTS;         /* one thread a part */
+constexpr int SUB = 128, ROWS = SUB / LANES; /* rows that a group, and that a thread, has in registers */
+constexpr int SQUARE_CHUNKS = 16;            /* chunks a block of the squares */
+enum { WANTS_DH = 1, WANTS_GRAM = 2 };       /* as in the core */
+constexpr int COLLECT_THREADS = MOST_PARTS;  /* one thread a part */
 constexpr double LEAST_EPS = 1e-30;
 
 using Lowrank = lowrank<THREADS>;
@@ -74,17 +73,10 @@ struct Layer {
     int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
 };
 
-/* The table as kernels see it. */
-struct Table {
-    const Layer *layers;
-    const oplora_factor_f32 *factors;
-    const int64_t *first_part, *first_chunk; /* of every layer, and behind the last */
-    int64_t n_layers;
-    int *nonfinite;
-};
+using Table = Model<Layer>;
 
 struct Chunk {
-    const oplora_factor_f32 *factor;
+    const Factor *factor;
     int64_t range, row, entry, rows;
 };
 
@@ -94,22 +86,9 @@ __host__ __device__ int sums_size(int d, int k) { return basis_size(d, k) * basi
 __device__ int64_t part_size(const Layer &l) { return sums_size(l.outer.rows.d, l.outer.rows.k) + l.H; }
 __device__ int64_t part_begin(const Layer &l, int64_t part) { return l.chunks * part / l.parts; }
 
-/* Which of the n layers an index that counts over all of them belongs to. */
-__device__ int64_t layer_of(const int64_t *first, int64_t n, int64_t index) {
-    int64_t low = 0, high = n;
-    while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        if (first[middle] <= index)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 __device__ Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {
     int64_t range = 0, row = 0;
-    const oplora_factor_f32 *factor = t.factors + l.first_factor;
+    const Factor *factor = t.factors + l.first_factor;
     for (; chunk >= chunks_of(factor->rows); factor++) {
         chunk -= chunks_of(factor->rows);
         row += factor->rows;
@@ -168,8 +147,8 @@ template <int D, int K> struct Row {
     float u[D], g;
     uint16_t A[K], R;
 
-    __device__ void load(const Rows &r, const float *gradient, int64_t at, int64_t i, bool valid) {
-        g = valid ? gradient[i] : 0.f;
+    __device__ void load(const Rows &r, float gradient, int64_t at, bool valid) {
+        g = gradient;
         R = valid ? r.R[at] : uint16_t{0};
 #pragma unroll
         for (int c = 0; c < D; c++) u[c] = valid && c < r.d ? r.U[c * r.rows + at] : 0.f;
@@ -193,18 +172,17 @@ template <int D, int K> __device__ int slot_of(int a, int d, int k) {
 }
 
 /* The Gram matrix's lower half and U^T g of a chunk, at the default ranks: twelve sums in one walk. */
-__device__ void reduce_defaults(const Rows &r, const float *g, int64_t first, int64_t n, Tile &tile, double *sums) {
+__device__ void reduce_defaults(const Rows &r, const Gradient &g, int64_t first, int64_t n, Tile &tile, double *sums) {
     constexpr int SUMS = 12, BATCH = 4; /* of rows whose loads are under way together */
     const Numbers &a = *r.numbers;
     float s[SUMS] = {};
 #pragma unroll 1
     for (int begin = 0; begin < BLOCK / LANES; begin += BATCH) {
         Row<2, 1> rows[BATCH];
+        float x[BATCH];
+        g.load(row_of(begin), LANES, n, x);
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int64_t at = row_of(begin + i);
-            rows[i].load(r, g, first + at, at, at < n);
-        }
+        for (int i = 0; i < BATCH; i++) rows[i].load(r, x[i], first + row_of(begin + i), row_of(begin + i) < n);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             float c[4];
@@ -232,7 +210,7 @@ __device__ void reduce_defaults(const Rows &r, const float *g, int64_t first, in
 }
 
 /* The same at any ranks, a pair of columns after the other: rows are read again for each. Column p stands for g. */
-__device__ float basis_at(const Rows &r, const Numbers &a, const float *g, int column, int64_t at, int64_t i) {
+__device__ float basis_at(const Rows &r, const Numbers &a, const Gradient &g, int column, int64_t at, int64_t i) {
     const int p = basis_size(r.d, r.k);
     if (column < r.d) return r.U[column * r.rows + at];
     if (column == p) return g[i];
@@ -255,7 +233,7 @@ __device__ Pair pair_at(int index, int p) {
     return {a, index, a * p + index};
 }
 
-__device__ void reduce_pairs(const Rows &r, const float *g, int64_t first, int64_t n, int begin, int end, Tile &tile,
+__device__ void reduce_pairs(const Rows &r, const Gradient &g, int64_t first, int64_t n, int begin, int end, Tile &tile,
                              double *sums) {
     const Numbers &a = *r.numbers;
     const int p = basis_size(r.d, r.k);
@@ -276,7 +254,7 @@ __device__ void reduce_pairs(const Rows &r, const float *g, int64_t first, int64
 }
 
 template <bool DEFAULTS>
-__device__ void reduce_chunk(const Rows &r, const float *g, int64_t first, int64_t n, Tile &tile, double *sums) {
+__device__ void reduce_chunk(const Rows &r, const Gradient &g, int64_t first, int64_t n, Tile &tile, double *sums) {
     const int p = basis_size(r.d, r.k);
     if (DEFAULTS)
         reduce_defaults(r, g, first, n, tile, sums);
@@ -285,7 +263,7 @@ __device__ void reduce_chunk(const Rows &r, const float *g, int64_t first, int64
 }
 
 /* U^T g alone. */
-__device__ void reduce_along(const Rows &r, const float *g, int64_t first, int64_t n, Tile &tile, double *sums) {
+__device__ void reduce_along(const Rows &r, const Gradient &g, int64_t first, int64_t n, Tile &tile, double *sums) {
     const int p = basis_size(r.d, r.k);
     reduce_pairs(r, g, first, n, p * (p + 1) / 2, p * (p + 1) / 2 + r.d, tile, sums);
 }
@@ -293,7 +271,7 @@ __device__ void reduce_along(const Rows &r, const float *g, int64_t first, int64
 /* sums[j] += W0_j^T g over a chunk, in units of the bound, for units that are on: LANES units at a time. */
 __device__ void random_reduce(const Layer &l, const Chunk &chunk, Tile &tile, double *sums) {
     const oplora_stream s = w2_stream(l, chunk.range);
-    const float *const gradient = chunk.factor->g + chunk.entry;
+    const Gradient gradient = gradient_of(*chunk.factor, chunk.entry);
     const uint64_t begin = static_cast<uint64_t>(chunk.entry + group() * BLOCK);
     const bool uniform = l.start == OPLORA_UNIFORM;
     constexpr int HALF = BLOCK / LANES / 2; /* rows at a time, as all of them are too many registers */
@@ -304,11 +282,7 @@ __device__ void random_reduce(const Layer &l, const Chunk &chunk, Tile &tile, do
             const uint64_t first = begin + static_cast<uint64_t>(half * HALF * LANES);
             uint4 words[HALF / 4];
             float g[HALF];
-#pragma unroll
-            for (int i = 0; i < HALF; i++) {
-                const int64_t at = row_of(half * HALF + i);
-                g[i] = at < chunk.rows ? gradient[at] : 0.f;
-            }
+            gradient.load(row_of(half * HALF), LANES, chunk.rows, g);
             if (!uniform) {
 #pragma unroll
                 for (int b = 0; b < HALF / 4; b++)
@@ -421,9 +395,24 @@ __device__ float update_row(const Rows &r, const Numbers &a, const Row<D, K> &ol
     return value;
 }
 
+/* What a map's rows put out, from the first row on: also rounded, and with the base that they do not owe decay for. */
+struct Output {
+    float *out;
+    const float *base;
+    uint16_t *rounded;
+    oplora_dtype dtype;
+};
+__device__ Output output_of(const Factor &f, int64_t entry) {
+    return {f.out + entry, f.base ? f.base + entry : nullptr, f.rounded ? f.rounded + entry : nullptr, f.dtype};
+}
+__device__ void put(const Output &o, int64_t at, float value) {
+    o.out[at] = value;
+    if (o.rounded) o.rounded[at] = to_half(value, o.dtype);
+}
+
 /* The rows first .. first + n of a map, n at most PART, by all threads. With x, what W0 adds to the rows' output too. */
 template <bool DEFAULTS>
-__device__ void update_chunk(const Rows &r, const float *g, const float *base, int64_t first, int64_t n, float *out,
+__device__ void update_chunk(const Rows &r, const Gradient &g, const Output &o, int64_t first, int64_t n,
                              const Layer &l, const oplora_stream *s, int64_t entry, const float *x) {
     constexpr int D = DEFAULTS ? 2 : RANK, K = DEFAULTS ? 1 : RANK;
     const Numbers &a = *r.numbers;
@@ -433,16 +422,17 @@ __device__ void update_chunk(const Rows &r, const float *g, const float *base, i
         if (group() * BLOCK + part * SUB >= n) break;
         if (DEFAULTS) { /* all loads of a thread's rows before its first store */
             Row<D, K> old[ROWS];
-            float m[ROWS], S[ROWS], kept[ROWS];
+            float m[ROWS], S[ROWS], kept[ROWS], gradient[ROWS];
+            g.load(row_of(part * ROWS), LANES, n, gradient);
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = row_of(part * ROWS + i);
                 const bool valid = at < n;
-                old[i].load(r, g, first + at, at, valid);
+                old[i].load(r, gradient[i], first + at, valid);
                 m[i] = valid ? get_moment(r.m[first + at]) : 0.f;
                 S[i] = valid ? get_moment(r.S[first + at]) : 0.f;
-                value[i] = valid ? out[at] : 0.f;
-                kept[i] = valid && base ? value[i] - base[at] : value[i];
+                value[i] = valid ? o.out[at] : 0.f;
+                kept[i] = valid && o.base ? value[i] - o.base[at] : value[i];
             }
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
@@ -456,57 +446,38 @@ __device__ void update_chunk(const Rows &r, const float *g, const float *base, i
                 value[i] = 0;
                 if (at >= n) continue;
                 Row<D, K> old;
-                old.load(r, g, first + at, at, true);
-                const float m = get_moment(r.m[first + at]), S = get_moment(r.S[first + at]), now = out[at];
-                value[i] = update_row(r, a, old, m, S, now, base ? now - base[at] : now, first + at);
+                old.load(r, g[at], first + at, true);
+                const float m = get_moment(r.m[first + at]), S = get_moment(r.S[first + at]), now = o.out[at];
+                value[i] = update_row(r, a, old, m, S, now, o.base ? now - o.base[at] : now, first + at);
             }
         }
         if (x) random_update(l, *s, x, static_cast<uint64_t>(entry + group() * BLOCK + part * SUB), value);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int64_t at = row_of(part * ROWS + i);
-            if (at < n) out[at] = value[i];
+            if (at < n) put(o, at, value[i]);
         }
     }
 }
 
 /* ---- squares, collect, begin ---- */
 
-/* A chunk's ||g||^2, in dot_double's eight lanes, and how many of its entries are not finite. */
+/* SQUARE_CHUNKS chunks a block. */
 __global__ void __launch_bounds__(SQUARE_LANES *SQUARE_CHUNKS) squares_kernel(Table t) {
     SHARED_ARRAY(double, lanes, SQUARE_LANES *SQUARE_CHUNKS);
     SHARED_ARRAY(int, bad, SQUARE_LANES *SQUARE_CHUNKS);
-    const int id = static_cast<int>(threadIdx.x), l = id % SQUARE_LANES;
-    const int64_t index = static_cast<int64_t>(blockIdx.x) * SQUARE_CHUNKS + id / SQUARE_LANES;
-    const bool exists = index < t.first_chunk[t.n_layers];
-    double sum = 0;
-    int count = 0;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * SQUARE_CHUNKS + threadIdx.x / SQUARE_LANES;
+    Gradient g = {};
     double *to = nullptr;
-    if (exists) {
-        const int64_t i = layer_of(t.first_chunk, t.n_layers, index);
-        const Layer &layer = t.layers[i];
-        const Chunk chunk = chunk_at(t, layer, index - layer.first_chunk);
-        const float *const g = chunk.factor->g + chunk.entry;
-        to = layer.squares + 2 * (index - layer.first_chunk);
-#pragma unroll 8
-        for (int64_t n = l; n < chunk.rows; n += SQUARE_LANES) {
-            const float x = g[n];
-            sum += static_cast<double>(x) * x;
-            count += !(x <= 0x1.fffffep127f && x >= -0x1.fffffep127f);
-        }
+    int64_t n = 0;
+    if (index < t.first_chunk[t.n_layers]) {
+        const Layer &l = t.layers[layer_of(t.first_chunk, t.n_layers, index)];
+        const Chunk chunk = chunk_at(t, l, index - l.first_chunk);
+        g = gradient_of(*chunk.factor, chunk.entry);
+        to = l.squares + 2 * (index - l.first_chunk);
+        n = chunk.rows;
     }
-    lanes[id] = sum;
-    bad[id] = count;
-    __syncthreads();
-    if (l != 0 || !exists) return;
-    sum = 0;
-    count = 0;
-    for (int k = 0; k < SQUARE_LANES; k++) {
-        sum += lanes[id + k];
-        count += bad[id + k];
-    }
-    to[0] = sum;
-    to[1] = count;
+    find_squares(g, n, to, lanes, bad);
 }
 
 /* A layer's sums, chunks within a part and then parts in order. With `measured` they are in the report already. */
@@ -535,7 +506,7 @@ __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int m
         l.report[0] = sum;
         l.report[1] = count;
     }
-    if (l.report[1] != 0) atomicOr(t.nonfinite, 1);
+    if (l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
     /* here, as a kernel with few registers: pow is a call */
     l.corrections[0] = 1 - pow(l.adamw->beta1, static_cast<double>(l.adamw->step));
     l.corrections[1] = 1 - pow(l.adamw->beta2, static_cast<double>(l.adamw->step));
@@ -619,7 +590,7 @@ __device__ void find_hidden(const Layer &l, float *h) {
 
 __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
     SHARED_ARRAY(double, number, 4);
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     find_hidden(l, l.h);
     if (!(wants & WANTS_GRAM)) return;
@@ -633,7 +604,7 @@ __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
 
 template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_kernel(Table t, int wants) {
     SHARED_ARRAY(Tile, tile, 1);
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const int64_t index = blockIdx.x;
     const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, index)];
     const Rows &r = l.outer.rows;
@@ -643,7 +614,7 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_ke
     __syncthreads();
     for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
         const Chunk chunk = chunk_at(t, l, c);
-        const float *const g = chunk.factor->g + chunk.entry;
+        const Gradient g = gradient_of(*chunk.factor, chunk.entry);
         if (wants & WANTS_GRAM) reduce_chunk<DEFAULTS>(r, g, chunk.row, chunk.rows, tile[0], sums);
         if (wants == WANTS_DH) reduce_along(r, g, chunk.row, chunk.rows, tile[0], sums);
         if (wants & WANTS_DH && chunk.factor->random) random_reduce(l, chunk, tile[0], sums + sums_size(r.d, r.k));
@@ -861,7 +832,7 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
     for (int i = t; i < sums_size(map.rows.d, map.rows.k); i += THREADS) map.sums[i] = 0;
     __syncthreads();
     for (int64_t j = 0; j < l.H; j += PART)
-        reduce_chunk<DEFAULTS>(map.rows, l.d + j, j, l.H - j < PART ? l.H - j : PART, tile, map.sums);
+        reduce_chunk<DEFAULTS>(map.rows, {l.d + j, OPLORA_F32}, j, l.H - j < PART ? l.H - j : PART, tile, map.sums);
 }
 
 /* AdamW on z, from l.change: adamw in csrc/core/kernels.h. */
@@ -887,8 +858,8 @@ template <bool DEFAULTS> __device__ void finish_hidden(const Layer &l, Tile &til
     for (int64_t i = t; i < l.Z; i += THREADS)
         l.change[i] = static_cast<float>(bound * (static_cast<double>(l.z_next[i]) - l.z[i]));
     for (int64_t j = 0; j < l.H; j += PART)
-        update_chunk<DEFAULTS>(map.rows, l.d + j, nullptr, j, l.H - j < PART ? l.H - j : PART, l.pre + j, l, nullptr, 0,
-                               nullptr);
+        update_chunk<DEFAULTS>(map.rows, {l.d + j, OPLORA_F32}, {l.pre + j, nullptr, nullptr, OPLORA_F32}, j,
+                               l.H - j < PART ? l.H - j : PART, l, nullptr, 0, nullptr);
     __syncthreads();
     for_w1_dots(l, l.change, tile, [&](int64_t j, double sum) { l.pre[j] += static_cast<float>(sum); });
     for (int64_t i = t; i < l.Z; i += THREADS) l.z[i] = l.z_next[i];
@@ -919,7 +890,7 @@ __device__ void add_parts(const Layer &l) {
 /* A measurement ends here, with dh and the hidden path's norm. */
 __global__ void __launch_bounds__(THREADS) finish_measure_kernel(Table t) {
     SHARED_ARRAY(Small, small, 1);
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     add_parts(l);
     find_dh(l);
@@ -929,7 +900,10 @@ __global__ void __launch_bounds__(THREADS) finish_measure_kernel(Table t) {
 template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 1) solve_kernel(Table t, int wants) {
     SHARED_ARRAY(Small, small, 1);
     SHARED_ARRAY(Tile, tile, 1);
-    if (*t.nonfinite) return;
+    if (t.refused()) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) t.verdict->refused++;
+        return;
+    }
     const Layer &l = t.layers[blockIdx.x];
     add_parts(l);
     if (wants & WANTS_DH) find_dh(l);
@@ -954,16 +928,16 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 1) solve_ker
 /* ---- update ---- */
 
 template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) update_kernel(Table t) {
-    if (*t.nonfinite) return;
+    if (t.refused()) return;
     const int64_t index = blockIdx.x;
     const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, index)];
     const int64_t part = index - l.first_part;
     for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
         const Chunk chunk = chunk_at(t, l, c);
-        const oplora_factor_f32 &f = *chunk.factor;
+        const Factor &f = *chunk.factor;
         const oplora_stream s = w2_stream(l, chunk.range);
-        update_chunk<DEFAULTS>(l.outer.rows, f.g + chunk.entry, f.base ? f.base + chunk.entry : nullptr, chunk.row,
-                               chunk.rows, f.out + chunk.entry, l, &s, chunk.entry, f.random ? l.change : nullptr);
+        update_chunk<DEFAULTS>(l.outer.rows, gradient_of(f, chunk.entry), output_of(f, chunk.entry), chunk.row,
+                               chunk.rows, l, &s, chunk.entry, f.random ? l.change : nullptr);
     }
 }
 
@@ -991,6 +965,7 @@ __global__ void __launch_bounds__(THREADS) start_rows_kernel(Table t) {
     for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const oplora_stream s = w2_stream(l, chunk.range);
+        const Output o = output_of(*chunk.factor, chunk.entry);
         for (int sub = 0; sub < BLOCK / SUB; sub++) {
             float value[ROWS] = {};
             const int64_t begin = group() * BLOCK + sub * SUB;
@@ -999,7 +974,7 @@ __global__ void __launch_bounds__(THREADS) start_rows_kernel(Table t) {
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = begin + i * LANES + lane();
-                if (at < chunk.rows) chunk.factor->out[chunk.entry + at] = value[i];
+                if (at < chunk.rows) put(o, at, value[i]);
             }
         }
     }
@@ -1089,43 +1064,12 @@ Layer plan_layer(const oplora_lean_f32 &l, arena *a) {
     return layer;
 }
 
-/* Where in the table what lies. */
-struct Sections {
-    int64_t factors, first_part, first_chunk, bytes, n_factors;
-};
-Sections sections_of(const oplora_lean_f32 *layers, int64_t n_layers) {
-    Sections s = {};
-    arena a = {nullptr, 0};
-    for (int64_t i = 0; i < n_layers; i++) s.n_factors += layers[i].n_factors;
-    take(&a, n_layers, sizeof(Layer));
-    s.factors = a.used;
-    take(&a, s.n_factors, sizeof(oplora_factor_f32));
-    s.first_part = a.used;
-    take(&a, n_layers + 1, sizeof(int64_t));
-    s.first_chunk = a.used;
-    take(&a, n_layers + 1, sizeof(int64_t));
-    s.bytes = a.used;
-    return s;
-}
-
-Table table_of(const oplora_cuda_lean_plan *plan, const void *table) {
-    const char *const at = static_cast<const char *>(table);
-    return {reinterpret_cast<const Layer *>(at),
-            reinterpret_cast<const oplora_factor_f32 *>(at + plan->factors),
-            reinterpret_cast<const int64_t *>(at + plan->first_part),
-            reinterpret_cast<const int64_t *>(at + plan->first_chunk),
-            plan->n_layers,
-            static_cast<int *>(plan->workspace)};
-}
-
-unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
-
 /* What measurements and steps begin with. */
-cudaError_t first_passes(const oplora_cuda_lean_plan *plan, const Table &t, int measured, int wants,
+cudaError_t first_passes(const oplora_cuda_plan *plan, const Table &t, int measured, const int *veto, int wants,
                          cudaStream_t stream) {
     const unsigned layers = count_of(plan->n_layers), parts = count_of(plan->n_parts);
     const unsigned squares = count_of((plan->n_chunks + SQUARE_CHUNKS - 1) / SQUARE_CHUNKS);
-    CUDA_FORWARD(cudaMemsetAsync(t.nonfinite, 0, sizeof *t.nonfinite, stream));
+    CUDA_FORWARD(begin_verdict(plan, veto, stream));
     if (!measured) CUDA_FORWARD(cuda_launch(squares_kernel, squares, SQUARE_LANES * SQUARE_CHUNKS, 0, stream, t));
     CUDA_FORWARD(cuda_launch(collect_kernel, layers, COLLECT_THREADS, 0, stream, t, measured));
     CUDA_FORWARD(cuda_launch(begin_kernel, layers, THREADS, 0, stream, t, wants));
@@ -1137,31 +1081,28 @@ cudaError_t first_passes(const oplora_cuda_lean_plan *plan, const Table &t, int 
 
 int64_t oplora_cuda_lean_table_bytes(const oplora_lean_f32 *layers, int64_t n_layers) {
     if (oplora_lean_workspace_bytes_f32(layers, n_layers) < 0) return -1;
-    return sections_of(layers, n_layers).bytes;
+    return Sections<Layer>(layers, n_layers, nullptr).memory.used;
 }
 
 int64_t oplora_cuda_lean_workspace_bytes(const oplora_lean_f32 *layers, int64_t n_layers) {
     if (oplora_lean_workspace_bytes_f32(layers, n_layers) < 0) return -1;
     arena a = {nullptr, 0};
-    take(&a, 1, sizeof(int));
+    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
     return a.used;
 }
 
-oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers, oplora_adamw *adamw,
-                                           void *workspace, void *table, oplora_cuda_lean_plan *plan) {
+oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers, oplora_adamw *const *adamw,
+                                           const oplora_cuda_half *halves, void *workspace, void *table,
+                                           oplora_cuda_plan *plan) {
     if (!plan || (n_layers > 0 && (!layers || !adamw || !workspace || !table))) return OPLORA_ENULL;
     if (oplora_lean_workspace_bytes_f32(layers, n_layers) < 0) return OPLORA_ESIZE;
-    const Sections sections = sections_of(layers, n_layers);
-    char *const at = static_cast<char *>(table);
-    auto *const to = reinterpret_cast<Layer *>(at);
-    auto *const factors = reinterpret_cast<oplora_factor_f32 *>(at + sections.factors);
-    auto *const first_part = reinterpret_cast<int64_t *>(at + sections.first_part);
-    auto *const first_chunk = reinterpret_cast<int64_t *>(at + sections.first_chunk);
-    int64_t part = 0, chunk = 0, factor = 0;
+    const Sections<Layer> to(layers, n_layers, table);
+    int64_t part = 0, chunk = 0;
     int only_defaults = 1;
+    Factor *factor = to.factors;
     arena a = {static_cast<char *>(workspace), 0};
-    take(&a, 1, sizeof(int));
+    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) {
         const oplora_lean_f32 &l = layers[i];
         if (!l.numbers || !l.moments || !l.scalars || !l.report) return OPLORA_ENULL;
@@ -1170,47 +1111,48 @@ oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_
         layer.H = l.H, layer.Z = l.Z, layer.N = l.N;
         layer.seed = l.seed, layer.layer = l.layer, layer.start = l.start;
         layer.report = l.report;
-        layer.adamw = adamw + i;
+        layer.adamw = adamw[i];
         layer.bound = oplora_start_bound(l.start, l.H);
         layer.w1_bound = oplora_start_bound(OPLORA_UNIFORM, l.Z);
-        layer.first_factor = factor, layer.n_factors = l.n_factors;
-        layer.first_part = first_part[i] = part;
-        layer.first_chunk = first_chunk[i] = chunk;
-        for (int64_t f = 0; f < l.n_factors; f++) factors[factor++] = l.factors[f];
+        layer.first_factor = factor - to.factors, layer.n_factors = l.n_factors;
+        layer.first_part = to.first_part[i] = part;
+        layer.first_chunk = to.first_chunk[i] = chunk;
+        factor = plan_factors(l.factors, l.n_factors, halves ? halves + layer.first_factor : nullptr, factor);
         part += layer.parts;
         chunk += layer.chunks;
         only_defaults &= l.weight_rank == 2 && l.moment_rank == 1;
-        memcpy(&to[i], &layer, sizeof layer);
+        memcpy(&to.layers[i], &layer, sizeof layer);
     }
-    first_part[n_layers] = part;
-    first_chunk[n_layers] = chunk;
-    *plan = {n_layers,  part,         chunk, sections.factors, sections.first_part, sections.first_chunk,
+    to.first_part[n_layers] = part;
+    to.first_chunk[n_layers] = chunk;
+    *plan = {n_layers,  part,         chunk, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
              workspace, only_defaults};
     return part > INT32_MAX || chunk > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-int oplora_cuda_lean_start(const oplora_cuda_lean_plan *plan, const void *table, double latent_std, void *stream) {
-    const Table t = table_of(plan, table);
+int oplora_cuda_lean_start(const oplora_cuda_plan *plan, const void *table, double latent_std, void *stream) {
+    const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(cuda_launch(start_kernel, count_of(plan->n_layers), THREADS, 0, on, t, latent_std));
     return cuda_launch(start_rows_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
 }
 
-int oplora_cuda_lean_measure(const oplora_cuda_lean_plan *plan, const void *table, void *stream) {
-    const Table t = table_of(plan, table);
+int oplora_cuda_lean_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {
+    const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(first_passes(plan, t, 0, WANTS_DH, on));
+    CUDA_FORWARD(first_passes(plan, t, 0, nullptr, WANTS_DH, on));
     return cuda_launch(finish_measure_kernel, count_of(plan->n_layers), THREADS, 0, on, t);
 }
 
-int oplora_cuda_lean_step(const oplora_cuda_lean_plan *plan, const void *table, int measured, void *stream) {
-    const Table t = table_of(plan, table);
+int oplora_cuda_lean_step(const oplora_cuda_plan *plan, const void *table, int measured, const int *veto,
+                          void *stream) {
+    const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     const int wants = measured ? WANTS_GRAM : WANTS_GRAM | WANTS_DH;
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(first_passes(plan, t, measured, wants, on));
+    CUDA_FORWARD(first_passes(plan, t, measured, veto, wants, on));
     CUDA_FORWARD(cuda_launch(plan->only_defaults ? solve_kernel<true> : solve_kernel<false>, count_of(plan->n_layers),
                              THREADS, 0, on, t, wants));
     return cuda_launch(plan->only_defaults ? update_kernel<true> : update_kernel<false>, count_of(plan->n_parts),

@@ -11,6 +11,8 @@
 
 #ifdef __CUDACC__
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define SHARED_ARRAY(type, name, count) __shared__ type name[count]

@@ -4,13 +4,13 @@
  * All passes over W2 are memory-bound: it is read once, columns of units that are off not at all. */
 #include "generate.h"
 
-#include "device.h"
+#include "hidden.cuh"
 
 #include <initializer_list>
 
 namespace {
 
-constexpr int THREADS = 256, HIDDEN_LANES = 8; /* dot_double's lanes */
+constexpr int THREADS = 256;
 constexpr int64_t CHUNK = 16384, BLOCK = 2048; /* of W2's columns, as in the core */
 constexpr int BLOCKS = CHUNK / BLOCK;
 constexpr int ROW_CHUNK = 256, ROW_WIDTH = 32, ROW_LANES = 8; /* of a row-major W2 */
@@ -19,22 +19,11 @@ template <class T> __host__ __device__ constexpr int lanes_of() { return 64 / st
 
 unsigned blocks_for(int64_t work, int64_t each) { return static_cast<unsigned>((work + each - 1) / each); }
 
-/* h = ReLU(W1 z + c1): eight threads a unit, every product and sum in double. */
 template <class T>
 __global__ void __launch_bounds__(THREADS) hidden_kernel(const T *__restrict__ z, const T *__restrict__ W1,
                                                          const T *__restrict__ c1, int64_t H, int64_t Z, T *h) {
     SHARED_ARRAY(double, lanes, THREADS);
-    const int t = static_cast<int>(threadIdx.x), l = t % HIDDEN_LANES;
-    const int64_t j = static_cast<int64_t>(blockIdx.x) * (THREADS / HIDDEN_LANES) + t / HIDDEN_LANES;
-    double sum = 0;
-    for (int64_t i = l; i < Z && j < H; i += HIDDEN_LANES) sum += static_cast<double>(W1[j * Z + i]) * z[i];
-    lanes[t] = sum;
-    __syncthreads();
-    if (l != 0 || j >= H) return;
-    sum = 0;
-    for (int k = 0; k < HIDDEN_LANES; k++) sum += lanes[t + k];
-    const T pre = static_cast<T>(sum + c1[j]);
-    h[j] = pre > 0 ? pre : 0;
+    find_units<THREADS>(z, W1, c1, H, Z, static_cast<int64_t>(blockIdx.x) * (THREADS / HIDDEN_LANES), lanes, h);
 }
 
 /* v = W2 h + c2 for W2 as columns: COUNT neighbouring entries a thread, added in the order of columns. */

@@ -7,7 +7,7 @@
 #define OPLORA_CUDA_GENERATE_H
 
 #include "../core/oplora_core.h"
-#include "export.h"
+#include "plan.h"
 
 #ifdef __cplusplus
 extern "C" {

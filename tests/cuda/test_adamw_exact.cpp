@@ -2,6 +2,7 @@
 // and step counts are the same. Runs on the CPU, as test_adamw_lean.cpp; argv[1] names the build.
 #include "adamw_exact.h"
 #include "cuda_on_cpu.h"
+#include "halves.h"
 
 #include <cmath>
 #include <cstdio>
@@ -31,7 +32,8 @@ struct Shape {
     std::string name;
     int64_t H, Z;
     std::vector<FactorShape> factors;
-    int layers = 1, offset = 0; // offset: numbers by which every array is shifted, to spoil its alignment
+    int layers = 1, offset = 0;      // offset: numbers by which every array is shifted, to spoil its alignment
+    oplora_dtype dtype = OPLORA_F32; // of the model's factors
 };
 
 size_t count(int64_t n) { return static_cast<size_t>(n); }
@@ -115,18 +117,24 @@ struct Pair {
     Shape shape;
     Side core, device;
     std::vector<char> scratch, table, workspace;
-    oplora_cuda_exact_plan plan;
+    oplora_cuda_plan plan;
+    Halves halves;
+    std::vector<oplora_adamw *> adamw;
     std::mt19937 random{7};
 
-    explicit Pair(const Shape &s) : shape(s), core(s), device(s) {
+    explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
+        for (auto &a : device.adamw) adamw.push_back(&a);
+        if (halves.used())
+            for (auto &f : device.factors) f.g = nullptr, f.out = nullptr;
         const auto n = static_cast<int64_t>(core.layers.size());
         scratch.resize(count(oplora_exact_workspace_bytes_f32(core.layers.data(), n)) + 64);
         // what a device hands out holds anything
         workspace.assign(count(oplora_cuda_exact_workspace_bytes(device.layers.data(), n)) + 64, '\x7f');
         table.resize(count(oplora_cuda_exact_table_bytes(device.layers.data(), n)) + 64);
-        check(oplora_cuda_exact_plan_layers(device.layers.data(), n, device.adamw.data(), aligned(workspace),
-                                            aligned(table), &plan) == OPLORA_OK,
+        check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(),
+                                            aligned(workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
+        verdict_of(plan).refused = 0;
     }
 
     static void *aligned(std::vector<char> &memory) {
@@ -135,7 +143,9 @@ struct Pair {
 
     void compare(const char *what) {
         std::string where;
+        if (halves.used()) device.out = core.out; // which the device did not get
         check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
+        check(halves.holds(core.out), shape.name + ": " + what + ": rounded factors");
     }
 
     void gradients(float scale) {
@@ -143,6 +153,7 @@ struct Pair {
         for (size_t f = 0; f < core.gradients.size(); f++)
             for (size_t i = 0; i < core.gradients[f].size(); i++)
                 core.gradients[f][i] = device.gradients[f][i] = normal(random);
+        halves.round(core.gradients);
     }
 
     void generate() {
@@ -163,7 +174,7 @@ struct Pair {
         const oplora_status status =
             oplora_exact_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
-        check(oplora_cuda_exact_step(&plan, aligned(table), measured, nullptr) == cudaSuccess,
+        check(oplora_cuda_exact_step(&plan, aligned(table), measured, nullptr, nullptr) == cudaSuccess,
               shape.name + ": step runs");
         compare(measured ? "measured step" : "step");
     }
@@ -206,6 +217,7 @@ void steps(const Shape &shape, int n) {
         for (auto &gradient : side->gradients)
             for (auto &g : gradient) g *= 0.5f;
     }
+    pair.halves.round(pair.core.gradients);
     pair.step(1);
     pair.each_layer([](oplora_exact_f32 &l) {
         for (int64_t j = 0; j < l.H; j++) c1_of(l)[j] = -2;
@@ -220,6 +232,7 @@ void nonfinite_changes_nothing(const Shape &shape) {
         pair.gradients(1.f);
         pair.step();
         pair.core.gradients.back().back() = pair.device.gradients.back().back() = bad;
+        pair.halves.round(pair.core.gradients);
         const Side before = pair.device;
         pair.step();
         check(pair.device.layers.back().report[1] == 1, shape.name + ": counted");
@@ -229,15 +242,23 @@ void nonfinite_changes_nothing(const Shape &shape) {
         pair.measure();
         pair.gradients(1.f);
         pair.step();
+        const Side good = pair.device;
+        const int veto = 1;
+        check(oplora_cuda_exact_step(&pair.plan, Pair::aligned(pair.table), 0, &veto, nullptr) == cudaSuccess,
+              shape.name + ": a vetoed step runs");
+        check(good.parameters == pair.device.parameters && good.out == pair.device.out &&
+                  good.adamw[0].step == pair.device.adamw[0].step && verdict_of(pair.plan).nonfinite == 1,
+              shape.name + ": a vetoed step changes nothing");
+        check(verdict_of(pair.plan).refused == 2, shape.name + ": refused steps are counted");
     }
 }
 
 void refuses(const char *what, oplora_status expected, const std::vector<oplora_exact_f32> &layers) {
-    oplora_cuda_exact_plan plan;
+    oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
-    oplora_adamw adamw = {};
-    check(oplora_cuda_exact_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, memory.data(),
-                                        memory.data(), &plan) == expected,
+    oplora_adamw numbers = {}, *adamw = &numbers;
+    check(oplora_cuda_exact_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr,
+                                        memory.data(), memory.data(), &plan) == expected,
           what);
 }
 
@@ -251,6 +272,8 @@ void run(bool slow) {
         {"a factor that begins inside a vector", 32, 9, F{{62, false}, {66, false}}},
         {"tasks end inside", 5, 20, F{{2047, false}, {2049, true}}},
         {"wide", 768, 5, F{{24, false}, {16, false}}},
+        {"bfloat16", 30, 128, F{{64, false}, {36, true}}, 1, 0, OPLORA_BF16},
+        {"float16, tasks end inside", 5, 20, F{{2047, false}, {2049, true}}, 1, 0, OPLORA_F16},
         {"many layers", 4, 5, F{{8, false}, {4, false}}, slow ? 40 : 300},
     };
     for (const auto &shape : shapes) steps(shape, slow ? 1 : 3);
@@ -259,7 +282,8 @@ void run(bool slow) {
         steps({"many tasks in vectors", 9, 6, F{{30000, false}, {4100, false}}}, 2);
     }
     nonfinite_changes_nothing(shapes[2]);
-    nonfinite_changes_nothing(shapes[7]);
+    nonfinite_changes_nothing(shapes[7]); // bfloat16
+    nonfinite_changes_nothing(shapes.back());
 }
 
 } // namespace

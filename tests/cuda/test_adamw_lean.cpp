@@ -3,6 +3,7 @@
 // cuda_on_cpu/README.md describes; argv[1] names the build.
 #include "adamw_lean.h"
 #include "cuda_on_cpu.h"
+#include "halves.h"
 
 #include <cmath>
 #include <cstdio>
@@ -34,6 +35,7 @@ struct Shape {
     oplora_start_kind start;
     std::vector<FactorShape> factors;
     int layers = 1;
+    oplora_dtype dtype = OPLORA_F32; // of the model's factors
 };
 
 // One side's memory: everything a step reads or writes.
@@ -113,19 +115,25 @@ struct Pair {
     Shape shape;
     Side core, device;
     std::vector<char> scratch, table;
-    oplora_cuda_lean_plan plan;
+    oplora_cuda_plan plan;
+    Halves halves;
+    std::vector<oplora_adamw *> adamw;
     std::mt19937 random{7};
 
-    explicit Pair(const Shape &s) : shape(s), core(s), device(s) {
+    explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
+        for (auto &a : device.adamw) adamw.push_back(&a);
+        if (halves.used())
+            for (auto &f : device.factors) f.g = nullptr;
         const auto n = static_cast<int64_t>(core.layers.size());
         scratch.resize(static_cast<size_t>(oplora_lean_workspace_bytes_f32(core.layers.data(), n)) + 64);
         // what a device hands out holds anything
         device.workspace.assign(static_cast<size_t>(oplora_cuda_lean_workspace_bytes(device.layers.data(), n)) + 64,
                                 '\x7f');
         table.resize(static_cast<size_t>(oplora_cuda_lean_table_bytes(device.layers.data(), n)) + 64);
-        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, device.adamw.data(), aligned(device.workspace),
-                                           aligned(table), &plan) == OPLORA_OK,
+        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(),
+                                           aligned(device.workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
+        verdict_of(plan).refused = 0;
     }
 
     static void *aligned(std::vector<char> &memory) {
@@ -135,6 +143,7 @@ struct Pair {
     void compare(const char *what) {
         std::string where;
         check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
+        check(halves.holds(core.out), shape.name + ": " + what + ": rounded factors");
     }
 
     void start() {
@@ -149,13 +158,14 @@ struct Pair {
             for (auto &g : core.gradients[f]) g = normal(random);
             device.gradients[f] = core.gradients[f];
         }
+        halves.round(core.gradients);
         rebind();
     }
 
     // vectors were assigned, not moved: the addresses stay, which this makes sure of
     void rebind() {
         for (size_t f = 0; f < device.gradients.size(); f++)
-            check(device.factors[f].g == device.gradients[f].data(), shape.name + ": addresses stay");
+            check(halves.used() || device.factors[f].g == device.gradients[f].data(), shape.name + ": addresses stay");
     }
 
     void measure() {
@@ -171,7 +181,7 @@ struct Pair {
         const oplora_status status =
             oplora_lean_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
-        check(oplora_cuda_lean_step(&plan, aligned(table), measured, nullptr) == cudaSuccess,
+        check(oplora_cuda_lean_step(&plan, aligned(table), measured, nullptr, nullptr) == cudaSuccess,
               shape.name + ": step runs");
         compare(measured ? "measured step" : "step");
     }
@@ -198,6 +208,7 @@ void steps(const Shape &shape, int count) {
         for (auto &gradient : side->gradients)
             for (auto &g : gradient) g *= 0.5f;
     }
+    pair.halves.round(pair.core.gradients);
     pair.step(1);
 }
 
@@ -237,6 +248,7 @@ void nonfinite_changes_nothing(const Shape &shape) {
         pair.gradients(1.f);
         pair.step();
         pair.core.gradients.back().back() = pair.device.gradients.back().back() = bad;
+        pair.halves.round(pair.core.gradients);
         const Side before = pair.device;
         pair.step();
         check(pair.device.report[pair.device.report.size() - OPLORA_LEAN_REPORT + 1] == 1, shape.name + ": counted");
@@ -246,15 +258,23 @@ void nonfinite_changes_nothing(const Shape &shape) {
         pair.measure();
         pair.gradients(1.f);
         pair.step();
+        const Side good = pair.device;
+        const int veto = 1;
+        check(oplora_cuda_lean_step(&pair.plan, Pair::aligned(pair.table), 0, &veto, nullptr) == cudaSuccess,
+              shape.name + ": a vetoed step runs");
+        check(good.numbers == pair.device.numbers && good.out == pair.device.out &&
+                  good.adamw[0].step == pair.device.adamw[0].step && verdict_of(pair.plan).nonfinite == 1,
+              shape.name + ": a vetoed step changes nothing");
+        check(verdict_of(pair.plan).refused == 2, shape.name + ": refused steps are counted");
     }
 }
 
 void refuses(const char *what, oplora_status expected, const std::vector<oplora_lean_f32> &layers) {
-    oplora_cuda_lean_plan plan;
+    oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
-    oplora_adamw adamw = {};
-    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, memory.data(),
-                                       memory.data(), &plan) == expected,
+    oplora_adamw numbers = {}, *adamw = &numbers;
+    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr,
+                                       memory.data(), memory.data(), &plan) == expected,
           what);
 }
 
@@ -271,6 +291,8 @@ void run(bool slow) {
         {"ranks 1 and 1", 8, 9, 1, 1, S, F{{100, true, false}, {60, false, false}}},
         {"ranks 4 and 2", 30, 20, 4, 2, U, F{{190, true, false}, {60, false, true}}},
         {"ranks 8 and 8", 12, 17, 8, 8, S, F{{90, true, false}, {33, false, false}}},
+        {"bfloat16", 30, 128, 2, 1, S, F{{127, true, false}, {129, false, true}}, 1, OPLORA_BF16},
+        {"float16, other ranks", 30, 20, 4, 2, U, F{{190, true, false}, {60, false, true}}, 1, OPLORA_F16},
         {"wide", 768, 5, 2, 1, S, F{{40, true, false}, {25, false, false}}},
         {"many layers", 4, 5, 2, 1, S, F{{9, true, false}, {6, false, false}}, slow ? 40 : 300},
     };
@@ -287,7 +309,8 @@ void run(bool slow) {
     units_die_and_return(shapes[1]);
     units_die_and_return(shapes[7]);
     nonfinite_changes_nothing(shapes[2]);
-    nonfinite_changes_nothing(shapes[10]);
+    nonfinite_changes_nothing(shapes[8]); // float16
+    nonfinite_changes_nothing(shapes.back());
 }
 
 } // namespace

@@ -240,3 +240,25 @@ inline __nv_bfloat16 __float2bfloat16(float f) { return __float2bfloat16_rn(f); 
 inline float __bfloat162float(__nv_bfloat16 b) { return __uint_as_float(static_cast<unsigned>(b.bits) << 16); }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short u) { return {u}; }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 b) { return b.bits; }
+
+// ---- float16, the same ----
+struct __half {
+    unsigned short bits;
+};
+inline float __half2float(__half h) {
+    const unsigned sign = (h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31u, fraction = h.bits & 0x3ffu;
+    if (exponent == 0) // subnormal: a multiple of 2^-24, which float holds as a normal number
+        return __uint_as_float(__float_as_uint(static_cast<float>(fraction) * 0x1p-24f) | sign);
+    return __uint_as_float(sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | fraction << 13);
+}
+inline __half __float2half_rn(float f) { // to nearest, ties to even; every NaN becomes 0x7fff
+    const unsigned u = __float_as_uint(f), sign = u >> 16 & 0x8000u, size = u & 0x7fffffffu;
+    if (size > 0x7f800000u) return {0x7fff};
+    if (size >= 0x477ff000u) return {static_cast<unsigned short>(sign | 0x7c00u)}; // 65520 and more
+    if (size < 0x38800000u) // subnormal: nearbyint rounds to even
+        return {static_cast<unsigned short>(
+            sign | static_cast<unsigned>(std::nearbyint(static_cast<double>(__uint_as_float(size)) * 0x1p24)))};
+    return {static_cast<unsigned short>(sign | ((size + 0xfffu + (size >> 13 & 1u) - (112u << 23)) >> 13))};
+}
+inline __half __ushort_as_half(unsigned short u) { return {u}; }
+inline unsigned short __half_as_ushort(__half h) { return h.bits; }

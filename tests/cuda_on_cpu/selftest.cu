@@ -121,6 +121,23 @@ static void catches(const char *what, const char *words, void (*kernel)(T), T ar
     cudaGetLastError();
 }
 
+// All finite float16 numbers, of both signs: there and back, and to even half-way between neighbours.
+static bool float16_rounds() {
+    bool good = true;
+    const auto back = [](double x) { return __half_as_ushort(__float2half_rn(static_cast<float>(x))); };
+    for (unsigned bits = 0; bits < 0x7c00; bits++)
+        for (const unsigned sign : {0u, 0x8000u}) {
+            const double now = __half2float({static_cast<unsigned short>(bits | sign)});
+            const double next = bits + 1 < 0x7c00 ? __half2float({static_cast<unsigned short>((bits + 1) | sign)})
+                                                  : (sign ? -65536. : 65536.);
+            const double half_way = (now + next) / 2, close = now + (next - now) * 0.499;
+            good = good && back(now) == (bits | sign) && back(half_way) == ((bits + bits % 2) | sign) &&
+                   back(close) == (bits | sign);
+        }
+    return good && back(1e30) == 0x7c00 && back(-1e30) == 0xfc00 && back(1.0) == 0x3c00 && back(0x1p-24) == 1 &&
+           back(0x1p-26) == 0 && __half2float({0x7c00}) > 1e38f && back(std::nan("")) == 0x7fff;
+}
+
 int main() {
     using cuda_on_cpu::Order;
     std::vector<int> flags(1024);
@@ -159,6 +176,7 @@ int main() {
         catches("two blocks write one place", "another block", blocks_collide, out.data(), 2);
         catches("plain access against an atomic", "atomic", plain_against_atomic, &n, 2);
     }
+    check(float16_rounds(), "float16 rounds to nearest, ties to even");
     printf("%d passed, %d failed\n", checks - failures, failures);
     return failures != 0;
 }

@@ -1,0 +1,176 @@
+/* model: what the steps of all states share on the device: the table of a model's layers, its factors in whatever
+ * precision the model keeps them, and the verdict on its gradients. */
+#ifndef OPLORA_MODEL_CUH
+#define OPLORA_MODEL_CUH
+
+#include "../core/workspace.h"
+#include "device.h"
+#include "plan.h"
+
+#include <string.h>
+
+/* One factor tensor. g is of `dtype`; where that is no OPLORA_F32, `rounded` takes the factor. */
+struct Factor {
+    int64_t rows;
+    const void *g;
+    const float *base;
+    float *out;
+    uint16_t *rounded;
+    oplora_dtype dtype;
+    int random;
+};
+
+/* The table as kernels see it. Layer is the state's own. */
+template <class Layer> struct Model {
+    const Layer *layers;
+    const Factor *factors;
+    const int64_t *first_part, *first_chunk; /* of every layer, and behind the last */
+    int64_t n_layers;
+    oplora_cuda_verdict *verdict;
+
+    __device__ bool refused() const { return verdict->nonfinite != 0; }
+};
+
+/* Which of the n layers an index that counts over all of them belongs to. */
+static __device__ __forceinline__ int64_t layer_of(const int64_t *first, int64_t n, int64_t index) {
+    int64_t low = 0, high = n;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (first[middle] <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* ---- bfloat16 and float16: gradients are cast up, factors rounded to nearest even ---- */
+
+static __device__ __forceinline__ float from_half(uint16_t bits, oplora_dtype dtype) {
+    return dtype == OPLORA_BF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                                : __half2float(__ushort_as_half(bits));
+}
+static __device__ __forceinline__ uint16_t to_half(float x, oplora_dtype dtype) {
+    return dtype == OPLORA_BF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
+}
+
+/* A gradient, or a piece of it. */
+struct Gradient {
+    const void *at;
+    oplora_dtype dtype;
+
+    __device__ float operator[](int64_t i) const {
+        if (dtype == OPLORA_F32) return static_cast<const float *>(at)[i];
+        return from_half(static_cast<const uint16_t *>(at)[i], dtype);
+    }
+
+    /* x[k] = entry first + k stride, 0 from n on; the loads are under way together */
+    template <int COUNT> __device__ void load(int64_t first, int64_t stride, int64_t n, float (&x)[COUNT]) const {
+        if (dtype == OPLORA_F32) {
+#pragma unroll
+            for (int k = 0; k < COUNT; k++)
+                x[k] = first + k * stride < n ? static_cast<const float *>(at)[first + k * stride] : 0.f;
+            return;
+        }
+        uint16_t bits[COUNT];
+#pragma unroll
+        for (int k = 0; k < COUNT; k++)
+            bits[k] = first + k * stride < n ? static_cast<const uint16_t *>(at)[first + k * stride] : uint16_t{0};
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) x[k] = from_half(bits[k], dtype);
+    }
+};
+static __device__ __forceinline__ Gradient gradient_of(const Factor &f, int64_t entry) {
+    const int64_t bytes = entry * (f.dtype == OPLORA_F32 ? 4 : 2);
+    return {static_cast<const char *>(f.g) + bytes, f.dtype};
+}
+
+/* ---- ||g||^2 ---- */
+
+constexpr int SQUARE_LANES = 8; /* of dot_double */
+
+/* to[0], to[1] = ||g||^2 in the core's eight lanes, and how many of the n entries are not finite. SQUARE_LANES threads a
+ * gradient; all threads of a block call it, those without a gradient with to = NULL. lanes, bad: as many as threads. */
+static __device__ __forceinline__ void find_squares(const Gradient &g, int64_t n, double *to, double *lanes, int *bad) {
+    const int t = static_cast<int>(threadIdx.x), l = t % SQUARE_LANES;
+    double sum = 0;
+    int count = 0;
+    constexpr int BATCH = 8;
+    for (int64_t i = l; to && i < n; i += BATCH * SQUARE_LANES) {
+        float x[BATCH];
+        g.load(i, SQUARE_LANES, n, x);
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            sum += static_cast<double>(x[k]) * x[k];
+            count += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
+        }
+    }
+    lanes[t] = sum;
+    bad[t] = count;
+    __syncthreads();
+    if (l != 0 || !to) return;
+    sum = 0;
+    count = 0;
+    for (int k = 0; k < SQUARE_LANES; k++) {
+        sum += lanes[t + k];
+        count += bad[t + k];
+    }
+    to[0] = sum;
+    to[1] = count;
+}
+
+/* ---- the plan, on the host ---- */
+
+/* Where in the table what lies; with memory NULL it only counts. */
+template <class Layer> struct Sections {
+    arena memory;
+    Layer *layers;
+    Factor *factors;
+    int64_t *first_part, *first_chunk;
+
+    template <class CoreLayer> Sections(const CoreLayer *from, int64_t n_layers, void *table) {
+        int64_t n_factors = 0;
+        for (int64_t i = 0; i < n_layers; i++) n_factors += from[i].n_factors;
+        memory = {static_cast<char *>(table), 0};
+        layers = static_cast<Layer *>(take(&memory, n_layers, sizeof(Layer)));
+        factors = static_cast<Factor *>(take(&memory, n_factors, sizeof(Factor)));
+        first_part = static_cast<int64_t *>(take(&memory, n_layers + 1, sizeof(int64_t)));
+        first_chunk = static_cast<int64_t *>(take(&memory, n_layers + 1, sizeof(int64_t)));
+    }
+
+    int64_t offset(const void *piece) const { return static_cast<const char *>(piece) - memory.memory; }
+};
+
+/* Copies a layer's factors; returns behind the last. */
+static inline Factor *plan_factors(const oplora_factor_f32 *from, int64_t n, const oplora_cuda_half *halves,
+                                   Factor *to) {
+    for (int64_t i = 0; i < n; i++, to++) {
+        *to = {from[i].rows, from[i].g, from[i].base, from[i].out, nullptr, OPLORA_F32, from[i].random};
+        if (!halves || (halves[i].dtype != OPLORA_BF16 && halves[i].dtype != OPLORA_F16)) continue;
+        to->g = halves[i].g;
+        to->rounded = halves[i].out;
+        to->dtype = halves[i].dtype;
+    }
+    return to;
+}
+
+template <class Layer> Model<Layer> model_of(const oplora_cuda_plan *plan, const void *table) {
+    const char *const at = static_cast<const char *>(table);
+    return {reinterpret_cast<const Layer *>(at),
+            reinterpret_cast<const Factor *>(at + plan->factors),
+            reinterpret_cast<const int64_t *>(at + plan->first_part),
+            reinterpret_cast<const int64_t *>(at + plan->first_chunk),
+            plan->n_layers,
+            static_cast<oplora_cuda_verdict *>(plan->workspace)};
+}
+
+static inline unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
+
+/* The verdict of a step begins with what is known from elsewhere. */
+static inline cudaError_t begin_verdict(const oplora_cuda_plan *plan, const int *veto, cudaStream_t stream) {
+    int *const nonfinite = &static_cast<oplora_cuda_verdict *>(plan->workspace)->nonfinite;
+    if (veto) return cudaMemcpyAsync(nonfinite, veto, sizeof *veto, cudaMemcpyDeviceToDevice, stream);
+    return cudaMemsetAsync(nonfinite, 0, sizeof *nonfinite, stream);
+}
+
+#endif
