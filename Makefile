@@ -126,6 +126,16 @@ build/cuda/core/%.o: csrc/core/%.c $(wildcard csrc/core/*)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) -c $< -o $@
 
+# the kernels as a library that executes them on the CPU, with which pytest tests oplora.AdamW's way to a GPU
+build/cuda/liboplora_cuda_on_cpu.so: $(wildcard csrc/cuda/* csrc/core/*) tests/cuda/on_cpu.cpp \
+    $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
+	@mkdir -p $(@D)/on_cpu
+	for kernel in $(KERNELS); do \
+	    $(CXX) $(CUDA_CXX_FLAGS) -O2 -fPIC -x c++ -c csrc/cuda/$$kernel.cu -o $(@D)/on_cpu/$$kernel.cu.o || exit 1; done
+	for file in $(CORE); do $(CC) $(C_FLAGS) -fPIC -c $$file -o $(@D)/on_cpu/$$(basename $$file).o || exit 1; done
+	$(CXX) $(CUDA_CXX_FLAGS) -O2 -fPIC -shared tests/cuda/on_cpu.cpp tests/cuda_on_cpu/cuda_on_cpu.cpp $(@D)/on_cpu/*.o \
+	    -lm -ldl -o $@
+
 # every kernel in three builds and three orders of threads, against the C core
 test-cuda: $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%))
 	@for build in $(CUDA_BUILDS); do for test in selftest $(CUDA_TESTS); do \
@@ -148,7 +158,7 @@ build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh csr
 
 cuda: $(KERNELS:%=build/nvcc/%.fatbin)
 
-pytest: build
+pytest: build build/cuda/liboplora_cuda_on_cpu.so
 	$(BIN)/python -m pytest
 
 bench: build

@@ -138,9 +138,9 @@ setup(
         ),
         Library(
             "oplora.liboplora_torch",
-            ["csrc/torch/ops.cpp"],
+            ["csrc/torch/cuda_ops.cpp", "csrc/torch/ops.cpp"],
             depends=SOURCES,
-            libraries=["torch_cpu", "m"],
+            libraries=["torch_cpu", "dl", "m"],
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_MIN)),
                 ("TORCH_STABLE_ONLY", None),

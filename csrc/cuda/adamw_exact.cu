@@ -443,15 +443,15 @@ int64_t oplora_cuda_exact_table_bytes(const oplora_exact_f32 *layers, int64_t n_
 int64_t oplora_cuda_exact_workspace_bytes(const oplora_exact_f32 *layers, int64_t n_layers) {
     if (oplora_exact_workspace_bytes_f32(layers, n_layers) < 0) return -1;
     arena a = {nullptr, 0};
-    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
     return a.used;
 }
 
 oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers,
-                                            oplora_adamw *const *adamw, const oplora_cuda_half *halves, void *workspace,
-                                            void *table, oplora_cuda_plan *plan) {
-    if (!plan || (n_layers > 0 && (!layers || !adamw || !workspace || !table))) return OPLORA_ENULL;
+                                            oplora_adamw *const *adamw, const oplora_cuda_half *halves,
+                                            oplora_cuda_verdict *verdict, void *workspace, void *table,
+                                            oplora_cuda_plan *plan) {
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !verdict || !workspace || !table))) return OPLORA_ENULL;
     for (int64_t i = 0; i < n_layers; i++) {
         const oplora_exact_f32 &l = layers[i];
         if (!l.parameters || !l.exp_avg || !l.exp_avg_sq || !l.decay || !l.moving || !l.report) return OPLORA_ENULL;
@@ -461,7 +461,6 @@ oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int6
     int64_t task = 0;
     Factor *factor = to.factors;
     arena a = {static_cast<char *>(workspace), 0};
-    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) {
         Layer layer = plan_layer(layers[i], &a);
         layer.adamw = adamw[i];
@@ -473,8 +472,8 @@ oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int6
         memcpy(&to.layers[i], &layer, sizeof layer);
     }
     to.first_part[n_layers] = to.first_chunk[n_layers] = task;
-    *plan = {n_layers,  task, task, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
-             workspace, 0};
+    *plan = {n_layers, task, task, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
+             verdict,  0};
     return task > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 

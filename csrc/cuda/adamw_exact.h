@@ -16,7 +16,8 @@ OPLORA_CUDA_API int64_t oplora_cuda_exact_workspace_bytes(const oplora_exact_f32
  * factor of every layer in order. */
 OPLORA_CUDA_API oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers,
                                                             oplora_adamw *const *adamw, const oplora_cuda_half *halves,
-                                                            void *workspace, void *table, oplora_cuda_plan *plan);
+                                                            oplora_cuda_verdict *verdict, void *workspace, void *table,
+                                                            oplora_cuda_plan *plan);
 
 /* oplora_exact_measure, oplora_exact_step and oplora_exact_generate. */
 OPLORA_CUDA_API int oplora_cuda_exact_measure(const oplora_cuda_plan *plan, const void *table, void *stream);

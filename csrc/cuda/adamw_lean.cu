@@ -1087,22 +1087,20 @@ int64_t oplora_cuda_lean_table_bytes(const oplora_lean_f32 *layers, int64_t n_la
 int64_t oplora_cuda_lean_workspace_bytes(const oplora_lean_f32 *layers, int64_t n_layers) {
     if (oplora_lean_workspace_bytes_f32(layers, n_layers) < 0) return -1;
     arena a = {nullptr, 0};
-    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
     return a.used;
 }
 
 oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers, oplora_adamw *const *adamw,
-                                           const oplora_cuda_half *halves, void *workspace, void *table,
-                                           oplora_cuda_plan *plan) {
-    if (!plan || (n_layers > 0 && (!layers || !adamw || !workspace || !table))) return OPLORA_ENULL;
+                                           const oplora_cuda_half *halves, oplora_cuda_verdict *verdict,
+                                           void *workspace, void *table, oplora_cuda_plan *plan) {
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !verdict || !workspace || !table))) return OPLORA_ENULL;
     if (oplora_lean_workspace_bytes_f32(layers, n_layers) < 0) return OPLORA_ESIZE;
     const Sections<Layer> to(layers, n_layers, table);
     int64_t part = 0, chunk = 0;
     int only_defaults = 1;
     Factor *factor = to.factors;
     arena a = {static_cast<char *>(workspace), 0};
-    take(&a, 1, sizeof(oplora_cuda_verdict));
     for (int64_t i = 0; i < n_layers; i++) {
         const oplora_lean_f32 &l = layers[i];
         if (!l.numbers || !l.moments || !l.scalars || !l.report) return OPLORA_ENULL;
@@ -1125,8 +1123,8 @@ oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_
     }
     to.first_part[n_layers] = part;
     to.first_chunk[n_layers] = chunk;
-    *plan = {n_layers,  part,         chunk, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
-             workspace, only_defaults};
+    *plan = {n_layers, part,         chunk, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
+             verdict,  only_defaults};
     return part > INT32_MAX || chunk > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 

@@ -161,14 +161,14 @@ template <class Layer> Model<Layer> model_of(const oplora_cuda_plan *plan, const
             reinterpret_cast<const int64_t *>(at + plan->first_part),
             reinterpret_cast<const int64_t *>(at + plan->first_chunk),
             plan->n_layers,
-            static_cast<oplora_cuda_verdict *>(plan->workspace)};
+            plan->verdict};
 }
 
 static inline unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
 
 /* The verdict of a step begins with what is known from elsewhere. */
 static inline cudaError_t begin_verdict(const oplora_cuda_plan *plan, const int *veto, cudaStream_t stream) {
-    int *const nonfinite = &static_cast<oplora_cuda_verdict *>(plan->workspace)->nonfinite;
+    int *const nonfinite = &plan->verdict->nonfinite;
     if (veto) return cudaMemcpyAsync(nonfinite, veto, sizeof *veto, cudaMemcpyDeviceToDevice, stream);
     return cudaMemsetAsync(nonfinite, 0, sizeof *nonfinite, stream);
 }

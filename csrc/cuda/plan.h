@@ -19,13 +19,12 @@
 extern "C" {
 #endif
 
-/* What launches need of a plan, in host memory. */
-typedef struct {
-    int64_t n_layers, n_parts, n_chunks;
-    int64_t factors, first_part, first_chunk; /* bytes from the table's beginning */
-    void *workspace;
-    int only_defaults; /* lean: every layer has weight_rank 2 and moment_rank 1 */
-} oplora_cuda_plan;
+/* Of this interface: a library that was built from other sources is not called. */
+enum { OPLORA_CUDA_VERSION = 1 };
+OPLORA_CUDA_API int oplora_cuda_version(void);
+
+/* CUDA's sentence for a cudaError_t. */
+OPLORA_CUDA_API const char *oplora_cuda_strerror(int error);
 
 /* A factor that the model keeps in OPLORA_BF16 or OPLORA_F16: its gradient, and itself, which takes what the step makes,
  * rounded once. The core's struct beside it holds no gradient then; its `out` is the value before rounding, which lean
@@ -36,12 +35,19 @@ typedef struct {
     oplora_dtype dtype;
 } oplora_cuda_half;
 
-/* A workspace begins with this. A step or measurement writes `nonfinite`: whether it found NaN or infinity, or its `veto`
- * (an int on the device, or NULL) was set, which stands for gradients elsewhere. A step that is refused adds 1 to
- * `refused`, which the caller sets to 0 at the beginning. */
+/* On the device. A step or measurement writes `nonfinite`: whether it found NaN or infinity, or its `veto` (an int on the
+ * device, or NULL) was set, which stands for gradients elsewhere. A step that is refused adds 1 to `refused`. */
 typedef struct {
     int nonfinite, refused;
 } oplora_cuda_verdict;
+
+/* What launches need of a plan, in host memory. */
+typedef struct {
+    int64_t n_layers, n_parts, n_chunks;
+    int64_t factors, first_part, first_chunk; /* bytes from the table's beginning */
+    oplora_cuda_verdict *verdict;
+    int only_defaults; /* lean: every layer has weight_rank 2 and moment_rank 1 */
+} oplora_cuda_plan;
 
 #ifdef __cplusplus
 }

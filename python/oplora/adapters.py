@@ -186,20 +186,35 @@ class Factors:
     layer: AdaptedLayer
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype  # of the generator: float64 for float64 tensors, float32 for all others
+    device: torch.device  # where the generator is: beside the tensors, unless it was asked for elsewhere
+    placed: torch.device  # where the tensors are
     bases: list[Tensor | None]
     _versions: list[int] = field(default_factory=list)
     _written: list[nn.Parameter] = field(default_factory=list)
 
     @classmethod
-    def of(cls, layer: AdaptedLayer) -> "Factors":
+    def of(cls, layer: AdaptedLayer, device: torch.device | None = None) -> "Factors":
+        """device: where the generator is to be, if not beside the tensors."""
         parameters = layer.parameters()
+        placed = parameters[0].device
+        if elsewhere := [p.device for p in parameters if p.device != placed]:
+            raise OPLoRATypeError(
+                f"oplora: the factors of layer {layer.name} are on {placed} and {elsewhere[0]}; move them to one device."
+            )
         double = all(p.dtype == torch.float64 for p in parameters)
         return cls(
             layer,
             tuple(p.shape for p in parameters),
             torch.float64 if double else torch.float32,
+            placed if device is None else device,
+            placed,
             [None] * len(parameters),
         )
+
+    def move(self, placed: torch.device, device: torch.device) -> None:
+        """Follows tensors that were moved."""
+        self.placed, self.device = placed, device
+        self.bases = [None if base is None else base.to(device) for base in self.bases]
 
     @property
     def sizes(self) -> list[int]:
@@ -225,17 +240,22 @@ class Factors:
             for tensor, parameter in zip(self.layer.tensors, self.layer.parameters(), strict=True)
         )
 
-    def gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor] | None:
-        """Contiguous, in the generator's dtype; zeros where one is missing, None where all are."""
-        gradients, dtype = [p.grad for p in parameters], self.dtype
-        ready = [g for g in gradients if g is not None and g.dtype == dtype and g.is_contiguous()]
+    def gradients(self, parameters: Sequence[nn.Parameter], *, cast: bool = True) -> list[Tensor] | None:
+        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are."""
+        gradients = [p.grad for p in parameters]
+        dtypes = [self.dtype if cast else p.dtype for p in parameters]
+        ready = [
+            g
+            for g, dtype in zip(gradients, dtypes, strict=True)
+            if g is not None and g.dtype == dtype and g.is_contiguous()
+        ]
         if len(ready) == len(parameters):
             return ready
         if all(g is None for g in gradients):
             return None
         return [
             torch.zeros(p.shape, dtype=dtype, device=p.device) if g is None else g.to(dtype).contiguous()
-            for p, g in zip(parameters, gradients, strict=True)
+            for p, g, dtype in zip(parameters, gradients, dtypes, strict=True)
         ]
 
     def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -250,7 +270,7 @@ class Factors:
     def keep(self, v: Sequence[Tensor]) -> None:
         """Takes the tensors' present values as the start that v is added to; v is what is generated now."""
         for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
-            base = parameter.detach().to(self.dtype) - piece.view(parameter.shape)
+            base = parameter.detach().to(self.device, self.dtype) - piece.view(parameter.shape)
             self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
         self.remember_written()
 
@@ -272,7 +292,7 @@ class Factors:
         if not self.were_touched(parameters):
             return False
         v, before = generate(), list(self.bases)
-        if all(torch.equal(p.detach(), m.to(p.dtype)) for p, m in zip(parameters, self.values(v), strict=True)):
+        if all(torch.equal(p.detach(), m.to(p)) for p, m in zip(parameters, self.values(v), strict=True)):
             self.remember_written(parameters)
             return False
         self.keep(v)
@@ -301,7 +321,10 @@ class Factors:
                     )
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        self.bases = [None if base is None else base.to(self.dtype).clone().contiguous() for base in saved["bases"]]
+        self.bases = [
+            None if base is None else base.to(self.device, self.dtype, copy=True).contiguous()
+            for base in saved["bases"]
+        ]
         for parameter, value in zip(self.layer.parameters(), saved["factors"], strict=True):
             parameter.detach().copy_(value)
         self._written = []  # the next step looks whether they are base + v

@@ -1,4 +1,4 @@
-"""State "exact": a generator's five tensors and their two AdamW moments in full, stepped by the C core.
+"""State "exact": a generator's five tensors and their two AdamW moments in full, stepped by the C core or on a GPU.
 
 12 bytes an element of W2 (float32), and nothing else of its size at any time: the gradient of W2 is never stored, and
 pages of moments that no step has touched (units that never fired) are not resident.
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
 from .adapters import Factors
+from .device import DeviceLayers, Plan, runs_on_device, share_devices
+from .staging import Staging
 from .start import Settings, allocate, count_parameters, start_parameters
-from .state import Layers, State, finish, targets
+from .state import Layers, State, by_kind, finish, kind_of, targets
 
 __all__ = ["ExactLayers", "ExactState"]
 
@@ -27,11 +29,11 @@ class ExactState(State):
     def __init__(self, factors: Factors, settings: Settings, index: int, memory: Sequence[Tensor]) -> None:
         self.factors = factors
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
-        self.steps = 0
         self.parameters, self.exp_avg, self.exp_avg_sq = memory
         start_parameters(self.parameters, factors, settings, index)
-        self.decay = torch.ones(self.H, dtype=torch.float64)
-        self.moving = torch.zeros(self.H, dtype=torch.uint8)
+        self.staging: Staging | None = None
+        self.decay = torch.ones(self.H, dtype=torch.float64, device=factors.device)
+        self.moving = torch.zeros(self.H, dtype=torch.uint8, device=factors.device)
 
     @staticmethod
     def bytes_needed(factors: Factors, settings: Settings) -> int:
@@ -39,14 +41,17 @@ class ExactState(State):
 
     @classmethod
     def make_all(cls, factors: Sequence[Factors], settings: Settings) -> list["ExactState"]:
-        """The generators of all layers; the parameters of all lie in one piece of memory, and so do their moments."""
-        pieces: dict[torch.dtype, list[Iterator[Tensor]]] = {}
-        for dtype in {f.dtype for f in factors}:
-            counts = [count_parameters(f, settings) for f in factors if f.dtype == dtype]
-            pieces[dtype] = [
-                iter(allocate(sum(counts), dtype, huge_pages=is_w2).split(counts)) for is_w2 in (True, False, False)
+        """The generators of all layers; the parameters of those of one dtype and device lie in one piece of memory, and
+        so do their moments."""
+        pieces: dict[tuple[torch.dtype, torch.device], list[Iterator[Tensor]]] = {}
+        for kind, some in by_kind(factors).items():
+            counts = [count_parameters(f, settings) for f in some]
+            pieces[kind] = [
+                iter(allocate(sum(counts), *kind, huge_pages=is_w2).split(counts)) for is_w2 in (True, False, False)
             ]
-        return [cls(f, settings, i, [next(piece) for piece in pieces[f.dtype]]) for i, f in enumerate(factors)]
+        states = [cls(f, settings, i, [next(p) for p in pieces[kind_of(f)]]) for i, f in enumerate(factors)]
+        share_devices(states)
+        return states
 
     @property
     def report_size(self) -> int:
@@ -54,7 +59,8 @@ class ExactState(State):
 
     def generate(self) -> list[Tensor]:
         """v, a piece for each factor, without their bases."""
-        pieces = [torch.empty(size, dtype=self.factors.dtype) for size in self.factors.sizes]
+        dtype, device = self.factors.dtype, self.factors.device
+        pieces = [torch.empty(size, dtype=dtype, device=device) for size in self.factors.sizes]
         _generate([self], pieces, [None] * len(pieces))
         return pieces
 
@@ -64,7 +70,7 @@ class ExactState(State):
             self.factors.keep(self.generate())
             return
         parameters = self.factors.layer.parameters()
-        written = targets(parameters, self.factors.dtype)
+        written = targets(parameters, self.factors.dtype, self.factors.device)
         _generate([self], written, self.factors.bases)
         finish([self], parameters, written)
 
@@ -80,23 +86,37 @@ class ExactState(State):
     def stats(self) -> dict[str, float]:
         return {}
 
-    @staticmethod
-    def new_layers() -> "ExactLayers":
-        return ExactLayers()
+    def new_layers(self) -> "ExactLayers":
+        if self.shared is not None:
+            return ExactDeviceLayers()
+        return StagedLayers() if runs_on_device(self.factors.placed) else ExactLayers()
 
 
 class ExactLayers(Layers):
     def measure(self) -> Tensor:
         report = self.new_report()
         parameters = [state.parameters for state in self.states]
-        torch.ops.oplora.exact_measure_(parameters, self.gradients, _sizes(self.states), report)
+        torch.ops.oplora.exact_measure_(parameters, self.inputs(), _sizes(self.states), report)
         return report
 
-    def step(self, adamw: list[float], report: Tensor | None) -> tuple[bool, Tensor]:
+    def inputs(self) -> list[Tensor]:
+        """The gradients where the core reads them."""
+        return self.gradients
+
+    def write(self, written: list[Tensor]) -> None:
+        """Brings what the core wrote into the factors."""
+        finish(self.states, self.parameters, written)
+
+    def targets(self) -> list[Tensor]:
+        """Where the core writes the factors."""
+        factors = self.states[0].factors
+        return targets(self.parameters, factors.dtype, factors.device)
+
+    def step(self, adamw: Sequence[float | Tensor], report: Tensor | None) -> tuple[bool, Tensor]:
         states, measured = self.states, report is not None
         if report is None:
             report = self.new_report()
-        written = targets(self.parameters, states[0].factors.dtype)
+        written = self.targets()
         done = torch.ops.oplora.exact_step_(
             [s.parameters for s in states],
             [s.exp_avg for s in states],
@@ -105,35 +125,115 @@ class ExactLayers(Layers):
             [s.moving for s in states],
             written,
             self.bases(),
-            self.gradients,
+            self.inputs(),
             _sizes(states),
-            adamw * len(states),
+            list(adamw) * len(states),
             [s.steps + 1 for s in states],
             report,
             measured,
         )
         if done:
             self.remember_step(report)
-            finish(states, self.parameters, written)
+            self.write(written)
         return done, report
 
-    def square(self, report: Tensor) -> float:
-        total = 0.0
-        for state, piece in zip(self.states, self.reports(report), strict=True):
-            h = piece[3 : 3 + state.H]
-            total += float(piece[0]) * (float(h @ h) + 1.0) + float(piece[2])
-        return total
+    def square(self, report: Tensor) -> Tensor:
+        numbers, H = self._by_layer(report)
+        h_square = numbers[:, 3 : 3 + H].square().sum(1)
+        return (numbers[:, 0] * (h_square + 1.0) + numbers[:, 2]).sum()
 
-    def scale(self, report: Tensor, scale: float) -> None:
-        for state, piece in zip(self.states, self.reports(report), strict=True):
-            piece[0] *= scale**2
-            piece[2] *= scale**2
-            piece[3 + state.H :] *= scale  # dL/dh; h before it stays
+    def scale(self, report: Tensor, scale: Tensor) -> None:
+        numbers, H = self._by_layer(report)
+        numbers[:, 0] *= scale**2
+        numbers[:, 2] *= scale**2
+        numbers[:, 3 + H :] *= scale  # dL/dh; h before it stays
+
+    def _by_layer(self, report: Tensor) -> tuple[Tensor, int]:
+        """A row a layer, and H, which is one for all."""
+        return report.view(len(self.states), -1), self.states[0].H
+
+
+class StagedLayers(ExactLayers):
+    """Factors on a GPU and generators in host memory: the C core makes the step, and only the gradients and the factors
+    cross the bus. The host waits for the gradients."""
+
+    def inputs(self) -> list[Tensor]:
+        buffers = [buffer for staging in self._stagings() for buffer in staging.g]
+        Staging.fetch(self.gradients, buffers)
+        return buffers
+
+    def targets(self) -> list[Tensor]:
+        return [buffer for staging in self._stagings() for buffer in staging.v]
+
+    def write(self, written: list[Tensor]) -> None:
+        Staging.send(written, [parameter.detach() for parameter in self.parameters])
+        finish(self.states, self.parameters, self.parameters)
+
+    def _stagings(self) -> list[Staging]:
+        for state in self.states:
+            if state.staging is None:
+                state.staging = Staging(state.factors.shapes, state.factors.dtype, state.factors.placed)
+        return [state.staging for state in self.states]
+
+
+class ExactDeviceLayers(DeviceLayers, ExactLayers):
+    def make_plan(
+        self,
+        factors: list[Tensor | None],
+        rounded: list[Tensor | None],
+        gradients: list[Tensor],
+        report: Tensor,
+        dh: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _plan(self.states, factors, rounded, self.bases(), gradients, report)
+
+    def values(self) -> list[Tensor | None]:
+        return [None] * len(self.parameters)
+
+    def launch_measure(self, plan: Plan) -> None:
+        torch.ops.oplora.cuda_exact_measure_(*plan.arguments())
+
+    def launch_step(self, plan: Plan, veto: Tensor | None, measured: bool) -> None:
+        torch.ops.oplora.cuda_exact_step_(*plan.arguments(), veto, measured)
 
 
 def _sizes(states: Sequence[ExactState]) -> list[int]:
     return [n for s in states for n in (s.H, s.Z, len(s.factors.shapes))]
 
 
+def _plan(
+    states: Sequence[ExactState],
+    factors: Sequence[Tensor | None],
+    rounded: Sequence[Tensor | None],
+    bases: Sequence[Tensor | None],
+    gradients: Sequence[Tensor],
+    report: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shared = states[0].shared
+    plan: tuple[Tensor, Tensor, Tensor] = torch.ops.oplora.cuda_exact_plan(
+        [s.parameters for s in states],
+        [s.exp_avg for s in states],
+        [s.exp_avg_sq for s in states],
+        [s.decay for s in states],
+        [s.moving for s in states],
+        factors,
+        rounded,
+        bases,
+        gradients,
+        _sizes(states),
+        shared.adamw,
+        [s.row for s in states],
+        shared.verdict,
+        report,
+    )
+    return plan
+
+
 def _generate(states: Sequence[ExactState], out: list[Tensor], bases: Sequence[Tensor | None]) -> None:
-    torch.ops.oplora.exact_generate_([s.parameters for s in states], out, list(bases), _sizes(states))
+    if states[0].shared is None:
+        torch.ops.oplora.exact_generate_([s.parameters for s in states], out, list(bases), _sizes(states))
+        return
+    size = sum(state.report_size for state in states)
+    report = torch.zeros(size, dtype=torch.float64, device=states[0].shared.device)
+    plan, table, workspace = _plan(states, out, [None] * len(out), list(bases), [], report)
+    torch.ops.oplora.cuda_exact_generate_(plan, table.to(states[0].shared.device), workspace)

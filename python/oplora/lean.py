@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
 from .adapters import Factors
+from .device import DeviceLayers, Plan, share_devices
 from .errors import OPLoRAValueError
 from .start import Settings, allocate
-from .state import Layers, State, check_like, finish, targets
+from .state import Layers, State, by_kind, check_like, finish, kind_of, targets
 
 __all__ = ["LeanLayers", "LeanState"]
 
@@ -41,7 +42,6 @@ class LeanState(State):
         self.seed, self.index, self.latent_std = settings.seed, index, settings.latent_std
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
         self.weight_rank, self.moment_rank = ranks
-        self.steps = 0
         self.random = [int(random) for random in factors.is_random()]
         self.numbers, self.moments, self.scalars, offsets = arenas.next_views()
         kind = int(settings.start == "sign")
@@ -62,12 +62,14 @@ class LeanState(State):
 
     @classmethod
     def make_all(cls, factors: Sequence[Factors], settings: Settings, ranks: tuple[int, int]) -> list["LeanState"]:
-        """The generators of all layers; those of one dtype share their memory."""
+        """The generators of all layers; those of one dtype and device share their memory."""
         arenas = {
-            dtype: Arenas([cls.counts(f, settings, ranks) for f in factors if f.dtype == dtype], dtype)
-            for dtype in {f.dtype for f in factors}
+            kind: Arenas([cls.counts(f, settings, ranks) for f in some], *kind)
+            for kind, some in by_kind(factors).items()
         }
-        return [cls(f, settings, ranks, i, arenas[f.dtype]) for i, f in enumerate(factors)]
+        states = [cls(f, settings, ranks, i, arenas[kind_of(f)]) for i, f in enumerate(factors)]
+        share_devices(states)
+        return states
 
     @property
     def report_size(self) -> int:
@@ -76,11 +78,12 @@ class LeanState(State):
     @torch.no_grad()
     def begin(self, keep: bool) -> None:
         parameters = self.factors.layer.parameters()
-        dtype = self.factors.dtype
-        written = [torch.empty(p.shape, dtype=dtype) for p in parameters] if keep else targets(parameters, dtype)
-        state = (self.numbers, self.moments, self.scalars)
-        sizes = [*self.sizes[:7], 0, 0, 0]  # the views begin where the layer does
-        torch.ops.oplora.lean_start_(*state, written, sizes, self.random, _signed(self.seed), self.latent_std)
+        dtype, device = self.factors.dtype, self.factors.device
+        if keep:
+            written = [torch.empty(p.shape, dtype=dtype, device=device) for p in parameters]
+        else:
+            written = targets(parameters, dtype, device)
+        self._write_start(written)
         if keep:
             self.factors.keep(written)
         else:
@@ -88,6 +91,23 @@ class LeanState(State):
         for i, parameter in enumerate(parameters):
             if parameter.dtype != dtype:
                 self.masters[i] = parameter.detach().to(dtype) if keep else written[i]
+
+    def _write_start(self, written: list[Tensor]) -> None:
+        state = (self.numbers, self.moments, self.scalars)
+        sizes = [*self.sizes[:7], 0, 0, 0]  # the views begin where the layer does
+        seed, latent_std = _signed(self.seed), self.latent_std
+        if self.shared is None:
+            torch.ops.oplora.lean_start_(*state, written, sizes, self.random, seed, latent_std)
+            return
+        report, dh = (
+            torch.zeros(size, dtype=torch.float64, device=self.shared.device) for size in (self.report_size, self.H)
+        )
+        none = [None] * len(written)
+        numbers = (self.shared.adamw, [self.row], self.shared.verdict, report, dh)
+        plan, table, workspace = torch.ops.oplora.cuda_lean_plan(
+            *state, written, none, none, [], sizes, self.random, seed, *numbers
+        )
+        torch.ops.oplora.cuda_lean_start_(plan, table.to(self.shared.device), workspace, latent_std)
 
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
         """What a factor holds is what the next step goes on from, so only masters have to follow it."""
@@ -151,18 +171,24 @@ class LeanState(State):
             if mine is not None:
                 mine.copy_(theirs)
 
-    @staticmethod
-    def new_layers() -> "LeanLayers":
-        return LeanLayers()
+    def take_over(self, old: Any) -> None:
+        super().take_over(old)
+        self.seed, self.index = old.seed, old.index
+        self.sizes[5] = self.index
+        device = self.factors.device
+        self.masters = [None if master is None else master.to(device) for master in old.masters]
+
+    def new_layers(self) -> "LeanLayers":
+        return LeanLayers() if self.shared is None else LeanDeviceLayers()
 
 
 class Arenas:
-    """The memory of all layers of one dtype: one tensor each for numbers, moments and scalars."""
+    """The memory of all layers of one dtype and device: one tensor each for numbers, moments and scalars."""
 
-    def __init__(self, counts: Sequence[tuple[int, int]], dtype: torch.dtype) -> None:
-        self.numbers = allocate(sum(n for n, _ in counts), dtype, huge_pages=True)
-        self.moments = allocate(sum(m for _, m in counts), _moment_dtype(dtype), huge_pages=True)
-        self.scalars = torch.zeros(SCALARS * len(counts), dtype=torch.float64)
+    def __init__(self, counts: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
+        self.numbers = allocate(sum(n for n, _ in counts), dtype, device, huge_pages=True)
+        self.moments = allocate(sum(m for _, m in counts), _moment_dtype(dtype), device, huge_pages=True)
+        self.scalars = torch.zeros(SCALARS * len(counts), dtype=torch.float64, device=device)
         self._views = self._cut(counts)
 
     def _cut(self, counts: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
@@ -190,7 +216,7 @@ class LeanLayers(Layers):
         torch.ops.oplora.lean_measure_(*self._state(), self.gradients, *self._sizes(), report, self.dh)
         return report
 
-    def step(self, adamw: list[float], report: Tensor | None) -> tuple[bool, Tensor]:
+    def step(self, adamw: Sequence[float | Tensor], report: Tensor | None) -> tuple[bool, Tensor]:
         states, measured = self.states, report is not None
         if report is None:
             report = self.new_report()
@@ -203,7 +229,7 @@ class LeanLayers(Layers):
             self.bases(),
             self.gradients,
             *self._sizes(),
-            adamw * len(states),
+            list(adamw) * len(states),
             [state.steps + 1 for state in states],
             report,
             self.dh if measured else None,
@@ -213,11 +239,11 @@ class LeanLayers(Layers):
             finish(states, self.parameters, written)
         return done, report
 
-    def square(self, report: Tensor) -> float:
+    def square(self, report: Tensor) -> Tensor:
         numbers = report.view(-1, REPORT)
-        return float((numbers[:, 0] * (numbers[:, 3] + 1.0) + numbers[:, 2]).sum())
+        return (numbers[:, 0] * (numbers[:, 3] + 1.0) + numbers[:, 2]).sum()
 
-    def scale(self, report: Tensor, scale: float) -> None:
+    def scale(self, report: Tensor, scale: Tensor) -> None:
         numbers = report.view(-1, REPORT)
         numbers[:, 0] *= scale**2
         numbers[:, 2] *= scale**2
@@ -235,6 +261,37 @@ class LeanLayers(Layers):
             sizes += state.sizes
             random += state.random
         return sizes, random, _signed(self.states[0].seed)
+
+
+class LeanDeviceLayers(DeviceLayers, LeanLayers):
+    def measure(self) -> Tensor:
+        report = super().measure()
+        assert self.planned is not None
+        self.dh = self.planned.dh
+        return report
+
+    def make_plan(
+        self,
+        factors: list[Tensor | None],
+        rounded: list[Tensor | None],
+        gradients: list[Tensor],
+        report: Tensor,
+        dh: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = (self.shared.adamw, self.rows, self.shared.verdict, report, dh)
+        plan: tuple[Tensor, Tensor, Tensor] = torch.ops.oplora.cuda_lean_plan(
+            *self._state(), factors, rounded, self.bases(), gradients, *self._sizes(), *numbers
+        )
+        return plan
+
+    def values(self) -> list[Tensor | None]:
+        return [master for state in self.states for master in state.masters]
+
+    def launch_measure(self, plan: Plan) -> None:
+        torch.ops.oplora.cuda_lean_measure_(*plan.arguments())
+
+    def launch_step(self, plan: Plan, veto: Tensor | None, measured: bool) -> None:
+        torch.ops.oplora.cuda_lean_step_(*plan.arguments(), veto, measured)
 
 
 def _moment_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,18 +1,18 @@
 """AdamW with a generator behind every adapted layer: the one changed line."""
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import AdaptedLayer, Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .device import DeviceLayers, free_memory, require_kernels, runs_on_device
 from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .exact import ExactState
 from .lean import LeanState
 from .start import Settings, weight_rate
-from .state import Layers, State
+from .state import Layers, State, kind_of
 
 __all__ = ["AdamW"]
 
@@ -27,6 +27,10 @@ class AdamW(torch.optim.Optimizer):
     generator, and writes the next A and B in place. Nothing else changes: forward, backward, saving and loading are
     PEFT's, and the adapter is an ordinary LoRA at every moment. Any other trainable parameter of the model (biases,
     modules_to_save) is stepped by torch.optim.AdamW in the same call.
+
+    The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
+    NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
+    graph, after a few that were not; lr as a tensor on the device is then read at every replay.
 
     Args:
         model: a PEFT model, or any nn.Module that holds PEFT's LoRA layers.
@@ -50,9 +54,12 @@ class AdamW(torch.optim.Optimizer):
         adapter_name: step this adapter only; by default every adapter that is trainable.
         seed: of the generators' starts; the same on every replica.
         skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
+        generator_device: of state "exact" with factors on a GPU. None keeps the generators there too, "cpu" in host
+            memory: the CPU makes the step, and only the factors and their gradients cross the bus.
 
     Raises:
-        OPLoRAError: no trainable adapter, factors without values or not on the CPU, arguments out of range.
+        OPLoRAError: no trainable adapter, factors without values or on a device without kernels, arguments out of
+            range, more state than memory.
 
     Source: Teterwak, Saenko, Plummer, Lim: "OP-LoRA: The Blessing of Dimensionality", arXiv 2412.10362.
     """
@@ -77,22 +84,18 @@ class AdamW(torch.optim.Optimizer):
         adapter_name: str | None = None,
         seed: int = 0,
         skip_nonfinite: bool = False,
+        generator_device: str | torch.device | None = None,
     ) -> None:
         _check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
+        self._generator_device = _check_generator_device(generator_device, state)
         settings = Settings(hidden_width, latent_width, latent_std, seed, STARTS[state] if start is None else start)
         layers = find_layers(model, adapter_name)
-        _refuse_devices(layers)
         self.skip_nonfinite = skip_nonfinite
-        factors = [Factors.of(layer) for layer in layers]
-        ranks = weight_rank, moment_rank
-        _refuse_more_than_memory(factors, settings, state, ranks)
+        factors = [Factors.of(layer, self._generator_device) for layer in layers]
         keeps = keep_starts(factors, init)
         self._weight_rate = weight_rate(hidden_width)
-        self._states: list[State] = []
-        if state == "lean":
-            self._states += LeanState.make_all(factors, settings, ranks)
-        else:
-            self._states += ExactState.make_all(factors, settings)
+        self._kind, self._settings, self._ranks = state, settings, (weight_rank, moment_rank)
+        self._states = self._make_states(factors)
         for generator, keep in zip(self._states, keeps, strict=True):
             generator.begin(keep)
         self._measured: tuple[list[Tensor], list[int], list[Layers], list[Tensor]] | None = None
@@ -106,6 +109,13 @@ class AdamW(torch.optim.Optimizer):
         if self._plain is not None:
             self.param_groups += self._plain.param_groups
 
+    def _make_states(self, factors: list[Factors]) -> list[State]:
+        _refuse_devices(factors)
+        _refuse_more_than_memory(factors, self._settings, self._kind, self._ranks)
+        if self._kind == "lean":
+            return [*LeanState.make_all(factors, self._settings, self._ranks)]
+        return [*ExactState.make_all(factors, self._settings)]
+
     # ---- stepping ----
 
     @torch.no_grad()
@@ -114,13 +124,17 @@ class AdamW(torch.optim.Optimizer):
 
         Raises:
             OPLoRAError: a merged or disabled layer, a NaN or infinite gradient (unless skip_nonfinite). Nothing was
-                changed then, and the message names the layer.
+                changed then, and the message names the layer. On a GPU the gradient is an earlier step's, which the
+                device refused.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         stepping, reports = self._as_clipped(self._stepping())
+        if self._on_device:
+            self._step_on_device([layers for layers in stepping if isinstance(layers, DeviceLayers)], reports)
+            return loss
         if self._refuse_nonfinite(self._nonfinite_others()):
             return loss
         if len(stepping) > 1 and reports is None:  # several dtypes: none may step before all are known to be finite
@@ -138,6 +152,60 @@ class AdamW(torch.optim.Optimizer):
         self._measured = None
         return loss
 
+    @property
+    def _on_device(self) -> bool:
+        return self._states[0].shared is not None
+
+    def _step_on_device(self, stepping: list[DeviceLayers], reports: list[Tensor] | None) -> None:
+        """Launches the step. Whether it is refused is decided on the device, for all devices and parameters alike."""
+        self._tell_refusals()
+        veto = self._verdict_on_others()
+        if len(stepping) > 1:  # several devices: none may step before the gradients of all are known to be finite
+            reports = [layers.measure() for layers in stepping] if reports is None else reports
+            found = [layers.shared.verdict[:1] for layers in stepping] + ([] if veto is None else [veto])
+            veto = torch.cat([verdict.to(found[0].device, non_blocking=True) for verdict in found]).amax(
+                0, keepdim=True
+            )
+        for layers in stepping:
+            on_device = None if veto is None else veto.to(layers.shared.device, non_blocking=True)
+            layers.launch(self._numbers(), reports is not None, on_device)
+        if self._plain is not None:
+            verdict = stepping[0].shared.verdict[:1] if stepping else veto
+            self._step_others_on_device(self._plain, verdict)
+        self._measured = None
+
+    def _step_others_on_device(self, plain: torch.optim.AdamW, verdict: Tensor | None) -> None:
+        """torch's fused AdamW leaves everything as it is where found_inf is 1, without telling the host."""
+        plain.param_groups, plain.state = self.param_groups[1:], self.state
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        for group in plain.param_groups:
+            group["capturable"] = group["capturable"] or capturing
+            if not group["fused"]:  # made on the CPU, or for it: counts of steps are kept beside the parameters now
+                group.update(fused=True, foreach=False)
+                for parameter in group["params"]:
+                    saved = plain.state.get(parameter, {})
+                    if isinstance(saved.get("step"), Tensor):
+                        saved["step"] = saved["step"].to(parameter.device, torch.float32)
+        plain.found_inf = None if verdict is None else verdict.float()  # type: ignore[attr-defined]
+        plain.step()
+
+    def _tell_refusals(self) -> None:
+        """Raises for steps that a device refused since it was last asked; it tells when it has got there."""
+        refused = max(shared.new_refusals() for shared in {id(s.shared): s.shared for s in self._states}.values())
+        if refused and not self.skip_nonfinite:
+            reports = ((state, state.report) for state in self._states)
+            where = [f"layer {s.name}" for s, report in reports if report is not None and report[1] != 0]
+            self._refuse_nonfinite(where or ["a layer, or of parameters outside the adapters,"], refused)
+
+    def _verdict_on_others(self) -> Tensor | None:
+        """1 (int32) if a gradient outside the adapters is not finite, else 0; None if there is no such gradient."""
+        if not (gradients := [p.grad for p in self._others() if p.grad is not None]):
+            return None
+        norms = [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
+        device = self._states[0].factors.device
+        finite = torch.stack([norm.to(device, non_blocking=True) for norm in norms]).isfinite().all()
+        return finite.logical_not().to(torch.int32).view(1)
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that the norm of all parameters' gradients, the generators' z, W1, c1, W2, c2 and the
@@ -146,23 +214,26 @@ class AdamW(torch.optim.Optimizer):
         The norm is exact and costs one read of W2, which the next step() then saves: ||dW2|| = ||g|| ||h||.
 
         Returns:
-            The norm before clipping, a 0-d float64 tensor. If it is not finite the gradients are left as they are,
-            and step() refuses them.
+            The norm before clipping, a 0-d float64 tensor where the factors are: on a GPU nothing waits for it. If it
+            is not finite the gradients are left as they are, and step() refuses them.
         """
         stepping = self._stepping()
         reports = [layers.measure() for layers in stepping]
         others = [p.grad for p in self._others() if p.grad is not None]
-        square = sum(layers.square(report) for layers, report in zip(stepping, reports, strict=True))
-        square += sum(float(norm) ** 2 for norm in torch._foreach_norm([g.double() for g in others])) if others else 0.0
-        norm = torch.tensor(square, dtype=torch.float64).sqrt()
-        if not torch.isfinite(norm) or _nonfinite_layers(stepping, reports):
-            return norm if not torch.isfinite(norm) else torch.tensor(float("nan"), dtype=torch.float64)
-        scale = min(1.0, max_norm / (float(norm) + 1e-6))
-        if scale < 1.0:
-            factors = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
-            torch._foreach_mul_(factors + others, scale)
-            for layers, report in zip(stepping, reports, strict=True):
-                layers.scale(report, scale)
+        device = self._states[0].factors.placed
+        squares = [layers.square(report) for layers, report in zip(stepping, reports, strict=True)]
+        squares += [norm.square() for norm in torch._foreach_norm([g.double() for g in others])] if others else []
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        norm = torch.stack([zero, *(square.to(device, non_blocking=True) for square in squares)]).sum().sqrt()
+        scale = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        factors = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for gradient in factors + others:
+            by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+        for kind, gradients in by_kind.items():
+            torch._foreach_mul_(gradients, scale.to(*kind, non_blocking=True))
+        for layers, report in zip(stepping, reports, strict=True):
+            layers.scale(report, scale.to(report.device, non_blocking=True))
         self._remember_measured(stepping, reports)
         return norm
 
@@ -177,10 +248,10 @@ class AdamW(torch.optim.Optimizer):
                 self._plain.add_param_group({**added, "params": list(added["params"])})
             self.param_groups[-1] = self._plain.param_groups[-1]
 
-    def _numbers(self) -> list[float]:
+    def _numbers(self) -> Sequence[float | Tensor]:
         """lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay: as Layers.step takes them."""
         group = self.param_groups[0]
-        lr = float(group["lr"])
+        lr = group["lr"] if self._on_device and isinstance(group["lr"], Tensor) else float(group["lr"])
         rates = [lr, lr * self._weight_rate, lr * group["hidden_lr_ratio"]]
         return [*rates, *group["betas"], group["eps"], group["weight_decay"]]
 
@@ -188,27 +259,40 @@ class AdamW(torch.optim.Optimizer):
         return (p for group in self.param_groups[1:] for p in group["params"])
 
     def _stepping(self) -> list[Layers]:
-        """The layers that have gradients, by dtype; edits of their factors are absorbed on the way."""
-        by_dtype: dict[torch.dtype, Layers] = {}
+        """The layers that have gradients, by dtype and device; edits of their factors are absorbed on the way."""
+        if any(s.factors.placed != s.factors.layer.parameters()[0].device for s in self._states):
+            self._follow_moves()
+        by_kind: dict[Any, Layers] = {}
         everything: list[nn.Parameter] = []
         adopted = []
         for state in self._states:
             factors = state.factors
             parameters = factors.layer.parameters()
             everything += parameters
-            gradients = factors.gradients(parameters)
+            gradients = factors.gradients(parameters, cast=state.shared is None)
             if gradients is None:
                 continue
             factors.layer.refuse_if_folded()
             if state.absorb_edits(parameters):
                 adopted.append(state.name)
-            if factors.dtype not in by_dtype:
-                by_dtype[factors.dtype] = state.new_layers()
-            by_dtype[factors.dtype].add(state, parameters, gradients)
+            kind = kind_of(factors)
+            if kind not in by_kind:
+                by_kind[kind] = state.new_layers()
+            by_kind[kind].add(state, parameters, gradients)
         if adopted:
             warn_adopted(adopted)
         self.param_groups[0]["params"] = everything  # PEFT may have replaced some
-        return list(by_dtype.values())
+        return list(by_kind.values())
+
+    def _follow_moves(self) -> None:
+        """The model was moved (model.to(device), accelerator.prepare): the generators go where the factors are now."""
+        factors = [Factors.of(state.factors.layer, self._generator_device) for state in self._states]
+        states = self._make_states(factors)
+        for old, new in zip(self._states, states, strict=True):
+            old.factors.move(new.factors.placed, new.factors.device)
+            new.factors = old.factors
+            new.take_over(old)
+        self._states, self._measured = states, None
 
     # ---- what is measured before a step ----
 
@@ -234,12 +318,14 @@ class AdamW(torch.optim.Optimizer):
             return []
         return ["parameters outside the adapters (biases, modules_to_save)"]
 
-    def _refuse_nonfinite(self, where: list[str]) -> bool:
+    def _refuse_nonfinite(self, where: list[str], earlier: int = 0) -> bool:
+        """earlier: how many steps ago that was known to a device alone."""
         if where and not self.skip_nonfinite:
+            when = f" ({earlier} earlier step{'s' if earlier > 1 else ''}, which the device refused)" if earlier else ""
             raise OPLoRARuntimeError(
                 f"oplora: the gradient of {where[0]} {f'and {len(where) - 1} more ' if len(where) > 1 else ''}"
-                "holds NaN or infinity. Nothing was changed: call zero_grad() and go on with the next batch, lower the "
-                "learning rate, or pass skip_nonfinite=True to skip such steps."
+                f"holds NaN or infinity{when}. Nothing was changed: call zero_grad() and go on with the next batch, "
+                "lower the learning rate, or pass skip_nonfinite=True to skip such steps."
             )
         return bool(where)
 
@@ -305,32 +391,63 @@ def _check_arguments(
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
 
 
-def _refuse_devices(layers: list[AdaptedLayer]) -> None:
-    for layer in layers:
-        for parameter in layer.parameters():
-            if parameter.device.type != "cpu":
-                raise OPLoRATypeError(
-                    f"oplora.AdamW: the factors of layer {layer.name} are on {parameter.device}; the fused step runs "
-                    "on CPU tensors. Use oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...): it trains "
-                    "the same generators on any device."
-                )
+def _check_generator_device(device: str | torch.device | None, state: str) -> torch.device | None:
+    if device is None:
+        return None
+    if torch.device(device).type != "cpu":
+        raise OPLoRAValueError(
+            f"oplora.AdamW: generator_device is {device!r}, expected 'cpu', or None: beside the factors."
+        )
+    if state != "exact":
+        raise OPLoRAValueError(
+            "oplora.AdamW: generator_device='cpu' is for state='exact', whose size asks for it. State 'lean' is as "
+            "small as LoRA's: leave generator_device out."
+        )
+    return torch.device(device)
+
+
+def _refuse_devices(factors: list[Factors]) -> None:
+    for f in factors:
+        if f.device.type != "cpu" and not runs_on_device(f.device):
+            raise OPLoRATypeError(
+                f"oplora.AdamW: the factors of layer {f.layer.name} are on {f.device}; the fused step runs on CPU and "
+                "CUDA tensors. Use oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...): it trains the "
+                "same generators on any device."
+            )
+        if runs_on_device(f.device) and f.dtype != torch.float32:
+            raise OPLoRATypeError(
+                f"oplora.AdamW: the factors of layer {f.layer.name} are {f.dtype} on {f.device}, where the fused step "
+                "takes float32, bfloat16 and float16. Convert the adapter, or use oplora.create_oplora_optimizer."
+            )
+    if runs_on_device(factors[0].device):
+        require_kernels(factors[0].device)
+    if len({runs_on_device(f.device) for f in factors}) > 1:
+        raise OPLoRATypeError(
+            "oplora.AdamW: some layers' factors are on the CPU and some on a GPU; the step runs on one kind. Move the "
+            "adapter to one of them."
+        )
 
 
 def _refuse_more_than_memory(factors: list[Factors], settings: Settings, state: str, ranks: tuple[int, int]) -> None:
     """Before anything is allocated: the system may grant more than it has and kill the process later."""
-    if state == "lean":
-        needed = sum(LeanState.bytes_needed(f, settings, ranks) for f in factors)
-        advice = f"State 'lean' takes {4 * ranks[0] + 2 * ranks[1] + 6} bytes a factor entry: lower the rank r"
-    else:
-        needed = sum(ExactState.bytes_needed(f, settings) for f in factors)
-        advice = (
-            "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: use state='lean', or lower hidden_width "
-            f"(now {settings.hidden_width}) or the rank r"
-        )
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
+    needed: dict[torch.device, int] = {}
+    for f in factors:
+        lean = LeanState.bytes_needed(f, settings, ranks) if state == "lean" else None
+        needed[f.device] = needed.get(f.device, 0) + (ExactState.bytes_needed(f, settings) if lean is None else lean)
+    for device, bytes_needed in needed.items():
+        if bytes_needed <= (memory := free_memory(device)):
+            continue
+        if state == "lean":
+            advice = f"State 'lean' takes {4 * ranks[0] + 2 * ranks[1] + 6} bytes a factor entry: lower the rank r"
+        else:
+            advice = (
+                "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: use state='lean', or lower "
+                f"hidden_width (now {settings.hidden_width}) or the rank r"
+            )
+            advice += ", or pass generator_device='cpu'" if runs_on_device(device) else ""
+        has = "this machine has" if device.type == "cpu" else f"{device} has free"
         raise OPLoRAMemoryError(
-            f"oplora.AdamW: the generators need {needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB. "
+            f"oplora.AdamW: the generators need {bytes_needed / 2**30:.1f} GiB, {has} {memory / 2**30:.1f} GiB. "
             f"{advice}."
         )
 

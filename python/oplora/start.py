@@ -11,6 +11,7 @@ from . import _core
 from .adapters import Factors
 from .errors import OPLoRAMemoryError, OPLoRAValueError
 
+CPU = torch.device("cpu")
 __all__ = ["Settings", "allocate", "count_parameters", "start_parameters", "views", "weight_rate"]
 
 
@@ -40,12 +41,14 @@ class Settings:
             raise OPLoRAValueError(f"oplora: start is {self.start!r}, expected 'uniform' or 'sign'.")
 
 
-def allocate(count: int, dtype: torch.dtype, *, huge_pages: bool) -> Tensor:
-    """Zeros of one piece, whose pages come when they are first touched.
+def allocate(count: int, dtype: torch.dtype, device: torch.device = CPU, *, huge_pages: bool) -> Tensor:
+    """Zeros of one piece; on the CPU its pages come when they are first touched.
 
     W2 asks for huge pages, with which its columns stream faster. Its moments ask for none: a huge page would span
     columns of units that are on and off, and make resident what no step has touched, a third of the state.
     """
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
     try:
         memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError) as error:
@@ -74,10 +77,11 @@ def weight_rate(hidden_width: int) -> float:
 
 
 def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: int) -> None:
-    """Writes the paper's start of the generator of the model's layer `index` into its flat parameters (on the CPU)."""
+    """Writes the paper's start of the generator of the model's layer `index` into its flat parameters, all zero."""
     H, Z = settings.hidden_width, settings.latent_width
+    on_cpu = flat if flat.device == CPU else allocate(flat.numel(), flat.dtype, huge_pages=False)
     _core.start(
-        flat.numpy(),
+        on_cpu.numpy(),
         hidden_width=H,
         latent_width=Z,
         seed=settings.seed,
@@ -86,6 +90,8 @@ def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: 
         random=factors.random_rows(),
         start=settings.start,  # type: ignore[arg-type]
     )
+    if on_cpu is not flat:
+        flat.copy_(on_cpu)
 
 
 def views(flat: Tensor, hidden_width: int, latent_width: int) -> dict[str, Tensor]:

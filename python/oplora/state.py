@@ -10,7 +10,7 @@ from torch import Tensor
 from .adapters import Factors
 from .errors import OPLoRATypeError, OPLoRAValueError
 
-__all__ = ["Layers", "State", "check_like", "finish", "targets"]
+__all__ = ["Layers", "State", "by_kind", "check_like", "finish", "kind_of", "targets"]
 
 
 class State(ABC):
@@ -21,12 +21,26 @@ class State(ABC):
     factors: Factors
     H: int
     Z: int
-    steps: int
+    shared: Any = None  # of a state on a GPU, the Device that counts its steps, in this row
+    row: int = 0
     measured: tuple[Tensor, int] | None = None  # the core's last report of all layers, and where this one's begins
+    _steps: int = 0
 
     @property
     def name(self) -> str:
         return self.factors.layer.name
+
+    @property
+    def steps(self) -> int:
+        """How many steps were done; on a GPU this waits for it."""
+        return self._steps if self.shared is None else int(self.shared.steps[self.row]) - 1
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        if self.shared is None:
+            self._steps = steps
+        else:
+            self.shared.steps[self.row] = steps + 1
 
     @property
     @abstractmethod
@@ -39,7 +53,7 @@ class State(ABC):
         if self.measured is None:
             return None
         everything, begin = self.measured
-        return everything[begin : begin + self.report_size]
+        return everything[begin : begin + self.report_size].cpu()
 
     @abstractmethod
     def begin(self, keep: bool) -> None:
@@ -54,9 +68,8 @@ class State(ABC):
         """Of the last step's start: ||h||^2, how many units are on, ||g||^2, and ||.||^2 of the hidden path's gradient;
         NaN for a layer that has not been stepped."""
 
-    @staticmethod
     @abstractmethod
-    def new_layers() -> "Layers":
+    def new_layers(self) -> "Layers":
         """The Layers that this kind of state goes through the core with."""
 
     @abstractmethod
@@ -115,6 +128,12 @@ class State(ABC):
         self.measured = None
         self.factors.load_state(saved)
 
+    def take_over(self, old: Any) -> None:
+        """Goes on from where `old`, the same layer's state on another device, is."""
+        for key in self.KEYS:
+            getattr(self, key).copy_(getattr(old, key))
+        self.steps = old.steps
+
 
 def check_like(what: str, saved: Any, mine: Tensor) -> None:
     if not isinstance(saved, Tensor):
@@ -147,7 +166,7 @@ class Layers(ABC):
         """
 
     @abstractmethod
-    def step(self, adamw: list[float], report: Tensor | None) -> tuple[bool, Tensor]:
+    def step(self, adamw: Sequence[float | Tensor], report: Tensor | None) -> tuple[bool, Tensor]:
         """One AdamW step of all layers and their next factors. The report of `measure` saves a pass.
 
         adamw: oplora_core.h's oplora_adamw, in its order, but for the step.
@@ -156,16 +175,17 @@ class Layers(ABC):
         """
 
     @abstractmethod
-    def square(self, report: Tensor) -> float:
+    def square(self, report: Tensor) -> Tensor:
         """||.||^2 of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and that of the hidden path."""
 
     @abstractmethod
-    def scale(self, report: Tensor, scale: float) -> None:
+    def scale(self, report: Tensor, scale: Tensor) -> None:
         """Makes of a measured report what it would have been for gradients times `scale`."""
 
     def new_report(self) -> Tensor:
         """Room for the core's numbers of every layer, one behind the other."""
-        return torch.zeros(sum(state.report_size for state in self.states), dtype=torch.float64)
+        size = sum(state.report_size for state in self.states)
+        return torch.zeros(size, dtype=torch.float64, device=self.states[0].factors.device)
 
     def reports(self, report: Tensor) -> list[Tensor]:
         """A piece a layer."""
@@ -173,26 +193,46 @@ class Layers(ABC):
 
     def nonfinite(self, report: Tensor) -> list[str]:
         """The layers whose gradients hold NaN or infinity."""
-        pieces = zip(self.states, self.reports(report), strict=True)
+        pieces = zip(self.states, self.reports(report.cpu()), strict=True)
         return [f"layer {state.name}" for state, piece in pieces if piece[1] != 0]
 
     def bases(self) -> list[Tensor | None]:
         return [base for state in self.states for base in state.factors.bases]
 
+    def count_step(self, state: State) -> None:
+        state.steps += 1
+
     def remember_step(self, report: Tensor) -> None:
         begin = 0
         for state in self.states:
-            state.steps += 1
+            self.count_step(state)
             state.measured = report, begin
             begin += state.report_size
 
 
-def targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> list[Tensor]:
+def kind_of(factors: Factors) -> tuple[torch.dtype, torch.device]:
+    """What layers have in common that go through the core together."""
+    return factors.dtype, factors.device
+
+
+def by_kind(factors: Sequence[Factors]) -> dict[tuple[torch.dtype, torch.device], list[Factors]]:
+    kinds: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
+    for some in factors:
+        kinds.setdefault(kind_of(some), []).append(some)
+    return kinds
+
+
+def targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Where the core writes: into the factors themselves, or for those of another dtype or layout into buffers."""
-    return [p if p.dtype == dtype and p.is_contiguous() else torch.empty(p.shape, dtype=dtype) for p in parameters]
+    return [
+        p
+        if p.dtype == dtype and p.device == device and p.is_contiguous()
+        else torch.empty(p.shape, dtype=dtype, device=device)
+        for p in parameters
+    ]
 
 
-def finish(states: Sequence[State], parameters: list[torch.nn.Parameter], written: list[Tensor]) -> None:
+def finish(states: Sequence[State], parameters: list[torch.nn.Parameter], written: Sequence[Tensor]) -> None:
     """Rounds what lies in buffers into its factor, and tells autograd and the ties what was written."""
     for parameter, target in zip(parameters, written, strict=True):
         if target is not parameter:

@@ -1,4 +1,4 @@
-// A model's factors of 16 bits, for the tests: gradients in, values out, and the verdict that a workspace begins with.
+// A model's factors of 16 bits, for the tests: gradients in, values out.
 #pragma once
 
 #include "cuda_on_cpu.h"
@@ -44,7 +44,3 @@ struct Halves {
         return true;
     }
 };
-
-inline oplora_cuda_verdict &verdict_of(const oplora_cuda_plan &plan) {
-    return *static_cast<oplora_cuda_verdict *>(plan.workspace);
-}

@@ -119,6 +119,7 @@ struct Pair {
     std::vector<char> scratch, table, workspace;
     oplora_cuda_plan plan;
     Halves halves;
+    oplora_cuda_verdict verdict = {};
     std::vector<oplora_adamw *> adamw;
     std::mt19937 random{7};
 
@@ -131,10 +132,9 @@ struct Pair {
         // what a device hands out holds anything
         workspace.assign(count(oplora_cuda_exact_workspace_bytes(device.layers.data(), n)) + 64, '\x7f');
         table.resize(count(oplora_cuda_exact_table_bytes(device.layers.data(), n)) + 64);
-        check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(),
+        check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(), &verdict,
                                             aligned(workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
-        verdict_of(plan).refused = 0;
     }
 
     static void *aligned(std::vector<char> &memory) {
@@ -247,9 +247,9 @@ void nonfinite_changes_nothing(const Shape &shape) {
         check(oplora_cuda_exact_step(&pair.plan, Pair::aligned(pair.table), 0, &veto, nullptr) == cudaSuccess,
               shape.name + ": a vetoed step runs");
         check(good.parameters == pair.device.parameters && good.out == pair.device.out &&
-                  good.adamw[0].step == pair.device.adamw[0].step && verdict_of(pair.plan).nonfinite == 1,
+                  good.adamw[0].step == pair.device.adamw[0].step && pair.verdict.nonfinite == 1,
               shape.name + ": a vetoed step changes nothing");
-        check(verdict_of(pair.plan).refused == 2, shape.name + ": refused steps are counted");
+        check(pair.verdict.refused == 2, shape.name + ": refused steps are counted");
     }
 }
 
@@ -257,7 +257,8 @@ void refuses(const char *what, oplora_status expected, const std::vector<oplora_
     oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
     oplora_adamw numbers = {}, *adamw = &numbers;
-    check(oplora_cuda_exact_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr,
+    oplora_cuda_verdict verdict = {};
+    check(oplora_cuda_exact_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr, &verdict,
                                         memory.data(), memory.data(), &plan) == expected,
           what);
 }

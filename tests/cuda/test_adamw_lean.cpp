@@ -117,6 +117,7 @@ struct Pair {
     std::vector<char> scratch, table;
     oplora_cuda_plan plan;
     Halves halves;
+    oplora_cuda_verdict verdict = {};
     std::vector<oplora_adamw *> adamw;
     std::mt19937 random{7};
 
@@ -130,10 +131,9 @@ struct Pair {
         device.workspace.assign(static_cast<size_t>(oplora_cuda_lean_workspace_bytes(device.layers.data(), n)) + 64,
                                 '\x7f');
         table.resize(static_cast<size_t>(oplora_cuda_lean_table_bytes(device.layers.data(), n)) + 64);
-        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(),
+        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(), &verdict,
                                            aligned(device.workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
-        verdict_of(plan).refused = 0;
     }
 
     static void *aligned(std::vector<char> &memory) {
@@ -263,9 +263,9 @@ void nonfinite_changes_nothing(const Shape &shape) {
         check(oplora_cuda_lean_step(&pair.plan, Pair::aligned(pair.table), 0, &veto, nullptr) == cudaSuccess,
               shape.name + ": a vetoed step runs");
         check(good.numbers == pair.device.numbers && good.out == pair.device.out &&
-                  good.adamw[0].step == pair.device.adamw[0].step && verdict_of(pair.plan).nonfinite == 1,
+                  good.adamw[0].step == pair.device.adamw[0].step && pair.verdict.nonfinite == 1,
               shape.name + ": a vetoed step changes nothing");
-        check(verdict_of(pair.plan).refused == 2, shape.name + ": refused steps are counted");
+        check(pair.verdict.refused == 2, shape.name + ": refused steps are counted");
     }
 }
 
@@ -273,7 +273,8 @@ void refuses(const char *what, oplora_status expected, const std::vector<oplora_
     oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
     oplora_adamw numbers = {}, *adamw = &numbers;
-    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr,
+    oplora_cuda_verdict verdict = {};
+    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr, &verdict,
                                        memory.data(), memory.data(), &plan) == expected,
           what);
 }

@@ -1,0 +1,370 @@
+// The torch ops' CUDA side. The kernels lie in liboplora_cuda.so, a plain C library beside this one, which is loaded when
+// the first CUDA tensor arrives: so nothing here needs CUDA to be built, or to be there.
+//
+// A step is planned once (csrc/cuda/plan.h): cuda_lean_plan and cuda_exact_plan return the plan and its table, both on the
+// CPU, and the workspace. The caller copies the table to the device, keeps all three while the tensors stay where they
+// are, and hands them to the ops that launch.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <string>
+#include <tuple>
+
+#include "../cuda/adamw_exact.h"
+#include "../cuda/adamw_lean.h"
+#include "../cuda/generate.h"
+#include "layers.h"
+
+namespace {
+
+// ---- the library, and torch's stream ----
+
+struct CudaLibrary {
+    void *handle;
+    bool on_cpu; // a stand-in that executes kernels on the CPU, for tests
+
+    template <class F> F find(const char *name) const {
+        void *const function = dlsym(handle, name);
+        STD_TORCH_CHECK(function, "oplora: liboplora_cuda.so has no ", name, "; it was built from other sources. ",
+                        how_to_build);
+        return reinterpret_cast<F>(function);
+    }
+
+    static constexpr const char *how_to_build =
+        "Install the CUDA toolkit 12.8 or newer (nvcc; CUDA_HOME names its folder), then build again: "
+        "OPLORA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir oplora, or `pip install .` in its "
+        "sources.";
+};
+
+// OPLORA_CUDA_LIBRARY names another file; else it lies beside this one.
+std::string library_path() {
+    if (const char *const path = std::getenv("OPLORA_CUDA_LIBRARY")) return path;
+    Dl_info here;
+    STD_TORCH_CHECK(dladdr(reinterpret_cast<void *>(&library_path), &here), "oplora: dladdr failed");
+    const std::string path(here.dli_fname);
+    return path.substr(0, path.rfind('/') + 1) + "liboplora_cuda.so";
+}
+
+const CudaLibrary &cuda() {
+    static const CudaLibrary library = [] {
+        const std::string path = library_path();
+        void *const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+        STD_TORCH_CHECK(handle, "oplora: a CUDA tensor needs the CUDA kernels, and ", path,
+                        " does not load: ", dlerror(), ". ", CudaLibrary::how_to_build);
+        const CudaLibrary found = {handle, dlsym(handle, "oplora_cuda_on_cpu") != nullptr};
+        const int version = found.find<decltype(&oplora_cuda_version)>("oplora_cuda_version")();
+        STD_TORCH_CHECK(version == OPLORA_CUDA_VERSION, "oplora: ", path, " has version ", version, ", expected ",
+                        static_cast<int>(OPLORA_CUDA_VERSION), "; it was built from other sources. ",
+                        CudaLibrary::how_to_build);
+        return found;
+    }();
+    return library;
+}
+#define CUDA_CALL(name) cuda().find<decltype(&name)>(#name)
+
+// libtorch_cuda.so is in the process whenever a CUDA tensor is; it is not linked, so that this library also loads beside a
+// torch without CUDA.
+void *current_stream(Place place) {
+    if (!place.on_cuda) return nullptr;
+    using Get = AOTITorchError (*)(int32_t, void **);
+    static const Get get = [] {
+        void *const library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+        return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    void *stream = nullptr;
+    STD_TORCH_CHECK(get && get(place.device, &stream) == 0, "oplora: torch's current CUDA stream cannot be read");
+    return stream;
+}
+
+// Where the tensors of a call lie: t is one of them.
+Place place_of(const char *op, const Tensor &t) {
+    if (t.is_cuda()) return {true, t.get_device_index()};
+    STD_TORCH_CHECK(cuda().on_cpu, "oplora::", op, ": expected CUDA tensors");
+    return {};
+}
+
+// Calls launch(stream) with the place's device as the current one.
+template <class F> void on_device(const char *op, Place place, F launch) {
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (place.on_cuda) guard.emplace(place.device);
+    const int error = launch(current_stream(place));
+    STD_TORCH_CHECK(error == 0, "oplora::", op, ": CUDA says: ", CUDA_CALL(oplora_cuda_strerror)(error));
+}
+
+// ---- generate ----
+
+template <class T> struct cuda_core;
+#define CUDA_CORE_OF(type, suffix) \
+    template <> struct cuda_core<type> { \
+        static auto generate() { return CUDA_CALL(oplora_cuda_generate_##suffix); } \
+        static auto generate_backward() { return CUDA_CALL(oplora_cuda_generate_backward_##suffix); } \
+    }
+CUDA_CORE_OF(float, f32);
+CUDA_CORE_OF(double, f64);
+
+Tensor generate(const Tensor &z, const Tensor &W1, const Tensor &c1, const Tensor &W2, const Tensor &c2) {
+    const char *const op = "generate";
+    const Place place = place_of(op, W2);
+    const Sizes s = generator_sizes(op, z, W1, c1, W2, place);
+    STD_TORCH_CHECK(c2.dim() == 1, "oplora::generate: expected c2 (N)");
+    check(op, "c2", c2, W2.scalar_type(), s.N, place);
+    Tensor h = new_tensor(z, {s.H}), v = new_tensor(z, {s.N});
+    for_dtype(op, W2, [&](auto type) {
+        using T = decltype(type);
+        on_device(op, place, [&](void *stream) {
+            return cuda_core<T>::generate()(in<T>(z), in<T>(W1), in<T>(c1), in<T>(W2), in<T>(c2), s.layout, s.H, s.Z,
+                                            s.N, out<T>(h), out<T>(v), stream);
+        });
+    });
+    return v;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> generate_backward(const Tensor &g, const Tensor &z, const Tensor &W1,
+                                                             const Tensor &c1, const Tensor &W2) {
+    const char *const op = "generate_backward";
+    const Place place = place_of(op, W2);
+    const Sizes s = generator_sizes(op, z, W1, c1, W2, place);
+    check(op, "g", g, W2.scalar_type(), s.N, place);
+    const int64_t bytes = CUDA_CALL(oplora_cuda_generate_backward_workspace_bytes)(s.layout, s.H, s.Z, s.N);
+    STD_TORCH_CHECK(bytes >= 0, "oplora::generate_backward: sizes that do not fit");
+    Tensor dz = new_tensor(z, {s.Z}), dW1 = new_tensor(z, {s.H, s.Z}), dc1 = new_tensor(z, {s.H}),
+           h = new_tensor(z, {s.H});
+    const int64_t doubles = bytes / static_cast<int64_t>(sizeof(double)) + 1;
+    Tensor workspace = torch::stable::new_empty(z, {&doubles, 1}, ScalarType::Double);
+    for_dtype(op, W2, [&](auto type) {
+        using T = decltype(type);
+        on_device(op, place, [&](void *stream) {
+            return cuda_core<T>::generate_backward()(in<T>(g), in<T>(z), in<T>(W1), in<T>(c1), in<T>(W2), s.layout, s.H,
+                                                     s.Z, s.N, out<T>(dz), out<T>(dW1), out<T>(dc1), out<T>(h),
+                                                     out<double>(workspace), stream);
+        });
+    });
+    return {dz, dW1, dc1, h};
+}
+
+// ---- plans ----
+
+enum { ADAMW_ROW = sizeof(oplora_adamw) / sizeof(double) }; // of `adamw`, whose last number is the step's 64 bits
+
+// adamw (all layers, ADAMW_ROW): where each of these layers' numbers are, by its row.
+std::vector<oplora_adamw *> adamw_of(const char *op, Place place, const Tensor &adamw, const std::vector<int64_t> &rows,
+                                     size_t n_layers) {
+    STD_TORCH_CHECK(adamw.dim() == 2 && adamw.size(1) == ADAMW_ROW && rows.size() == n_layers, "oplora::", op,
+                    ": adamw needs ", static_cast<int>(ADAMW_ROW), " numbers a layer, rows a number");
+    check(op, "adamw", adamw, ScalarType::Double, adamw.numel(), place);
+    std::vector<oplora_adamw *> numbers;
+    for (const int64_t row : rows) {
+        STD_TORCH_CHECK(row >= 0 && row < adamw.size(0), "oplora::", op, ": adamw has no row ", row);
+        numbers.push_back(reinterpret_cast<oplora_adamw *>(out<double>(adamw)) + row);
+    }
+    return numbers;
+}
+
+oplora_dtype half_dtype(const char *op, const Tensor &t) {
+    const ScalarType dtype = t.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "oplora::", op,
+                    ": a rounded factor must be bfloat16 or float16");
+    return dtype == ScalarType::BFloat16 ? OPLORA_BF16 : OPLORA_F16;
+}
+
+// Gradients, and the factors of 16 bits: of each pair of factor and rounded one is given, or (lean) both. No gradients:
+// the plan is not for a step.
+template <class L>
+std::vector<oplora_cuda_half> set_tensors(L &layers, const OptionalTensors &factors, const OptionalTensors &rounded,
+                                          const OptionalTensors &bases, const Tensors &grads) {
+    const char *const op = layers.op;
+    const size_t n = layers.factors.size();
+    STD_TORCH_CHECK(factors.size() == n && rounded.size() == n && bases.size() == n &&
+                        (grads.empty() || grads.size() == n),
+                    "oplora::", op, ": factors, rounded, bases and grads need a tensor (or None) a factor");
+    std::vector<oplora_cuda_half> halves(n, {nullptr, nullptr, OPLORA_F32});
+    for (size_t f = 0; f < n; f++) {
+        auto &to = layers.factors[f];
+        STD_TORCH_CHECK(factors[f] || rounded[f], "oplora::", op, ": a factor is missing");
+        if (factors[f]) {
+            check(op, "a factor", *factors[f], ScalarType::Float, to.rows, layers.place);
+            to.out = out<float>(*factors[f]);
+        }
+        if (bases[f]) {
+            check(op, "a base", *bases[f], ScalarType::Float, to.rows, layers.place);
+            to.base = in<float>(*bases[f]);
+        }
+        const ScalarType dtype = rounded[f] ? rounded[f]->scalar_type() : ScalarType::Float;
+        if (!grads.empty()) check(op, "a gradient", grads[f], dtype, to.rows, layers.place);
+        if (!rounded[f]) {
+            if (!grads.empty()) to.g = in<float>(grads[f]);
+            continue;
+        }
+        check(op, "a rounded factor", *rounded[f], dtype, to.rows, layers.place);
+        halves[f] = {grads.empty() ? nullptr : static_cast<const uint16_t *>(grads[f].const_data_ptr()),
+                     static_cast<uint16_t *>(rounded[f]->mutable_data_ptr()), half_dtype(op, *rounded[f])};
+    }
+    return halves;
+}
+
+Tensors rows_like(const OptionalTensors &factors, const OptionalTensors &rounded) {
+    Tensors tensors;
+    for (size_t f = 0; f < factors.size() && f < rounded.size(); f++) {
+        STD_TORCH_CHECK(factors[f] || rounded[f], "oplora: a factor is missing");
+        tensors.push_back(factors[f] ? *factors[f] : *rounded[f]);
+    }
+    return tensors;
+}
+
+Tensor bytes_on_cpu(int64_t bytes) {
+    return torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+using Plan = std::tuple<Tensor, Tensor, Tensor>; // plan, table, workspace
+
+// verdict (2): a plan writes what it finds there.
+template <class L, class TableBytes, class WorkspaceBytes, class PlanLayers>
+Plan make_plan(L &layers, const std::vector<oplora_adamw *> &adamw, const std::vector<oplora_cuda_half> &halves,
+               const Tensor &verdict, TableBytes table_bytes, WorkspaceBytes workspace_bytes, PlanLayers plan_layers) {
+    const int64_t in_table = table_bytes(layers.layers.data(), layers.count());
+    const int64_t in_workspace = workspace_bytes(layers.layers.data(), layers.count());
+    STD_TORCH_CHECK(in_table >= 0 && in_workspace >= 0, "oplora::", layers.op, ": sizes or ranks that do not fit");
+    Tensor plan = bytes_on_cpu(sizeof(oplora_cuda_plan)), table = bytes_on_cpu(in_table);
+    Tensor workspace = torch::stable::new_empty(verdict, {&in_workspace, 1}, ScalarType::Byte);
+    oplora_cuda_plan made;
+    check(layers.op, "verdict", verdict, ScalarType::Int, 2, layers.place);
+    check_core(layers.op, plan_layers(layers.layers.data(), layers.count(), adamw.data(), halves.data(),
+                                      reinterpret_cast<oplora_cuda_verdict *>(out<int>(verdict)), out<char>(workspace),
+                                      out<char>(table), &made));
+    std::memcpy(out<char>(plan), &made, sizeof made);
+    return {plan, table, workspace};
+}
+
+Plan cuda_exact_plan(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensors decay, Tensors moving,
+                     OptionalTensors factors, OptionalTensors rounded, OptionalTensors bases, Tensors grads,
+                     std::vector<int64_t> sizes, const Tensor &adamw, std::vector<int64_t> rows, const Tensor &verdict,
+                     const Tensor &report) {
+    const char *const op = "cuda_exact_plan";
+    ExactLayers<float> layers(op, parameters, sizes, place_of(op, adamw));
+    layers.set_rows(rows_like(factors, rounded));
+    layers.set_parameters(parameters);
+    layers.set_state("exp_avg", exp_avg, [](auto &layer, float *p) { layer.exp_avg = p; });
+    layers.set_state("exp_avg_sq", exp_avg_sq, [](auto &layer, float *p) { layer.exp_avg_sq = p; });
+    layers.set_columns(decay, moving);
+    layers.set_report(report);
+    const auto halves = set_tensors(layers, factors, rounded, bases, grads);
+    return make_plan(layers, adamw_of(op, layers.place, adamw, rows, layers.layers.size()), halves, verdict,
+                     CUDA_CALL(oplora_cuda_exact_table_bytes), CUDA_CALL(oplora_cuda_exact_workspace_bytes),
+                     CUDA_CALL(oplora_cuda_exact_plan_layers));
+}
+
+Plan cuda_lean_plan(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, OptionalTensors factors,
+                    OptionalTensors rounded, OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes,
+                    std::vector<int64_t> random, int64_t seed, const Tensor &adamw, std::vector<int64_t> rows,
+                    const Tensor &verdict, const Tensor &report, const Tensor &dh) {
+    const char *const op = "cuda_lean_plan";
+    LeanLayers<float> layers(op, sizes, seed, place_of(op, adamw));
+    layers.set_rows(rows_like(factors, rounded));
+    layers.set_state(numbers, moments, scalars);
+    layers.set_random(random);
+    layers.set_report(report);
+    layers.set_dh(dh);
+    const auto halves = set_tensors(layers, factors, rounded, bases, grads);
+    for (const auto &factor : layers.factors)
+        STD_TORCH_CHECK(factor.out, "oplora::", op, ": lean state needs every factor's value before rounding");
+    return make_plan(layers, adamw_of(op, layers.place, adamw, rows, layers.layers.size()), halves, verdict,
+                     CUDA_CALL(oplora_cuda_lean_table_bytes), CUDA_CALL(oplora_cuda_lean_workspace_bytes),
+                     CUDA_CALL(oplora_cuda_lean_plan_layers));
+}
+
+// ---- launches ----
+
+// launch(plan, table, stream), for a plan that an op above returned.
+template <class F>
+void launch(const char *op, const Tensor &plan, const Tensor &table, const Tensor &workspace, F call) {
+    const Place place = place_of(op, table);
+    check(op, "plan", plan, ScalarType::Byte, sizeof(oplora_cuda_plan));
+    check(op, "table", table, ScalarType::Byte, table.numel(), place);
+    check(op, "workspace", workspace, ScalarType::Byte, workspace.numel(), place);
+    oplora_cuda_plan planned;
+    std::memcpy(&planned, plan.const_data_ptr(), sizeof planned);
+    on_device(op, place, [&](void *stream) { return call(&planned, table.const_data_ptr(), stream); });
+}
+
+// A number of int32 on the device, or none.
+const int *veto_of(const char *op, const std::optional<Tensor> &veto, const Tensor &table) {
+    if (!veto) return nullptr;
+    check(op, "veto", *veto, ScalarType::Int, 1, place_of(op, table));
+    return in<int>(*veto);
+}
+
+void cuda_exact_measure_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
+    launch("cuda_exact_measure_", plan, table, workspace, CUDA_CALL(oplora_cuda_exact_measure));
+}
+
+void cuda_exact_step_(const Tensor &plan, const Tensor &table, const Tensor &workspace, std::optional<Tensor> veto,
+                      bool measured) {
+    const char *const op = "cuda_exact_step_";
+    const int *const vetoed = veto_of(op, veto, table);
+    launch(op, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+        return CUDA_CALL(oplora_cuda_exact_step)(planned, on_table, measured, vetoed, stream);
+    });
+}
+
+void cuda_exact_generate_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
+    launch("cuda_exact_generate_", plan, table, workspace, CUDA_CALL(oplora_cuda_exact_generate));
+}
+
+void cuda_lean_start_(const Tensor &plan, const Tensor &table, const Tensor &workspace, double latent_std) {
+    launch("cuda_lean_start_", plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+        return CUDA_CALL(oplora_cuda_lean_start)(planned, on_table, latent_std, stream);
+    });
+}
+
+void cuda_lean_measure_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
+    launch("cuda_lean_measure_", plan, table, workspace, CUDA_CALL(oplora_cuda_lean_measure));
+}
+
+void cuda_lean_step_(const Tensor &plan, const Tensor &table, const Tensor &workspace, std::optional<Tensor> veto,
+                     bool measured) {
+    const char *const op = "cuda_lean_step_";
+    const int *const vetoed = veto_of(op, veto, table);
+    launch(op, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+        return CUDA_CALL(oplora_cuda_lean_step)(planned, on_table, measured, vetoed, stream);
+    });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
+    m.def("cuda_exact_plan(Tensor[] parameters, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor[] decay, "
+          "Tensor[] moving, Tensor?[] factors, Tensor?[] rounded, Tensor?[] bases, Tensor[] grads, int[] sizes, "
+          "Tensor adamw, int[] rows, Tensor verdict, Tensor report) -> (Tensor, Tensor, Tensor)");
+    m.def("cuda_exact_measure_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
+    m.def("cuda_exact_step_(Tensor plan, Tensor table, Tensor(a!) workspace, Tensor? veto, bool measured) -> ()");
+    m.def("cuda_exact_generate_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
+    m.def("cuda_lean_plan(Tensor numbers, Tensor moments, Tensor scalars, Tensor?[] factors, Tensor?[] rounded, "
+          "Tensor?[] bases, Tensor[] grads, int[] sizes, int[] random, int seed, Tensor adamw, int[] rows, "
+          "Tensor verdict, Tensor report, Tensor dh) -> (Tensor, Tensor, Tensor)");
+    m.def("cuda_lean_start_(Tensor plan, Tensor table, Tensor(a!) workspace, float latent_std) -> ()");
+    m.def("cuda_lean_measure_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
+    m.def("cuda_lean_step_(Tensor plan, Tensor table, Tensor(a!) workspace, Tensor? veto, bool measured) -> ()");
+}
+
+#define STEP_IMPLEMENTATIONS(m) \
+    m.impl("cuda_exact_plan", TORCH_BOX(&cuda_exact_plan)); \
+    m.impl("cuda_exact_measure_", TORCH_BOX(&cuda_exact_measure_)); \
+    m.impl("cuda_exact_step_", TORCH_BOX(&cuda_exact_step_)); \
+    m.impl("cuda_exact_generate_", TORCH_BOX(&cuda_exact_generate_)); \
+    m.impl("cuda_lean_plan", TORCH_BOX(&cuda_lean_plan)); \
+    m.impl("cuda_lean_start_", TORCH_BOX(&cuda_lean_start_)); \
+    m.impl("cuda_lean_measure_", TORCH_BOX(&cuda_lean_measure_)); \
+    m.impl("cuda_lean_step_", TORCH_BOX(&cuda_lean_step_))
+
+STABLE_TORCH_LIBRARY_IMPL(oplora, CUDA, m) {
+    m.impl("generate", TORCH_BOX(&generate));
+    m.impl("generate_backward", TORCH_BOX(&generate_backward));
+    STEP_IMPLEMENTATIONS(m);
+}
+
+// for a library that executes kernels on the CPU; any other refuses CPU tensors
+STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) { STEP_IMPLEMENTATIONS(m); }
