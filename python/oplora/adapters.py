@@ -199,7 +199,7 @@ class Factors:
         placed = parameters[0].device
         if elsewhere := [p.device for p in parameters if p.device != placed]:
             raise OPLoRATypeError(
-                f"oplora: the factors of layer {layer.name} are on {placed} and {elsewhere[0]}; move them to one device."
+                f"oplora: the factors of layer {layer.name} are on {placed} and {elsewhere[0]}; they must share one."
             )
         double = all(p.dtype == torch.float64 for p in parameters)
         return cls(

@@ -45,7 +45,7 @@ def has_kernels() -> bool:
 def require_kernels(where: torch.device) -> None:
     if not has_kernels():
         raise OPLoRARuntimeError(
-            f"oplora: the factors are on {where}, and this oplora was built without the CUDA kernels. Install the CUDA "
+            f"oplora: the tensors are on {where}, and this oplora was built without the CUDA kernels. Install the CUDA "
             "toolkit 12.8 or newer (nvcc; CUDA_HOME names its folder) and build again in oplora's sources: "
             "OPLORA_CUDA=1 pip install --no-cache-dir . Until then oplora.create_oplora_optimizer(model, "
             "torch.optim.AdamW, lr=...) trains the same generators with PyTorch alone, in more memory."

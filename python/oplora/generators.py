@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, reference
 from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .device import has_kernels
 from .errors import OPLoRAValueError
 from .start import Settings, allocate, count_parameters, start_parameters, views
 
@@ -38,7 +39,8 @@ class Generator(nn.Module):
 
     def generate(self) -> list[Tensor]:
         """v, a piece for each factor, without their bases."""
-        v = ops.generate(self.z, self.W1, self.c1, self.W2, self.c2)
+        generate = reference.generate if self._lacks_kernels() else ops.generate
+        v = generate(self.z, self.W1, self.c1, self.W2, self.c2)
         return list(v.detach().split(self.factors.sizes))
 
     def refresh(self) -> None:
@@ -55,7 +57,10 @@ class Generator(nn.Module):
             return
         self.factors.layer.refuse_if_folded()
         g = torch.cat([gradient.flatten() for gradient in gradients])
-        grad_z, grad_W1, grad_c1, h = torch.ops.oplora.generate_backward(g, self.z, self.W1, self.c1, self.W2)
+        generate_backward = torch.ops.oplora.generate_backward
+        if self._lacks_kernels():
+            generate_backward = reference.generate_backward
+        grad_z, grad_W1, grad_c1, h = generate_backward(g, self.z, self.W1, self.c1, self.W2)
         grads = {"z": grad_z, "W1": grad_W1, "c1": grad_c1, "W2": torch.outer(h, g).t(), "c2": g}
         for name, grad in grads.items():
             parameter = getattr(self, name)
@@ -63,6 +68,10 @@ class Generator(nn.Module):
         for parameter in parameters:
             parameter.grad = None
         self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
+
+    def _lacks_kernels(self) -> bool:
+        """On a GPU without the CUDA library plain PyTorch computes, as on devices that have no kernels at all."""
+        return self.W2.device.type == "cuda" and not has_kernels()
 
     def get_extra_state(self) -> dict[str, Any]:
         return self.factors.state_dict()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .device import require_kernels
 from .errors import OPLoRAError, OPLoRATypeError, OPLoRAValueError
 
 __all__ = ["generate"]
@@ -32,15 +33,19 @@ def generate(z: Tensor, W1: Tensor, c1: Tensor, W2: Tensor, c2: Tensor) -> Tenso
             not read.
         c2: (N,).
 
-    All are of one dtype, float32 or float64, on one device. On the CPU the C core computes, elsewhere plain PyTorch.
+    All are of one dtype, float32 or float64, on one device. On the CPU the C core computes, on a GPU its CUDA kernels,
+    elsewhere plain PyTorch.
 
     Returns:
         v (N,), of the same dtype.
 
     Raises:
-        OPLoRAError: shapes, dtypes, devices or strides that do not fit; the message names the argument.
+        OPLoRAError: shapes, dtypes, devices or strides that do not fit (the message names the argument), or a CUDA
+            tensor where the kernels were not built.
     """
     _check_generate(z, W1, c1, W2, c2)
+    if W2.device.type == "cuda":
+        require_kernels(W2.device)
     v: Tensor = torch.ops.oplora.generate(z, W1, c1, W2, c2)
     return v
 

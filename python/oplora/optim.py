@@ -186,7 +186,7 @@ class AdamW(torch.optim.Optimizer):
                     saved = plain.state.get(parameter, {})
                     if isinstance(saved.get("step"), Tensor):
                         saved["step"] = saved["step"].to(parameter.device, torch.float32)
-        plain.found_inf = None if verdict is None else verdict.float()  # type: ignore[attr-defined]
+        plain.found_inf = None if verdict is None else verdict.float().view(())  # type: ignore[attr-defined]
         plain.step()
 
     def _tell_refusals(self) -> None:

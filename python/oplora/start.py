@@ -79,7 +79,7 @@ def weight_rate(hidden_width: int) -> float:
 def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: int) -> None:
     """Writes the paper's start of the generator of the model's layer `index` into its flat parameters, all zero."""
     H, Z = settings.hidden_width, settings.latent_width
-    on_cpu = flat if flat.device == CPU else allocate(flat.numel(), flat.dtype, huge_pages=False)
+    on_cpu = flat if flat.device.type == "cpu" else allocate(flat.numel(), flat.dtype, huge_pages=False)
     _core.start(
         on_cpu.numpy(),
         hidden_width=H,

@@ -1,0 +1,431 @@
+"""oplora.AdamW's way to a GPU, with kernels that the CPU executes (tests/cuda_on_cpu): what the host plans, hands over,
+remembers and is told later. The kernels' own results are compared with the C core in tests/cuda."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_bits, batches, factors, make_model, train
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import oplora
+from oplora import device, exact, lean, optim, reference, staging
+
+LIBRARY = Path(__file__).parents[1] / "build/cuda/liboplora_cuda_on_cpu.so"
+STATES = ("lean", "exact")
+HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    made = subprocess.run(
+        ["make", str(LIBRARY.relative_to(LIBRARY.parents[2]))], cwd=LIBRARY.parents[2], capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr
+    return LIBRARY
+
+
+@pytest.fixture
+def as_device(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """From then on factors on the CPU are treated as on a GPU, or no longer."""
+
+    def set_device(on: bool) -> None:
+        for module in (device, exact, optim):
+            monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
+
+    monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(library))
+    torch.set_flush_denormal(True)  # as the core's loops and the kernels do
+    set_device(True)
+    yield set_device
+    torch.set_flush_denormal(False)
+
+
+def trained(steps: int = 3, dtype: torch.dtype = torch.float32, **settings: object) -> tuple[nn.Module, oplora.AdamW]:
+    model = make_model(dtype)
+    optimizer = oplora.AdamW(model, lr=1e-2, seed=5, **settings)
+    train(model, optimizer, steps, dtype)
+    return model, optimizer
+
+
+def both(as_device: Callable[[bool], None], **settings: object) -> tuple[nn.Module, nn.Module]:
+    """A model trained by the kernels, and by the C core."""
+    theirs, _ = trained(**settings)
+    as_device(False)
+    ours, _ = trained(**settings)
+    as_device(True)
+    return theirs, ours
+
+
+def backward(model: nn.Module) -> None:
+    x, y = next(batches(1, next(p.dtype for p in model.parameters())))
+    (model(x) - y).square().mean().backward()
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_device_trains_with_the_cores_bits(as_device, state, dtype):
+    on_device, on_core = both(as_device, state=state, dtype=dtype)
+    assert_same_bits(factors(on_device), factors(on_core))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("init", ["paper", "keep"])
+def test_starts_are_the_cores(as_device, state, init):
+    on_device, on_core = both(as_device, state=state, init=init, steps=0)
+    assert_same_bits(factors(on_device), factors(on_core))
+
+
+@pytest.mark.parametrize("settings", [{"start": "uniform"}, {"weight_rank": 3, "moment_rank": 2}, {"init": "keep"}])
+def test_settings_reach_the_kernels(as_device, settings):
+    on_device, on_core = both(as_device, **settings)
+    assert_same_bits(factors(on_device), factors(on_core))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_clipping_is_the_cores(as_device, state):
+    def clipped() -> tuple[nn.Module, torch.Tensor]:
+        model = make_model()
+        optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+        norms = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            backward(model)
+            norms.append(optimizer.clip_grad_norm_(0.05))
+            optimizer.step()
+        return model, torch.stack(norms)
+
+    on_device, norms = clipped()
+    as_device(False)
+    on_core, expected = clipped()
+    torch.testing.assert_close(norms, expected, rtol=1e-12, atol=0)
+    assert bool((norms > 0.05).any())
+    assert_same_bits(factors(on_device), factors(on_core))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would wait for a device: numbers that the host reads."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        pinned = name == "_local_scalar_dense" and args[0].dtype == torch.int32  # the verdict, which lies on the host
+        assert pinned or name not in ("_local_scalar_dense", "equal", "is_nonzero", "nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_neither_step_nor_clipping_waits(as_device, state):
+    model = make_model(modules_to_save=["second"], target_modules=["first"])
+    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backward(model)
+        with NoWaiting():
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+    assert optimizer._states[0].steps == 3
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_plan_serves_until_an_address_changes(as_device, state):
+    model, optimizer = trained(steps=1, state=state)
+    shared = optimizer._states[0].shared
+    plan = shared.plan
+    for _ in range(2):
+        optimizer.step()
+        assert shared.plan is plan
+    gradient = next(p for p in model.parameters() if p.grad is not None)
+    gradient.grad = gradient.grad.clone()
+    optimizer.step()
+    assert shared.plan is not plan
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_told_at_the_next_step(as_device, state, bad):
+    model, optimizer = trained(state=state)
+    before, saved = factors(model), copy.deepcopy(optimizer.state_dict()["generators"])
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "second" in n and "lora_B" in n)
+    good = parameter.grad.clone()
+    parameter.grad[1, 1] = bad
+    optimizer.step()
+    assert_same_bits(factors(model), before)
+    after = optimizer.state_dict()["generators"]
+    for layer, numbers in saved.items():
+        assert numbers["step"] == after[layer]["step"]
+        for key in optimizer._states[0].KEYS:
+            assert torch.equal(numbers[key], after[layer][key])
+    parameter.grad.copy_(good)
+    with pytest.raises(oplora.OPLoRAError, match=r"layer .*second.*1 earlier step"):
+        optimizer.step()
+    optimizer.step()  # told once, then it goes on
+    assert not torch.equal(dict(model.named_parameters())[name], before[name])
+
+
+def test_refused_steps_are_skipped_on_request(as_device):
+    model, optimizer = trained(skip_nonfinite=True)
+    before = factors(model)
+    gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+    gradient[0, 0] = float("nan")
+    optimizer.step()
+    optimizer.step()
+    assert_same_bits(factors(model), before)
+
+
+@pytest.mark.parametrize("where", ["factor", "other"])
+def test_all_parameters_refuse_together(as_device, where):
+    model = make_model(modules_to_save=["second"], target_modules=["first"])
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bad = next(p for n, p in model.named_parameters() if p.grad is not None and ("lora_" in n) == (where == "factor"))
+    bad.grad.view(-1)[0] = float("inf")
+    optimizer.step()
+    assert_same_bits({name: p.detach() for name, p in model.named_parameters()}, before)
+
+
+def test_other_parameters_step_as_torchs(as_device):
+    def weights(on: bool) -> torch.Tensor:
+        as_device(on)
+        model = make_model(modules_to_save=["second"], target_modules=["first"])
+        train(model, oplora.AdamW(model, lr=1e-2), 3)
+        return next(p for n, p in model.named_parameters() if "modules_to_save.default.weight" in n).detach()
+
+    torch.testing.assert_close(weights(True), weights(False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_state_resumes_on_either_side(as_device, state):
+    """Saved on the device, it goes on there and on the CPU with the same bits."""
+    model, optimizer = trained(state=state)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    ends = []
+    for on in (True, False):
+        as_device(on)
+        again = make_model()
+        resumed = oplora.AdamW(again, lr=1e-2, seed=99, state=state)
+        again.load_state_dict(weights)
+        resumed.load_state_dict(saved)
+        train(again, resumed, 2)
+        ends.append(factors(again))
+    as_device(True)
+    train(model, optimizer, 2)
+    for end in ends:
+        assert_same_bits(end, factors(model))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_moved_model_takes_its_generators_along(as_device, state):
+    """As accelerate and Trainer do: the optimizer is made before the model goes to the GPU."""
+    as_device(False)
+    model, optimizer = trained(steps=2, state=state)
+    expected, other = trained(steps=2, state=state)
+    as_device(True)
+    for generator in optimizer._states:
+        generator.factors.placed = torch.device("meta")  # anywhere else
+    train(model, optimizer, 2)
+    assert optimizer._states[0].shared is not None
+    as_device(False)
+    train(expected, other, 2)
+    assert_same_bits(factors(model), factors(expected))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_layers_without_gradients_stay(as_device, state):
+    model, optimizer = trained(state=state)
+    before = factors(model)
+    for name, parameter in model.named_parameters():
+        if "first" in name:
+            parameter.grad = None
+    optimizer.step()
+    steps = {generator.name: generator.steps for generator in optimizer._states}
+    assert sorted(steps.values()) == [3, 4]
+    for name, value in factors(model).items():
+        assert torch.equal(value, before[name]) == ("first" in name)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_rates_reach_the_device_as_numbers_and_as_tensors(as_device, state):
+    ends = []
+    for as_rate in (float, torch.tensor):
+        model, optimizer = trained(state=state)
+        optimizer.param_groups[0]["lr"] = as_rate(3e-3)
+        train(model, optimizer, 2)
+        ends.append(factors(model))
+    rates = torch.tensor(3e-3).double().item()
+    assert optimizer._states[0].shared.adamw[0, 0].item() == rates
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_edits_are_gone_on_from(as_device, state):
+    def edited(on: bool) -> dict[str, torch.Tensor]:
+        as_device(on)
+        model, optimizer = trained(state=state)
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "lora_B" in n).mul_(0.5)
+        if state == "exact":
+            with pytest.warns(UserWarning, match="were changed"):
+                train(model, optimizer, 1)
+        train(model, optimizer, 1)
+        return factors(model)
+
+    assert_same_bits(edited(True), edited(False))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_factors_of_any_layout(as_device, state):
+    def transposed(on: bool) -> dict[str, torch.Tensor]:
+        as_device(on)
+        model = make_model()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.t().contiguous().t()
+        optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+        train(model, optimizer, 3)
+        return factors(model)
+
+    assert_same_bits(transposed(True), transposed(False))
+
+
+def test_stats_are_the_cores(as_device):
+    for state in STATES:
+        _, optimizer = trained(state=state)
+        as_device(False)
+        _, other = trained(state=state)
+        as_device(True)
+        mine, theirs = oplora.stats(optimizer), oplora.stats(other)
+        for layer, numbers in theirs.items():
+            for key, value in numbers.items():
+                assert mine[layer][key] == pytest.approx(value, rel=1e-12, nan_ok=True), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generators_in_host_memory_train_as_on_the_cpu(as_device, dtype, monkeypatch):
+    fetched: list[int] = []
+    fetch = staging.Staging.fetch
+
+    def counted(sources, buffers):
+        fetched.append(sum(source.numel() for source in sources))
+        fetch(sources, buffers)
+
+    monkeypatch.setattr(staging.Staging, "fetch", staticmethod(counted))
+    model, optimizer = trained(state="exact", generator_device=HOST, dtype=dtype)
+    assert optimizer._states[0].shared is None
+    entries = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert fetched == [entries] * 3
+    as_device(False)
+    expected, _ = trained(state="exact", dtype=dtype)
+    assert_same_bits(factors(model), factors(expected))
+
+
+def test_generators_in_host_memory_are_clipped_and_refuse(as_device):
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2, state="exact", generator_device=HOST)
+    backward(model)
+    norm = optimizer.clip_grad_norm_(1e-3)
+    optimizer.step()
+    assert float(norm) > 1e-3
+    assert float(optimizer._states[0].report[0]) <= 1e-6
+    next(p.grad for p in model.parameters() if p.grad is not None)[0, 0] = float("nan")
+    before = factors(model)
+    with pytest.raises(oplora.OPLoRAError, match="NaN"):
+        optimizer.step()
+    assert_same_bits(factors(model), before)
+
+
+def test_generator_device_is_for_exact_state():
+    with pytest.raises(oplora.OPLoRAError, match="state='exact'"):
+        oplora.AdamW(make_model(), generator_device="cpu")
+    with pytest.raises(oplora.OPLoRAError, match="expected 'cpu'"):
+        oplora.AdamW(make_model(), state="exact", generator_device="cuda")
+
+
+def test_double_factors_are_refused_on_a_device(as_device):
+    with pytest.raises(oplora.OPLoRAError, match="float64"):
+        oplora.AdamW(make_model(torch.float64))
+
+
+def test_no_kernels_is_told_with_how_to_build_them(as_device, monkeypatch):
+    monkeypatch.delenv("OPLORA_CUDA_LIBRARY")
+    monkeypatch.setattr(device, "_LIBRARY", Path("not there"))
+    with pytest.raises(oplora.OPLoRAError, match=r"OPLORA_CUDA=1 pip install"):
+        oplora.AdamW(make_model())
+
+
+def test_the_ops_tell_how_to_build_a_missing_library(tmp_path):
+    call = (
+        "import torch, oplora.ops; t = torch.zeros(0, dtype=torch.uint8)\ntorch.ops.oplora.cuda_lean_measure_(t, t, t)"
+    )
+    environment = {**os.environ, "OPLORA_CUDA_LIBRARY": str(tmp_path / "liboplora_cuda.so")}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0
+    assert "does not load" in done.stderr
+    assert "OPLORA_CUDA=1 pip install" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [True, False])
+def test_generates_cuda_side(as_device, dtype, columns):
+    """The op's CUDA key, called with the CPU's tensors."""
+    torch.manual_seed(3)
+    H, Z, N = 33, 7, 130
+    z, W1, c1, c2, g = (torch.randn(size, dtype=dtype) for size in ((Z,), (H, Z), (H,), (N,), (N,)))
+    W2 = torch.randn(H, N, dtype=dtype).t() if columns else torch.randn(N, H, dtype=dtype)
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    ops = torch.ops.oplora
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    v = ops.generate.default.redispatch(on_cuda, z, W1, c1, W2, c2)
+    torch.testing.assert_close(v, reference.generate(z, W1, c1, W2, c2), **tolerance)
+    ours = ops.generate_backward.default.redispatch(on_cuda, g, z, W1, c1, W2)
+    for mine, theirs in zip(ours, reference.generate_backward(g, z, W1, c1, W2), strict=True):
+        torch.testing.assert_close(mine, theirs, **tolerance)
+
+
+def test_the_ops_refuse_what_does_not_fit(as_device):
+    _, optimizer = trained(steps=1)
+    states, shared = optimizer._states, optimizer._states[0].shared
+    layers = states[0].new_layers()
+    parameters = states[0].factors.layer.parameters()
+    layers.add(states[0], parameters, [p.grad for p in parameters])
+    args = [*layers._state(), parameters, [None] * 2, [None] * 2, layers.gradients, *layers._sizes()]
+    report, dh = torch.zeros(9, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
+    last = [shared.adamw, [0], shared.verdict, report, dh]
+    plan = torch.ops.oplora.cuda_lean_plan
+    plan(*args, *last)
+    for index, bad, what in (
+        (1, [2], "no row 2"),
+        (0, shared.adamw[:, :7].contiguous(), "8 numbers a layer"),
+        (2, shared.verdict[:1], "verdict"),
+        (3, report[:8], "report"),
+        (4, dh[:31], "dh"),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            plan(*args, *[bad if i == index else value for i, value in enumerate(last)])
+    with pytest.raises(RuntimeError, match="a factor is missing"):
+        plan(*args[:3], [None] * 2, *args[4:], *last)
+    with pytest.raises(RuntimeError, match="has another dtype"):
+        plan(*args[:6], [g.double() for g in layers.gradients], *args[7:], *last)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_layers_on_several_devices_step_or_refuse_together(as_device, state, monkeypatch):
+    expected, _ = trained(state=state)
+    for module in (exact, lean):
+        monkeypatch.setattr(module, "share_devices", lambda states: [device.share_devices([s]) for s in states])
+    monkeypatch.setattr(optim, "kind_of", id)  # a group of its own for each layer
+    model, optimizer = trained(state=state)
+    assert len({id(s.shared) for s in optimizer._states}) == 2
+    assert_same_bits(factors(model), factors(expected))
+    before = factors(model)
+    next(p.grad for n, p in model.named_parameters() if "second" in n and "lora_A" in n)[0, 0] = float("nan")
+    optimizer.step()
+    assert_same_bits(factors(model), before)
+    with pytest.raises(oplora.OPLoRAError, match="second"):
+        optimizer.step()
