@@ -4,6 +4,7 @@
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
 #   make cuda      the CUDA kernels, compiled for every architecture without warnings and spills
+#   make gpu       for whoever has a CUDA GPU: the tests on it, compute-sanitizer if it is there, and bench_gpu
 #   make bench     the step benchmark, its figure and the README's table
 #   make format    clang-format and ruff on all sources
 #
@@ -45,7 +46,7 @@ CUDA_ARCHS ?= 80 86 89 90 100 120
 NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
-.PHONY: all demo test build lint format test-c test-cuda cuda asan pytest bench plot clean
+.PHONY: all demo test build lint format test-c test-cuda cuda asan pytest gpu bench plot clean
 
 .SECONDARY:
 
@@ -160,6 +161,17 @@ cuda: $(KERNELS:%=build/nvcc/%.fatbin)
 
 pytest: build build/cuda/liboplora_cuda_on_cpu.so
 	$(BIN)/python -m pytest
+
+# the kernels for this GPU, its tests, then benchmarks/results/bench_gpu.json
+gpu: build
+	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA GPU")'
+	arch=$$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') && \
+	    OPLORA_CUDA=1 OPLORA_CUDA_ARCHS=$$arch $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pytest tests/test_gpu.py
+	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k "cores_bits" || exit 1; \
+	    done; fi
+	$(BIN)/python benchmarks/bench_gpu.py
 
 bench: build
 	$(BIN)/python benchmarks/bench_step.py

@@ -99,13 +99,15 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class Inputs:
     """What a contender finds: a PEFT model, and for each layer g (N,), the same in every micro-batch."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, device: str = "cpu") -> None:
         from peft import LoraConfig, get_peft_model
 
         generator = torch.Generator().manual_seed(0)
         self.size = size
-        self.model = get_peft_model(Linears(size), LoraConfig(r=size.r, target_modules=r"layers\.\d+"))
-        self.gradients = [1e-3 * torch.randn(N, generator=generator) for N in size.factor_sizes]
+        with torch.device(device):
+            self.model = get_peft_model(Linears(size), LoraConfig(r=size.r, target_modules=r"layers\.\d+"))
+        numbers = (torch.randn(N, generator=generator, device="cpu") for N in size.factor_sizes)
+        self.gradients = [1e-3 * g.to(device) for g in numbers]
 
 
 # ---- the contenders ----
@@ -145,8 +147,9 @@ class Eager:
 
     def __init__(self, inputs: Inputs, **implementation: bool) -> None:
         H, Z, sizes = inputs.size.hidden_width, LATENT_WIDTH, inputs.size.factor_sizes
-        self.latents = nn.ParameterList(0.01 * torch.randn(1, Z) for _ in sizes)
-        self.generators = nn.ModuleList(nn.Sequential(nn.Linear(Z, H), nn.ReLU(), nn.Linear(H, N)) for N in sizes)
+        with inputs.gradients[0].device:
+            self.latents = nn.ParameterList(0.01 * torch.randn(1, Z) for _ in sizes)
+            self.generators = nn.ModuleList(nn.Sequential(nn.Linear(Z, H), nn.ReLU(), nn.Linear(H, N)) for N in sizes)
         self.parameters = [*self.latents, *self.generators.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LR, **implementation)
         self.gradients = [g.view(1, -1) for g in inputs.gradients]

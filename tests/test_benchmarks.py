@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_fidelity  # noqa: E402
+import bench_gpu  # noqa: E402
 import bench_lean  # noqa: E402
 import bench_step  # noqa: E402
 import bench_width  # noqa: E402
@@ -504,3 +505,31 @@ def test_new_plots_write_a_png(tmp_path):
 def test_plot_writes_a_png(tmp_path):
     plot.draw_step(made_up_rows(), tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- bench_gpu ----
+
+
+def test_bench_gpu_writes_rows_of_every_contender(tmp_path):
+    """On the CPU, where it measures nothing of a GPU but runs the same way."""
+    path = tmp_path / "gpu.json"
+    bench_gpu.main(["--quick", "--device", "cpu", "--output", str(path)], print_row=lambda _: None)
+    rows = harness.read_rows(path)
+    for kind in ("step with gradients", "memory"):
+        assert {row["contender"] for row in rows if row["kind"] == kind} == set(bench_gpu.METHODS)
+    assert {row["contender"] for row in rows if row["kind"] == "step"} == {*bench_gpu.OURS, bench_gpu.LORA}
+    assert all(row["gbps"] > 0 for row in rows if row["kind"] == "step")
+
+
+def test_bench_gpu_measures_nothing_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        bench_gpu.main(["--output", str(tmp_path / "gpu.json")])
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_bench_gpu_leaves_out_what_does_not_fit(monkeypatch):
+    room = 126 * sum(TOY.factor_sizes)  # plain LoRA takes 20, state lean 28 twice, state exact 60, eager 76
+    monkeypatch.setattr(bench_gpu, "free_bytes", lambda _: room)
+    left_out = [row["contender"] for row in bench_gpu.rows_of(TOY, "cpu", 3, 1.0) if row["kind"] == "left out"]
+    assert left_out == [bench_gpu.EXACT, bench_gpu.EAGER]

@@ -57,9 +57,8 @@ class Generator(nn.Module):
             return
         self.factors.layer.refuse_if_folded()
         g = torch.cat([gradient.flatten() for gradient in gradients])
-        generate_backward = torch.ops.oplora.generate_backward
-        if self._lacks_kernels():
-            generate_backward = reference.generate_backward
+        plain = self._lacks_kernels()
+        generate_backward = reference.generate_backward if plain else torch.ops.oplora.generate_backward
         grad_z, grad_W1, grad_c1, h = generate_backward(g, self.z, self.W1, self.c1, self.W2)
         grads = {"z": grad_z, "W1": grad_W1, "c1": grad_c1, "W2": torch.outer(h, g).t(), "c2": g}
         for name, grad in grads.items():

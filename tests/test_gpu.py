@@ -1,0 +1,179 @@
+"""oplora on a real GPU, against the C core and float64. Skipped where there is none; `make gpu` runs it."""
+
+import copy
+
+import pytest
+import torch
+from conftest import batches, factors, make_model
+from torch import nn
+
+import oplora
+from oplora import reference
+from oplora.device import has_kernels
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and has_kernels()), reason="needs a CUDA GPU, and liboplora_cuda.so"
+)
+STATES = ("lean", "exact")
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, clip: float | None = None) -> None:
+    some = next(p for p in model.parameters() if p.requires_grad)
+    for x, y in batches(steps, some.dtype):
+        optimizer.zero_grad()
+        (model(x.to(some.device)) - y.to(some.device)).square().mean().backward()
+        if clip is not None:
+            optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+
+
+def trained(device: str, steps: int = 5, dtype: torch.dtype = torch.float32, **settings: object) -> nn.Module:
+    model = make_model(dtype).to(device)
+    train(model, oplora.AdamW(model, lr=1e-2, seed=5, **settings), steps, clip=0.5)
+    return model
+
+
+def assert_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
+    for name, value in factors(theirs).items():
+        torch.testing.assert_close(factors(ours)[name].cpu().float(), value.cpu().float(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_a_gpu_trains_as_the_cpu(state, dtype, tolerance):
+    """The steps' bits are the core's; the model's own gradients are not."""
+    assert_close(trained("cuda", state=state, dtype=dtype), trained("cpu", state=state, dtype=dtype), tolerance)
+
+
+def test_exact_state_is_as_close_to_float64_as_the_core():
+    oracle = trained("cpu", state="exact", dtype=torch.float64)
+    assert_close(trained("cuda", state="exact"), oracle, 2e-5)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_step_has_the_cores_bits(state):
+    """From the same state and gradients: all that is not of pow, which may differ in its last bit."""
+    ends = []
+    for device in ("cuda", "cpu"):
+        model = make_model().to(device)
+        optimizer = oplora.AdamW(model, lr=1e-2, state=state, betas=(0.5, 0.5))  # powers of two are exact
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            optimizer.step()
+        ends.append({name: value.cpu() for name, value in factors(model).items()})
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_step_neither_waits_nor_allocates(state):
+    model = make_model().cuda()
+    optimizer = oplora.AdamW(model, lr=1e-3, state=state)
+    train(model, optimizer, 3)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    assert after == held
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_captured_step_replays(state):
+    """Also with a learning rate that changes between replays."""
+    ends = []
+    for captured in (False, True):
+        model = make_model().cuda()
+        optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+        rate = torch.tensor(1e-2, dtype=torch.float64, device="cuda")
+        optimizer.param_groups[0]["lr"] = rate
+        x, y = (t.cuda() for t in next(batches(1, torch.float32)))
+        (model(x) - y).square().mean().backward()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        step = optimizer.step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                optimizer.step()
+            step = graph.replay
+        for i in range(3):
+            rate.fill_(1e-2 / (i + 1))
+            step()
+        assert optimizer._states[0].steps == 5
+        ends.append(factors(model))
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_nan_changes_nothing_and_is_told(state):
+    model = make_model(modules_to_save=["second"], target_modules=["first"]).cuda()
+    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    train(model, optimizer, 2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = float("nan")
+    optimizer.step()
+    torch.cuda.synchronize()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    with pytest.raises(oplora.OPLoRAError, match="NaN"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_state_moves_between_cpu_and_gpu(state):
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    train(model, optimizer, 2)
+    model.cuda()
+    train(model, optimizer, 2)
+    assert next(p for p in model.parameters() if p.requires_grad).is_cuda
+    saved = copy.deepcopy(optimizer.state_dict())
+    again = make_model()
+    resumed = oplora.AdamW(again, lr=1e-2, state=state)
+    resumed.load_state_dict(saved)
+    train(again, resumed, 2)
+    train(model, optimizer, 2)
+    assert_close(again, model, 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generators_in_host_memory(dtype):
+    ours = trained("cuda", state="exact", generator_device="cpu", dtype=dtype)
+    assert_close(ours, trained("cpu", state="exact", dtype=dtype), 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize(("H", "Z", "N"), [(1, 1, 1), (4, 7, 31), (30, 128, 33), (768, 5, 40), (32, 128, 1_000_000)])
+def test_generate_on_cuda(dtype, columns, H, Z, N):
+    generator = torch.Generator().manual_seed(1)
+    make = lambda *size: torch.randn(*size, generator=generator, dtype=dtype).cuda()  # noqa: E731
+    z, W1, c1, c2, g = make(Z), make(H, Z), make(H), make(N), make(N)
+    W2 = make(H, N).t() if columns else make(N, H)
+    arguments = [t.requires_grad_() for t in (z, W1, c1, W2, c2)]
+    if N < 1000:
+        torch.library.opcheck(torch.ops.oplora.generate, arguments)
+    v = oplora.generate(*arguments)
+    grads = torch.autograd.grad(v, arguments, g)
+    doubles = [t.detach().double() for t in arguments]
+    scale = 1e-5 if dtype == torch.float32 else 1e-13
+    bound = float(doubles[3].abs().amax() * N**0.5 * H**0.5 + 1)
+    torch.testing.assert_close(v.double(), reference.generate(*doubles), rtol=0, atol=scale * bound)
+    expected = reference.generate_backward(g.double(), *doubles[:4])
+    for mine, theirs in zip(grads[:3], expected[:3], strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=scale * float(theirs.abs().amax() + 1))
