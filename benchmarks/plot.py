@@ -425,6 +425,46 @@ def width_tables(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+# ---- tables: bench_gpu ----
+
+GPU = {  # contenders whose step is timed alone
+    "oplora lean": "lean, signs",
+    "oplora lean, captured": "the same, as a CUDA graph",
+    "oplora lean, uniform start": "lean, uniform",
+    "oplora exact": "exact",
+    "lora, AdamW fused": "plain LoRA, AdamW fused",
+}
+
+
+def gpu_cells(rows: list[Row], contender: str) -> list[str]:
+    """Time, GB/s, share of the copy's, with gradients over plain LoRA, memory; empty where nothing was measured."""
+    found = {
+        kind: where(of_kind(rows, kind), contender=contender) for kind in ("step", "step with gradients", "memory")
+    }
+    step, whole, memory = (row[0] if row else {} for row in found.values())
+    return [
+        f"{step['ms']:.2f} ms" if step else "",
+        f"{step['gbps']:.0f}" if step.get("gbps") else "",
+        f"{step['of_copy']:.0%}" if step.get("of_copy") else "",
+        ratio(whole) if whole.get("ratio") else "",
+        f"{memory['peak_mb']:.0f}" if memory.get("peak_mb") else "",
+    ]
+
+
+def gpu_tables(rows: list[Row]) -> str:
+    header = ["contender", "`step()`", "GB/s", "of the copy's", "with gradients, over plain LoRA", "MB at the peak"]
+    parts = []
+    sized = [row for row in rows if "size" in row]  # all but the bandwidth's
+    for size in sizes_of(sized) or [""]:
+        own = where(sized, size=size)
+        lines = [[title, *gpu_cells(own, name)] for name, title in GPU.items()]
+        parts += [f"{size}:" if size else "Not measured yet:", markdown(header, lines)]
+    if rows:
+        (copy,) = of_kind(rows, "bandwidth")
+        parts.append(f"A copy moves {copy['copy_gbps']:.0f} GB/s. Measured on {machine(copy)}")
+    return "\n\n".join(parts)
+
+
 # ---- between the markers ----
 
 
@@ -435,6 +475,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bench_fidelity": fidelity_tables,
     "bench_ranks": rank_tables,
     "bench_width": width_tables,
+    "bench_gpu": gpu_tables,
 }
 
 
@@ -451,7 +492,9 @@ def replace_all(text: str, results: Path) -> str:
     if not there:
         raise SystemExit(f"the file has no {' ... '.join(markers(next(iter(TABLES))))}, nor another benchmark's")
     for stem in there:
-        text = replace_between(text, stem, TABLES[stem](read_rows(results / f"{SOURCES.get(stem, stem)}.json")))
+        source = results / f"{SOURCES.get(stem, stem)}.json"
+        missing = stem == "bench_gpu" and not source.exists()  # few have a GPU: its table's cells stay empty till then
+        text = replace_between(text, stem, TABLES[stem]([] if missing else read_rows(source)))
     return text
 
 

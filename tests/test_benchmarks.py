@@ -519,6 +519,16 @@ def test_bench_gpu_writes_rows_of_every_contender(tmp_path):
         assert {row["contender"] for row in rows if row["kind"] == kind} == set(bench_gpu.METHODS)
     assert {row["contender"] for row in rows if row["kind"] == "step"} == {*bench_gpu.OURS, bench_gpu.LORA}
     assert all(row["gbps"] > 0 for row in rows if row["kind"] == "step")
+    filled = plot.gpu_tables(rows)
+    assert "A copy moves" in filled
+    assert next(line for line in filled.splitlines() if line.startswith("| lean, signs")).count(" ms |") == 1
+
+
+def test_the_gpu_table_is_empty_where_nothing_was_measured(tmp_path):
+    begin, end = plot.markers("bench_gpu")
+    text = plot.replace_all(f"{begin}{end}", tmp_path)
+    assert "Not measured yet" in text
+    assert "| lean, signs |  |  |  |  |  |" in text
 
 
 def test_bench_gpu_measures_nothing_without_a_gpu(tmp_path, monkeypatch):

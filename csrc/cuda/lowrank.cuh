@@ -44,9 +44,7 @@ template <int THREADS> struct lowrank {
         dots(
             s, 1, n, [&](int, const double *&a, const double *&b) { a = x, b = y; },
             [&](int, double sum) { s.result = sum; });
-        const double result = s.result;
-        __syncthreads();
-        return result;
+        return s.result; /* written again behind the next call's first barrier only */
     }
 
     /* Eigenvalues and eigenvectors of s.scaled, by one thread; cyclic Jacobi. */
