@@ -40,7 +40,9 @@ class _Copies:
         self.device = device
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self.stream = _streams.setdefault(device, torch.cuda.Stream(device))
+            if device not in _streams:
+                _streams[device] = torch.cuda.Stream(device)
+            self.stream = _streams[device]
 
     def __enter__(self) -> "_Copies":
         if self.stream is not None:
