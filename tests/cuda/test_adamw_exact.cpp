@@ -280,6 +280,9 @@ void run(bool slow) {
     for (const auto &shape : shapes) steps(shape, slow ? 1 : 3);
     if (!slow) {
         steps({"many tasks", 9, 6, F{{30001, false}, {4100, false}}}, 2);
+        steps({"31 rows", 4, 3, F{{31, false}}}, 2);
+        steps({"33 rows", 32, 3, F{{33, false}}}, 2);
+        steps({"a million rows", 1, 1, F{{1000001, false}}}, 1);
         steps({"many tasks in vectors", 9, 6, F{{30000, false}, {4100, false}}}, 2);
     }
     nonfinite_changes_nothing(shapes[2]);

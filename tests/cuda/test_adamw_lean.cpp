@@ -300,6 +300,9 @@ void run(bool slow) {
     for (const auto &shape : shapes) steps(shape, slow ? 2 : 4);
     if (!slow) {
         steps({"parts of several chunks", 5, 6, 2, 1, S, F{{300001, true, false}, {31, false, false}}}, 2);
+        steps({"31 rows", 4, 3, 2, 1, U, F{{31, true, false}}}, 2);
+        steps({"33 rows", 32, 3, 2, 1, S, F{{33, true, false}}}, 2);
+        steps({"a million rows", 1, 1, 2, 1, S, F{{1000001, true, false}}}, 1);
         steps({"parts, uniform", 3, 6, 2, 1, U, F{{9000, true, false}, {4097, false, false}}}, 2);
         steps({"wide hidden map", 4100, 3, 2, 1, S, F{{20, true, false}, {5, false, false}}}, 2);
         steps({"wide hidden map, other ranks", 600, 3, 3, 1, U, F{{20, true, false}, {5, false, false}}}, 2);
