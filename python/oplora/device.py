@@ -21,6 +21,7 @@ __all__ = [
     "Device",
     "DeviceLayers",
     "Plan",
+    "PlanTensors",
     "free_memory",
     "has_kernels",
     "require_kernels",
@@ -70,6 +71,17 @@ def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.empty_like(host, device=device).copy_(host, non_blocking=True), host
 
 
+@dataclass(frozen=True)
+class PlanTensors:
+    """What a plan is made of beside the states and their bases. Lists have an item a factor."""
+
+    factors: Sequence[Tensor | None]  # float32; None where exact state needs `rounded` alone
+    rounded: Sequence[Tensor | None]  # the factors of 16 bits
+    gradients: Sequence[Tensor]
+    report: Tensor
+    dh: Tensor
+
+
 @dataclass
 class Plan:
     """What the launches for some layers take, and the tensors at whose addresses it was made for."""
@@ -78,8 +90,7 @@ class Plan:
     plan: Tensor
     table: Tensor
     workspace: Tensor
-    report: Tensor
-    dh: Tensor | None
+    tensors: PlanTensors
     copied: list[tuple[Tensor, Tensor]]  # factors that are not contiguous, and what stands for them
     kept: list[Any]  # whatever else the device reads
 
@@ -153,15 +164,8 @@ class DeviceLayers(Layers):
         return [state.row for state in self.states]
 
     @abstractmethod
-    def make_plan(
-        self,
-        factors: list[Tensor | None],
-        rounded: list[Tensor | None],
-        gradients: list[Tensor],
-        report: Tensor,
-        dh: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The op's plan, table and workspace. factors: float32, None where exact state needs `rounded` alone."""
+    def make_plan(self, tensors: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
+        """The op's plan, table and workspace."""
 
     @abstractmethod
     def launch_measure(self, plan: Plan) -> None: ...
@@ -176,7 +180,7 @@ class DeviceLayers(Layers):
     def measure(self) -> Tensor:
         self.planned = self._plan()
         self.launch_measure(self.planned)
-        return self.planned.report
+        return self.planned.tensors.report
 
     def step(self, adamw: Sequence[float | Tensor], report: Tensor | None) -> tuple[bool, Tensor]:
         """As Layers.step; whether it was done is known on the device alone, so the answer is always yes."""
@@ -192,10 +196,10 @@ class DeviceLayers(Layers):
         for factor, stand_in in plan.copied:
             factor.copy_(stand_in)
         self.shared.tell_verdict()
-        self.remember_step(plan.report)
+        self.remember_step(plan.tensors.report)
         finish(self.states, self.parameters, self.parameters)
         self.planned = None
-        return plan.report
+        return plan.tensors.report
 
     def count_step(self, state: State) -> None:
         """The device does."""
@@ -227,6 +231,8 @@ class DeviceLayers(Layers):
             factors.append(factor if not is_half else value)
         report = self.new_report()
         dh = torch.zeros(sum(state.H for state in self.states), dtype=torch.float64, device=device)
-        plan, table, workspace = self.make_plan(factors, rounded, self.gradients, report, dh)
+        # the plan is kept for many steps, and must not keep their gradients
+        plan, table, workspace = self.make_plan(PlanTensors(factors, rounded, self.gradients, report, dh))
         on_device, host = _upload(table, device)
-        return Plan(key, plan, on_device, workspace, report, dh, copied, [host, factors, rounded, self.bases()])
+        kept = PlanTensors(factors, rounded, [], report, dh)
+        return Plan(key, plan, on_device, workspace, kept, copied, [host, self.bases()])

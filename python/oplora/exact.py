@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
 from .adapters import Factors
-from .device import DeviceLayers, Plan, runs_on_device, share_devices
+from .device import DeviceLayers, Plan, PlanTensors, runs_on_device, share_devices
 from .staging import Staging
 from .start import Settings, allocate, count_parameters, start_parameters
 from .state import Layers, State, by_kind, finish, kind_of, targets
@@ -118,11 +118,7 @@ class ExactLayers(Layers):
             report = self.new_report()
         written = self.targets()
         done = torch.ops.oplora.exact_step_(
-            [s.parameters for s in states],
-            [s.exp_avg for s in states],
-            [s.exp_avg_sq for s in states],
-            [s.decay for s in states],
-            [s.moving for s in states],
+            *_tensors(states),
             written,
             self.bases(),
             self.inputs(),
@@ -177,15 +173,9 @@ class StagedLayers(ExactLayers):
 
 
 class ExactDeviceLayers(DeviceLayers, ExactLayers):
-    def make_plan(
-        self,
-        factors: list[Tensor | None],
-        rounded: list[Tensor | None],
-        gradients: list[Tensor],
-        report: Tensor,
-        dh: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return _plan(self.states, factors, rounded, self.bases(), gradients, report)
+    def make_plan(self, tensors: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
+        factors = (tensors.factors, tensors.rounded, self.bases(), tensors.gradients)
+        return _plan(self.states, *factors, tensors.report)
 
     def values(self) -> list[Tensor | None]:
         return [None] * len(self.parameters)
@@ -195,6 +185,11 @@ class ExactDeviceLayers(DeviceLayers, ExactLayers):
 
     def launch_step(self, plan: Plan, veto: Tensor | None, measured: bool) -> None:
         torch.ops.oplora.cuda_exact_step_(*plan.arguments(), veto, measured)
+
+
+def _tensors(states: Sequence[ExactState]) -> list[list[Tensor]]:
+    """parameters, exp_avg, exp_avg_sq, decay, moving, each of every layer: as a step's op takes them."""
+    return [[getattr(state, key) for state in states] for key in ExactState.KEYS]
 
 
 def _sizes(states: Sequence[ExactState]) -> list[int]:
@@ -211,11 +206,7 @@ def _plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shared = states[0].shared
     plan: tuple[Tensor, Tensor, Tensor] = torch.ops.oplora.cuda_exact_plan(
-        [s.parameters for s in states],
-        [s.exp_avg for s in states],
-        [s.exp_avg_sq for s in states],
-        [s.decay for s in states],
-        [s.moving for s in states],
+        *_tensors(states),
         factors,
         rounded,
         bases,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
 from .adapters import Factors
-from .device import DeviceLayers, Plan, share_devices
+from .device import DeviceLayers, Plan, PlanTensors, share_devices
 from .errors import OPLoRAValueError
 from .start import Settings, allocate
 from .state import Layers, State, by_kind, check_like, finish, kind_of, targets
@@ -267,20 +267,14 @@ class LeanDeviceLayers(DeviceLayers, LeanLayers):
     def measure(self) -> Tensor:
         report = super().measure()
         assert self.planned is not None
-        self.dh = self.planned.dh
+        self.dh = self.planned.tensors.dh
         return report
 
-    def make_plan(
-        self,
-        factors: list[Tensor | None],
-        rounded: list[Tensor | None],
-        gradients: list[Tensor],
-        report: Tensor,
-        dh: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        numbers = (self.shared.adamw, self.rows, self.shared.verdict, report, dh)
+    def make_plan(self, tensors: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
+        numbers = (self.shared.adamw, self.rows, self.shared.verdict, tensors.report, tensors.dh)
+        factors = (tensors.factors, tensors.rounded, self.bases(), tensors.gradients)
         plan: tuple[Tensor, Tensor, Tensor] = torch.ops.oplora.cuda_lean_plan(
-            *self._state(), factors, rounded, self.bases(), gradients, *self._sizes(), *numbers
+            *self._state(), *factors, *self._sizes(), *numbers
         )
         return plan
 

@@ -260,14 +260,14 @@ class AdamW(torch.optim.Optimizer):
 
     def _stepping(self) -> list[Layers]:
         """The layers that have gradients, by dtype and device; edits of their factors are absorbed on the way."""
-        if any(s.factors.placed != s.factors.layer.parameters()[0].device for s in self._states):
+        held = [state.factors.layer.parameters() for state in self._states]
+        if any(s.factors.placed != parameters[0].device for s, parameters in zip(self._states, held, strict=True)):
             self._follow_moves()
         by_kind: dict[Any, Layers] = {}
         everything: list[nn.Parameter] = []
         adopted = []
-        for state in self._states:
+        for state, parameters in zip(self._states, held, strict=True):
             factors = state.factors
-            parameters = factors.layer.parameters()
             everything += parameters
             gradients = factors.gradients(parameters, cast=state.shared is None)
             if gradients is None:
@@ -432,8 +432,9 @@ def _refuse_more_than_memory(factors: list[Factors], settings: Settings, state: 
     """Before anything is allocated: the system may grant more than it has and kill the process later."""
     needed: dict[torch.device, int] = {}
     for f in factors:
-        lean = LeanState.bytes_needed(f, settings, ranks) if state == "lean" else None
-        needed[f.device] = needed.get(f.device, 0) + (ExactState.bytes_needed(f, settings) if lean is None else lean)
+        lean = state == "lean"
+        some = LeanState.bytes_needed(f, settings, ranks) if lean else ExactState.bytes_needed(f, settings)
+        needed[f.device] = needed.get(f.device, 0) + some
     for device, bytes_needed in needed.items():
         if bytes_needed <= (memory := free_memory(device)):
             continue
