@@ -858,7 +858,7 @@ def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.Monk
     assert state.H * state.N > 2**31
     bias = oplora.start.views(state.parameters, width, 1)["c1"]
     bias[:-1], bias[-1] = -1, 3
-    state.begin(keep=False)
+    state.begin([False, False])
     A, B = state.factors.layer.parameters()
     A.grad, B.grad = torch.zeros_like(A), torch.ones_like(B)
     optimizer.step()

@@ -55,7 +55,7 @@ def set_gradient(state: LeanState, g: Tensor) -> None:
 def oracle_of(state: LeanState) -> LeanOracle:
     widths = Settings(state.H, state.Z, state.latent_std, state.seed, state.start)
     flat = torch.zeros(count_parameters(state.factors, widths), dtype=torch.float64)
-    start_parameters(flat, state.factors, widths, state.index)
+    start_parameters(flat, state.factors, widths)
     return LeanOracle(views(flat, state.H, state.Z), (state.weight_rank, state.moment_rank))
 
 

@@ -4,36 +4,65 @@ A layer is found by PEFT's own attributes, and its tensors are looked up again a
 objects (low_cpu_mem_usage, the cast of a half-precision adapter), and one that was kept would be dead.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
-from operator import is_not
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 
-__all__ = ["AdaptedLayer", "Factors", "find_layers", "keep_starts", "other_parameters", "warn_adopted"]
+__all__ = ["STARTS", "AdaptedLayer", "Start", "find_layers", "foreign_gradient", "other_parameters"]
 
 
 class Start(Enum):
-    """How the rows of W2 that predict a tensor start."""
+    """How the rows of W2 that predict a tensor start, and with them the tensor."""
 
-    RANDOM = "random"
-    ZERO = "zero"
+    RANDOM = "random"  # both at random
+    ZERO = "zero"  # both at zero
+    KEPT = "kept"  # the rows at zero; the tensor keeps the value that PEFT gave it, and the generator adds to it
 
 
-# PEFT's names of a layer's trainable tensors, in the order in which v holds them. Of each pair one starts at zero, so
+# PEFT's names of a layer's trainable tensors, in the order in which v holds them. Of LoRA's pair one starts at zero, so
 # that training starts at the base model. Adding an adapter type is one row.
 STARTS = {
     "lora_A": Start.RANDOM,
     "lora_B": Start.ZERO,
     "lora_embedding_A": Start.ZERO,
     "lora_embedding_B": Start.RANDOM,
+    **dict.fromkeys(("lora_magnitude_vector",), Start.KEPT),  # DoRA
+    **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), Start.KEPT),  # VeRA
+    **dict.fromkeys(("ia3_l",), Start.KEPT),  # (IA)^3
+    **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), Start.KEPT),  # LoHa
+    **dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b"), Start.KEPT),  # LoKr
+    **dict.fromkeys(("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), Start.KEPT),
+    **dict.fromkeys(("oft_R", "oft_embedding_R"), Start.KEPT),  # OFT
+    **dict.fromkeys(("boft_R", "boft_s"), Start.KEPT),  # BOFT
+    **dict.fromkeys(("lily_A", "lily_B", "lily_router"), Start.KEPT),  # Lily
+    **dict.fromkeys(("randlora_lambda", "randlora_gamma"), Start.KEPT),  # RandLoRA
+    **dict.fromkeys(("hra_u",), Start.KEPT),  # HRA
+    **dict.fromkeys(("c3a_kernel",), Start.KEPT),  # C3A
+    **dict.fromkeys(("miss_block",), Start.KEPT),  # MiSS
+    **dict.fromkeys(("fourierft_spectrum",), Start.KEPT),  # FourierFT
+    **dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), Start.KEPT),  # DeLoRA
+    **dict.fromkeys(("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), Start.KEPT),  # GraLoRA
+    **dict.fromkeys(("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"), Start.KEPT),  # VB-LoRA
 }
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A Parameter of its own over the memory of a layer's `index`-th tensor: PEFT ties a head to an embedding so."""
+
+    index: int
+    module: Any
+    adapter: str
+    tensor: str
+
+    def parameter(self) -> nn.Parameter:
+        return _held(self.module._modules[self.tensor], self.adapter)
 
 
 @dataclass(frozen=True)
@@ -45,12 +74,14 @@ class AdaptedLayer:
         module: PEFT's layer.
         adapter: the adapter's name.
         tensors: the names, of STARTS, of the trainable tensors that the layer has.
+        twins: other Parameters over the same memory, whose gradients belong to the tensors too.
     """
 
     name: str
     module: Any
     adapter: str
     tensors: tuple[str, ...]
+    twins: tuple[Twin, ...] = ()
 
     def parameters(self) -> list[nn.Parameter]:
         """The tensors themselves, as the layer holds them now."""
@@ -77,6 +108,21 @@ class AdaptedLayer:
                 "before the step. Nothing was changed."
             )
 
+    def pair(self) -> tuple[int, int] | None:
+        """Which of `tensors` are the A and the B of a product B A; None for adapters that have none."""
+        for A, B in PAIRS:
+            if A in self.tensors and B in self.tensors:
+                return self.tensors.index(A), self.tensors.index(B)
+        return None
+
+    def blocks(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(blocks, r, in_features) and (blocks, out_features, r) of two tensors like the pair's, which the layer
+        multiplies block by block: one, one an expert, or one a group of a convolution. Views of contiguous tensors."""
+        if (experts := getattr(self.module, "num_experts", 1)) > 1:
+            return A.reshape(experts, -1, A.shape[-1]), B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
+        groups = A.shape[0] // B.shape[1]
+        return A.reshape(groups, B.shape[1], -1), B.reshape(groups, -1, B.shape[1])
+
 
 def _held(container: Any, adapter: str) -> nn.Parameter:
     """What a ModuleDict of layers or a ParameterDict holds for the adapter.
@@ -94,53 +140,75 @@ def _plain_name(name: str) -> str:
 
 
 def _adapters_of(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """(adapter, tensor, parameter) for every low-rank tensor of one PEFT layer."""
+    """(adapter, tensor, parameter) for every tensor of one PEFT layer that can be generated.
+
+    None of AdaLoRA, which is LoRA's by its names, but prunes what it trains between the steps.
+    """
+    if "lora_E" in module._modules:
+        return
     for tensor in STARTS:
-        for adapter in getattr(module, tensor, ()):
-            yield adapter, tensor, _held(getattr(module, tensor), adapter)
+        container: Any = module._modules.get(tensor, ())
+        for adapter in container:
+            if adapter in container._parameters or "weight" in container[adapter]._parameters:
+                yield adapter, tensor, _held(container, adapter)
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
+def _tuner_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, BaseTunerLayer):
             yield name, module
 
 
 def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[AdaptedLayer]:
-    """Every layer of `model` with a trainable LoRA, of the adapter `adapter_name` or of all of them.
+    """Every layer of `model` with a trainable adapter, of the adapter `adapter_name` or of all of them.
 
-    A tensor that two layers share (tied weights) belongs to the first.
+    A tensor that two layers share belongs to the first.
 
     Raises:
-        OPLoRAError: no such layer; factors on the meta device or of a dtype that cannot be trained.
+        OPLoRAError: no such layer; tensors that are sharded, on the meta device or of a dtype that cannot be trained.
     """
     if not isinstance(model, nn.Module):
         raise OPLoRATypeError(
             f"oplora: expected the model itself, got {type(model).__name__}. Pass the PEFT model, as in "
             "oplora.AdamW(model, lr=1e-4), not its parameters: the layers are found in the model."
         )
-    layers, seen, known = [], set[int](), set[str]()
-    for name, module in _lora_layers(model):
-        plain_name, trained = _plain_name(name), dict[str, list[str]]()
+    found: dict[str, tuple[Any, str, list[str], list[Twin]]] = {}
+    owners: dict[tuple[Any, ...], tuple[str, int, nn.Parameter]] = {}
+    known = set[str]()
+    for path, module in _tuner_layers(model):
         for adapter, tensor, parameter in _adapters_of(module):
             known.add(adapter)
-            if adapter_name not in (None, adapter) or not parameter.requires_grad or id(parameter) in seen:
+            if adapter_name not in (None, adapter) or not parameter.requires_grad:
                 continue
-            seen.add(id(parameter))
-            _check_parameter(f"{plain_name}.{adapter}", tensor, parameter)
-            trained.setdefault(adapter, []).append(tensor)
-        layers += [
-            AdaptedLayer(f"{plain_name}.{adapter}", module, adapter, tuple(tensors))
-            for adapter, tensors in trained.items()
-        ]
-    if not layers:
+            name = f"{_plain_name(path)}.{adapter}"
+            _check_parameter(name, tensor, parameter)
+            memory = parameter.data_ptr(), parameter.numel(), parameter.dtype
+            if memory in owners:
+                owner, index, first = owners[memory]
+                if first is not parameter:
+                    found[owner][3].append(Twin(index, module, adapter, tensor))
+                continue
+            tensors = found.setdefault(name, (module, adapter, [], []))[2]
+            owners[memory] = name, len(tensors), parameter
+            tensors.append(tensor)
+    if not found:
         raise OPLoRAValueError(_why_none(model, adapter_name, known))
-    return layers
+    return [
+        AdaptedLayer(name, module, adapter, tuple(tensors), tuple(twins))
+        for name, (module, adapter, tensors, twins) in found.items()
+    ]
 
 
 def _check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
+    if (sharded := _how_sharded(parameter)) is not None:
+        raise OPLoRATypeError(
+            f"oplora: {tensor} of layer {layer} is sharded by {sharded}: no process has the whole of it, which its "
+            "generator needs. Keep the adapter whole and shard the base alone (docs/loops.md shows it for "
+            "fully_shard(..., ignored_params=...)), or use DistributedDataParallel, where "
+            "oplora.AdamW(model, shard=True) divides the generators among the processes."
+        )
     if parameter.is_meta:
         raise OPLoRAValueError(
             f"oplora: {tensor} of layer {layer} is on the meta device and has no values. Load the adapter's weights "
@@ -153,10 +221,25 @@ def _check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
         )
 
 
+def _how_sharded(parameter: nn.Parameter) -> str | None:
+    """Who keeps only a piece of it here; by the attributes that each leaves, as none of them may be installed."""
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    if hasattr(parameter, "device_mesh"):
+        return "FSDP2 or tensor parallelism (it is a DTensor)"
+    return "FSDP" if hasattr(parameter, "_fsdp_flattened") else None
+
+
 def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> str:
+    if not known and (unknown := _unknown_tensors(model)):
+        return (
+            f"oplora: the adapter of {type(model).__name__} is of a type that oplora does not know "
+            f"({'; '.join(unknown[:3])}). It generates {', '.join(STARTS)}. Train this one with torch.optim.AdamW, or "
+            "use LoRA."
+        )
     if not known:
         return (
-            f"oplora: {type(model).__name__} has no LoRA layer. Add an adapter first: "
+            f"oplora: {type(model).__name__} has no LoRA layer, nor another adapter inside its layers. Add one first: "
             "model = get_peft_model(model, LoraConfig(...)), or model = oplora.wrap(model, oplora.OPLoRAConfig(...))."
         )
     if adapter_name is not None and adapter_name not in known:
@@ -168,188 +251,37 @@ def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> st
     )
 
 
-def other_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """What is trainable but no LoRA factor (biases, modules_to_save): each once, in the model's order."""
-    factors = {id(parameter) for _, module in _lora_layers(model) for _, _, parameter in _adapters_of(module)}
-    return (p for p in model.parameters() if p.requires_grad and id(p) not in factors)
-
-
-@dataclass
-class Factors:
-    """The tie between one generator's output v and its layer's tensors: what they hold, and who wrote it.
-
-    The tensors are base + v. A base (None stands for zeros) appears where they keep a start of their own, and where
-    somebody else has changed them between two steps. Edits are noticed by the tensors' version counters, so what goes
-    around autograd (`tensor.data`) is not.
-    """
-
-    layer: AdaptedLayer
-    shapes: tuple[torch.Size, ...]
-    dtype: torch.dtype  # of the generator: float64 for float64 tensors, float32 for all others
-    device: torch.device  # where the generator is: beside the tensors, unless it was asked for elsewhere
-    placed: torch.device  # where the tensors are
-    bases: list[Tensor | None]
-    _versions: list[int] = field(default_factory=list)
-    _written: list[nn.Parameter] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, layer: AdaptedLayer, device: torch.device | None = None) -> "Factors":
-        """device: where the generator is to be, if not beside the tensors."""
-        parameters = layer.parameters()
-        placed = parameters[0].device
-        if elsewhere := [p.device for p in parameters if p.device != placed]:
-            raise OPLoRATypeError(
-                f"oplora: the factors of layer {layer.name} are on {placed} and {elsewhere[0]}; they must share one."
-            )
-        double = all(p.dtype == torch.float64 for p in parameters)
-        return cls(
-            layer,
-            tuple(p.shape for p in parameters),
-            torch.float64 if double else torch.float32,
-            placed if device is None else device,
-            placed,
-            [None] * len(parameters),
-        )
-
-    def move(self, placed: torch.device, device: torch.device) -> None:
-        """Follows tensors that were moved."""
-        self.placed, self.device = placed, device
-        self.bases = [None if base is None else base.to(device) for base in self.bases]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [shape.numel() for shape in self.shapes]
-
-    def random_rows(self) -> list[tuple[int, int]]:
-        """[begin, end) of the rows of W2 that start at random."""
-        rows, begin = [], 0
-        for random, size in zip(self.is_random(), self.sizes, strict=True):
-            if random:
-                rows.append((begin, begin + size))
-            begin += size
-        return rows
-
-    def is_random(self) -> list[bool]:
-        """Whether the rows of W2 that predict each tensor start at random."""
-        return [STARTS[tensor] is Start.RANDOM for tensor in self.layer.tensors]
-
-    def hold_a_start(self) -> bool:
-        """Whether a tensor that should start at zero does not: a trained adapter, PiSSA's or OLoRA's start."""
-        return any(
-            STARTS[tensor] is Start.ZERO and bool(parameter.detach().count_nonzero())
-            for tensor, parameter in zip(self.layer.tensors, self.layer.parameters(), strict=True)
-        )
-
-    def gradients(self, parameters: Sequence[nn.Parameter], *, cast: bool = True) -> list[Tensor] | None:
-        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are."""
-        gradients = [p.grad for p in parameters]
-        dtypes = [self.dtype if cast else p.dtype for p in parameters]
-        ready = [
-            g
-            for g, dtype in zip(gradients, dtypes, strict=True)
-            if g is not None and g.dtype == dtype and g.is_contiguous()
-        ]
-        if len(ready) == len(parameters):
-            return ready
-        if all(g is None for g in gradients):
-            return None
-        return [
-            torch.zeros(p.shape, dtype=dtype, device=p.device) if g is None else g.to(dtype).contiguous()
-            for p, g, dtype in zip(parameters, gradients, dtypes, strict=True)
-        ]
-
-    def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether somebody may have changed the tensors since remember_written."""
-        written = self._written
-        return (
-            len(written) != len(parameters)
-            or any(map(is_not, parameters, written))
-            or [p._version for p in parameters] != self._versions
-        )
-
-    def keep(self, v: Sequence[Tensor]) -> None:
-        """Takes the tensors' present values as the start that v is added to; v is what is generated now."""
-        for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
-            base = parameter.detach().to(self.device, self.dtype) - piece.view(parameter.shape)
-            self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
-        self.remember_written()
-
-    def remember_written(self, parameters: list[nn.Parameter] | None = None) -> None:
-        self._written = self.layer.parameters() if parameters is None else parameters
-        self._versions = [p._version for p in self._written]
-
-    def values(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """What the tensors are for what is generated: base + v, in their shapes and the generator's dtype."""
-        pieces = [piece.view(shape) for piece, shape in zip(v, self.shapes, strict=True)]
-        return [piece if base is None else base + piece for base, piece in zip(self.bases, pieces, strict=True)]
-
-    def adopt_edits(self, parameters: list[nn.Parameter], generate: Callable[[], Sequence[Tensor]]) -> bool:
-        """Whether somebody changed the values since they were written; if so they become the new start.
-
-        Values that are base + generate() are ours, and so are those that the base was made from: before its first step
-        a kept factor is not yet the rounded sum.
-        """
-        if not self.were_touched(parameters):
-            return False
-        v, before = generate(), list(self.bases)
-        if all(torch.equal(p.detach(), m.to(p)) for p, m in zip(parameters, self.values(v), strict=True)):
-            self.remember_written(parameters)
-            return False
-        self.keep(v)
-        return not all(
-            base is now or (base is not None and now is not None and torch.equal(base, now))
-            for base, now in zip(before, self.bases, strict=True)
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The live tensors: bases, and the factors themselves, so that resuming restores their very bits."""
-        return {"bases": list(self.bases), "factors": [p.detach() for p in self.layer.parameters()]}
-
-    def check_state(self, saved: dict[str, Any]) -> None:
-        """Raises unless load_state(saved) will go through; changes nothing."""
-        for key in ("bases", "factors"):
-            tensors = saved[key]
-            if not isinstance(tensors, list | tuple) or len(tensors) != len(self.shapes):
-                raise OPLoRAValueError(f"oplora: the saved {key} of layer {self.layer.name} are not one a factor.")
-            for tensor, shape in zip(tensors, self.shapes, strict=True):
-                if tensor is None and key == "bases":
-                    continue
-                if not isinstance(tensor, Tensor) or tensor.shape != shape:
-                    raise OPLoRAValueError(
-                        f"oplora: the saved {key} of layer {self.layer.name} are not tensors of shapes "
-                        f"{[tuple(s) for s in self.shapes]}. They were saved from another model or rank."
-                    )
-
-    def load_state(self, saved: dict[str, Any]) -> None:
-        self.bases = [
-            None if base is None else base.to(self.device, self.dtype, copy=True).contiguous()
-            for base in saved["bases"]
-        ]
-        for parameter, value in zip(self.layer.parameters(), saved["factors"], strict=True):
-            parameter.detach().copy_(value)
-        self._written = []  # the next step looks whether they are base + v
-
-
-def keep_starts(factors: Sequence[Factors], init: str) -> list[bool]:
-    """Whether each layer keeps its values; with a warning where that was not asked for."""
-    if init not in ("paper", "keep"):
-        raise OPLoRAValueError(f"oplora: init is {init!r}, expected 'paper' or 'keep'.")
-    if init == "keep":
-        return [True] * len(factors)
-    held = [f.hold_a_start() for f in factors]
-    if any(held):
-        name = factors[held.index(True)].layer.name
-        warnings.warn(
-            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at "
-            "zero is not zero), as after earlier training, PiSSA or OLoRA. They keep them, as with init='keep'.",
-            stacklevel=3,
-        )
-    return held
-
-
-def warn_adopted(names: Sequence[str]) -> None:
-    warnings.warn(
-        f"oplora: the factors of {len(names)} layer(s) were changed since the last step ({names[0]}"
-        f"{', ...' if len(names) > 1 else ''}); their new values are kept and the generators go on from there.",
-        stacklevel=4,
+def _unknown_tensors(model: nn.Module) -> list[str]:
+    """Of every class of PEFT layers that holds none of STARTS, what it holds."""
+    return sorted(
+        {f"{type(module).__name__} with {', '.join(module.adapter_layer_names)}" for _, module in _tuner_layers(model)}
     )
+
+
+def other_parameters(model: nn.Module, adapter_name: str | None = None) -> Iterator[nn.Parameter]:
+    """What is trainable but not generated (biases, modules_to_save): each once, in the model's order.
+
+    With an adapter_name without what belongs to other adapters.
+    """
+    left_out = {id(parameter) for _, module in _tuner_layers(model) for _, _, parameter in _adapters_of(module)}
+    if adapter_name is not None:
+        left_out |= {id(parameter) for parameter in _of_other_adapters(model, adapter_name)}
+    return (p for p in model.parameters() if p.requires_grad and id(p) not in left_out)
+
+
+def _of_other_adapters(model: nn.Module, adapter_name: str) -> Iterator[nn.Parameter]:
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            for adapter, held in getattr(module._modules.get(name), "items", tuple)():
+                if adapter != adapter_name:
+                    yield from [held] if isinstance(held, nn.Parameter) else held.parameters()
+
+
+def foreign_gradient(model: nn.Module, layers: list[AdaptedLayer]) -> str | None:
+    """An adapter that has gradients and none of whose layers is among `layers`."""
+    mine = {layer.adapter for layer in layers}
+    for _, module in _tuner_layers(model):
+        for adapter, _, parameter in _adapters_of(module):
+            if adapter not in mine and parameter.grad is not None:
+                return adapter
+    return None

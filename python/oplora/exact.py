@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
-from .adapters import Factors
 from .device import DeviceLayers, Plan, PlanTensors, runs_on_device, share_devices
+from .factors import Factors
 from .staging import Staging
 from .start import Settings, allocate, count_parameters, start_parameters
 from .state import Layers, State, by_kind, finish, kind_of, targets
@@ -26,11 +26,11 @@ class ExactState(State):
     KIND = "exact"
     KEYS = ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving")
 
-    def __init__(self, factors: Factors, settings: Settings, index: int, memory: Sequence[Tensor]) -> None:
+    def __init__(self, factors: Factors, settings: Settings, memory: Sequence[Tensor]) -> None:
         self.factors = factors
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
         self.parameters, self.exp_avg, self.exp_avg_sq = memory
-        start_parameters(self.parameters, factors, settings, index)
+        start_parameters(self.parameters, factors, settings)
         self.staging: Staging | None = None
         self.decay = torch.ones(self.H, dtype=torch.float64, device=factors.device)
         self.moving = torch.zeros(self.H, dtype=torch.uint8, device=factors.device)
@@ -49,7 +49,7 @@ class ExactState(State):
             pieces[kind] = [
                 iter(allocate(sum(counts), *kind, huge_pages=is_w2).split(counts)) for is_w2 in (True, False, False)
             ]
-        states = [cls(f, settings, i, [next(p) for p in pieces[kind_of(f)]]) for i, f in enumerate(factors)]
+        states = [cls(f, settings, [next(p) for p in pieces[kind_of(f)]]) for f in factors]
         share_devices(states)
         return states
 
@@ -65,14 +65,8 @@ class ExactState(State):
         return pieces
 
     @torch.no_grad()
-    def begin(self, keep: bool) -> None:
-        if keep:
-            self.factors.keep(self.generate())
-            return
-        parameters = self.factors.layer.parameters()
-        written = targets(parameters, self.factors.dtype, self.factors.device)
-        _generate([self], written, self.factors.bases)
-        finish([self], parameters, written)
+    def begin(self, keep: Sequence[bool]) -> None:
+        self.factors.begin(self.generate(), keep)
 
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
         return self.factors.adopt_edits(parameters, self.generate)
@@ -136,7 +130,7 @@ class ExactLayers(Layers):
     def square(self, report: Tensor) -> Tensor:
         numbers, H = self._by_layer(report)
         h_square = numbers[:, 3 : 3 + H].square().sum(1)
-        return (numbers[:, 0] * (h_square + 1.0) + numbers[:, 2]).sum()
+        return numbers[:, 0] * (h_square + 1.0) + numbers[:, 2]
 
     def scale(self, report: Tensor, scale: Tensor) -> None:
         numbers, H = self._by_layer(report)

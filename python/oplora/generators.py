@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .adapters import find_layers, other_parameters
 from .device import has_kernels
 from .errors import OPLoRAValueError
+from .factors import Factors, keep_starts, warn_adopted
 from .start import Settings, allocate, count_parameters, start_parameters, views
 
 __all__ = ["Generators", "create_oplora_optimizer"]
@@ -27,12 +28,12 @@ class Generator(nn.Module):
     W2: nn.Parameter
     c2: nn.Parameter
 
-    def __init__(self, factors: Factors, settings: Settings, index: int) -> None:
+    def __init__(self, factors: Factors, settings: Settings) -> None:
         super().__init__()
         self.factors = factors
         self.report: dict[str, Tensor] = {}  # of the last backward(), for stats
         flat = allocate(count_parameters(factors, settings), factors.dtype, huge_pages=True)
-        start_parameters(flat, factors, settings, index)
+        start_parameters(flat, factors, settings)
         device = factors.layer.parameters()[0].device
         for name, view in views(flat, settings.hidden_width, settings.latent_width).items():
             setattr(self, name, nn.Parameter(view.to(device).clone()))
@@ -64,7 +65,7 @@ class Generator(nn.Module):
         for name, grad in grads.items():
             parameter = getattr(self, name)
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        for parameter in parameters:
+        for parameter in (*parameters, *(twin.parameter() for twin in self.factors.layer.twins)):
             parameter.grad = None
         self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
 
@@ -111,16 +112,13 @@ class Generators(nn.Module):
     ) -> None:
         super().__init__()
         settings = Settings(hidden_width, latent_width, latent_std, seed)
-        factors = [Factors.of(layer) for layer in find_layers(model, adapter_name)]
+        factors = [Factors.of(layer, i) for i, layer in enumerate(find_layers(model, adapter_name))]
         keeps = keep_starts(factors, init)
-        for index, (tie, keep) in enumerate(zip(factors, keeps, strict=True)):
-            generator = Generator(tie, settings, index)
+        for tie, keep in zip(factors, keeps, strict=True):
+            generator = Generator(tie, settings)
             self._add(tie.layer.name, generator)
             with torch.no_grad():
-                if keep:
-                    tie.keep(generator.generate())
-                else:
-                    generator.refresh()
+                tie.begin(generator.generate(), keep)
 
     def _add(self, name: str, generator: Generator) -> None:
         """Under the layer's dotted name, as nested modules: their names cannot hold dots."""
@@ -219,7 +217,7 @@ def create_oplora_optimizer(
     outer = [p for g in generators for p in (g.W2, g.c2)]
     hidden = [p for g in generators for p in (g.z, g.W1, g.c1)]
     groups: list[dict[str, Any]] = [{"params": outer}, {"params": hidden, "lr": lr * hidden_lr_ratio}]
-    if others := list(other_parameters(model)):
+    if others := list(other_parameters(model, adapter_name)):
         groups.append({"params": others})
     optimizer = optimizer_cls(groups, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
     optimizer.generators = generators  # type: ignore[attr-defined]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
-from .adapters import Factors
 from .device import DeviceLayers, Plan, PlanTensors, share_devices
 from .errors import OPLoRAValueError
+from .factors import Factors
 from .start import Settings, allocate
-from .state import Layers, State, by_kind, check_like, finish, kind_of, targets
+from .state import Layers, State, by_kind, check_like, finish, kind_of
 
 __all__ = ["LeanLayers", "LeanState"]
 
@@ -35,17 +35,15 @@ class LeanState(State):
     KIND = "lean"
     KEYS = ("numbers", "moments", "scalars")
 
-    def __init__(
-        self, factors: Factors, settings: Settings, ranks: tuple[int, int], index: int, arenas: "Arenas"
-    ) -> None:
+    def __init__(self, factors: Factors, settings: Settings, ranks: tuple[int, int], arenas: "Arenas") -> None:
         self.factors, self.arenas, self.start = factors, arenas, settings.start
-        self.seed, self.index, self.latent_std = settings.seed, index, settings.latent_std
+        self.seed, self.index, self.latent_std = settings.seed, factors.position, settings.latent_std
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
         self.weight_rank, self.moment_rank = ranks
         self.random = [int(random) for random in factors.is_random()]
         self.numbers, self.moments, self.scalars, offsets = arenas.next_views()
         kind = int(settings.start == "sign")
-        self.sizes = [self.H, self.Z, *ranks, kind, index, len(factors.shapes), *offsets]  # as ops.cpp wants them
+        self.sizes = [self.H, self.Z, *ranks, kind, self.index, len(factors.shapes), *offsets]  # as ops.cpp wants them
         self.masters: list[Tensor | None] = [None] * len(factors.shapes)
 
     @staticmethod
@@ -67,7 +65,7 @@ class LeanState(State):
             kind: Arenas([cls.counts(f, settings, ranks) for f in some], *kind)
             for kind, some in by_kind(factors).items()
         }
-        states = [cls(f, settings, ranks, i, arenas[kind_of(f)]) for i, f in enumerate(factors)]
+        states = [cls(f, settings, ranks, arenas[kind_of(f)]) for f in factors]
         share_devices(states)
         return states
 
@@ -76,21 +74,15 @@ class LeanState(State):
         return REPORT
 
     @torch.no_grad()
-    def begin(self, keep: bool) -> None:
+    def begin(self, keep: Sequence[bool]) -> None:
         parameters = self.factors.layer.parameters()
         dtype, device = self.factors.dtype, self.factors.device
-        if keep:
-            written = [torch.empty(p.shape, dtype=dtype, device=device) for p in parameters]
-        else:
-            written = targets(parameters, dtype, device)
+        written = [torch.empty(p.shape, dtype=dtype, device=device) for p in parameters]
         self._write_start(written)
-        if keep:
-            self.factors.keep(written)
-        else:
-            finish([self], parameters, written)
+        self.factors.begin(written, keep)
         for i, parameter in enumerate(parameters):
             if parameter.dtype != dtype:
-                self.masters[i] = parameter.detach().to(dtype) if keep else written[i]
+                self.masters[i] = parameter.detach().to(dtype) if keep[i] else written[i]
 
     def _write_start(self, written: list[Tensor]) -> None:
         state = (self.numbers, self.moments, self.scalars)
@@ -241,7 +233,7 @@ class LeanLayers(Layers):
 
     def square(self, report: Tensor) -> Tensor:
         numbers = report.view(-1, REPORT)
-        return (numbers[:, 0] * (numbers[:, 3] + 1.0) + numbers[:, 2]).sum()
+        return numbers[:, 0] * (numbers[:, 3] + 1.0) + numbers[:, 2]
 
     def scale(self, report: Tensor, scale: Tensor) -> None:
         numbers = report.view(-1, REPORT)

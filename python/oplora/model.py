@@ -51,7 +51,7 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
         adapter_names: which to fold; by default the active ones.
 
     Raises:
-        OPLoRAError: no adapter to fold, or NaN in a merged weight; the model is left as it was.
+        OPLoRAError: no adapter to fold, one of a type that PEFT does not merge, or NaN in a merged weight.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -65,6 +65,11 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
             return merged
         for _, layer in layers:
             layer.merge(safe_merge=True, adapter_names=adapter_names)
+    except NotImplementedError as error:
+        raise OPLoRATypeError(
+            f"oplora.merge: PEFT cannot merge an adapter of this type ({error}). Save it with oplora.save_adapter and "
+            "load it beside its base."
+        ) from error
     except ValueError as error:
         raise OPLoRAValueError(f"oplora.merge: {error}") from error
     for name, layer in layers:

@@ -1,16 +1,21 @@
 """AdamW with a generator behind every adapted layer: the one changed line."""
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import Factors, find_layers, keep_starts, other_parameters, warn_adopted
+from .adapters import find_layers, foreign_gradient, other_parameters
 from .device import DeviceLayers, free_memory, require_kernels, runs_on_device
 from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .exact import ExactState
+from .factors import Factors, keep_starts, warn_adopted
 from .lean import LeanState
+from .precondition import precondition as precondition_gradients
+from .precondition import require_pairs
+from .sharding import Shards
 from .start import Settings, weight_rate
 from .state import Layers, State, kind_of
 
@@ -22,7 +27,8 @@ STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the use
 class AdamW(torch.optim.Optimizer):
     """AdamW for a model with LoRA adapters, which trains each layer's factors through a generator (OP-LoRA).
 
-    Behind the factors of a layer stands h = ReLU(W1 z + c1), [A | B] = W2 h + c2. A step takes the gradients that
+    Behind the factors of a layer stands h = ReLU(W1 z + c1), [A | B] = W2 h + c2; what DoRA, VeRA, IA3 and the other
+    adapters of docs/adapters.md train besides or instead is generated likewise. A step takes the gradients that
     backward left in A and B, moves z, W1, c1, W2 and c2 as torch.optim.AdamW would if autograd ran through the
     generator, and writes the next A and B in place. Nothing else changes: forward, backward, saving and loading are
     PEFT's, and the adapter is an ordinary LoRA at every moment. Any other trainable parameter of the model (biases,
@@ -33,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
     graph, after a few that were not; lr as a tensor on the device is then read at every replay.
 
     Args:
-        model: a PEFT model, or any nn.Module that holds PEFT's LoRA layers.
+        model: a PEFT model, or any nn.Module that holds PEFT's adapter layers.
         lr: learning rate of W2 (at the default width), c2 and all other trainable parameters.
         betas, eps, weight_decay: as in torch.optim.AdamW, for all parameters.
         hidden_width: H, the units of a generator. State "exact" takes 12 (H + 1) bytes a factor entry, "lean" 16
@@ -50,7 +56,12 @@ class AdamW(torch.optim.Optimizer):
             bytes. oplora.stats tells what the truncations drop.
         init: "paper": A starts from its generator's random numbers and B at zero. "keep": every factor keeps the value
             it has, and the generator adds to it. Layers whose B is not zero (a trained adapter, PiSSA, OLoRA) are kept
-            in either case, with a warning.
+            in either case, with a warning; so are, without one, all tensors that are not LoRA's A and B.
+        precondition: delta > 0 (1e-6) scales the gradients of A by (B^T B + delta I)^-1 and those of B by
+            (A A^T + delta I)^-1 before they flow into the generator (OP-ScaledAdamW).
+        max_grad_norm: clip_grad_norm_ to it in every step, for loops that only clip the factors' own gradients.
+        shard: under torch.distributed keep the generators of some layers in each process (docs/loops.md). The factors
+            are those of shard=False to the bit.
         adapter_name: step this adapter only; by default every adapter that is trainable.
         seed: of the generators' starts; the same on every replica.
         skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
@@ -81,36 +92,50 @@ class AdamW(torch.optim.Optimizer):
         weight_rank: int = 2,
         moment_rank: int = 1,
         init: str = "paper",
+        precondition: float | None = None,
+        max_grad_norm: float | None = None,
+        shard: bool = False,
         adapter_name: str | None = None,
         seed: int = 0,
         skip_nonfinite: bool = False,
         generator_device: str | torch.device | None = None,
     ) -> None:
         _check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
+        _check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
         self._generator_device = _check_generator_device(generator_device, state)
         settings = Settings(hidden_width, latent_width, latent_std, seed, STARTS[state] if start is None else start)
-        layers = find_layers(model, adapter_name)
+        self._model, self._layers = model, find_layers(model, adapter_name)
+        if precondition is not None:
+            require_pairs(self._layers)
+        self._precondition, self._max_grad_norm = precondition, max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        factors = [Factors.of(layer, self._generator_device) for layer in layers]
+        factors = [Factors.of(layer, i, self._generator_device) for i, layer in enumerate(self._layers)]
+        self._shards = Shards([sum(f.sizes) for f in factors]) if shard else None
+        if self._shards is not None:
+            factors = [f for f in factors if self._shards.owns(f.position)]
         keeps = keep_starts(factors, init)
         self._weight_rate = weight_rate(hidden_width)
         self._kind, self._settings, self._ranks = state, settings, (weight_rank, moment_rank)
         self._states = self._make_states(factors)
         for generator, keep in zip(self._states, keeps, strict=True):
             generator.begin(keep)
-        self._measured: tuple[list[Tensor], list[int], list[Layers], list[Tensor]] | None = None
+        self._share_factors()
+        self._measured: tuple[list[tuple[int, int]], list[Layers], list[Tensor]] | None = None
+        self._consolidated: dict[str, Any] | None = None  # of a sharded optimizer, all processes' generators
+        self._is_fresh = True  # no step was made
 
         # one group for the factors, one for the rest; the schedulers see both
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__([p for layer in layers for p in layer.parameters()], defaults)
+        super().__init__(self._factor_parameters(), defaults)
+        self._listed = self.param_groups[0]["params"]
         self.param_groups[0]["hidden_lr_ratio"] = hidden_lr_ratio
-        others = list(other_parameters(model))
+        others = list(other_parameters(model, adapter_name))
         self._plain = torch.optim.AdamW(others, **defaults) if others else None  # type: ignore[arg-type]
         if self._plain is not None:
             self.param_groups += self._plain.param_groups
 
     def _make_states(self, factors: list[Factors]) -> list[State]:
-        _refuse_devices(factors)
+        _refuse_devices(factors, self._precondition)
         _refuse_more_than_memory(factors, self._settings, self._kind, self._ranks)
         if self._kind == "lean":
             return [*LeanState.make_all(factors, self._settings, self._ranks)]
@@ -131,26 +156,38 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        stepping, reports = self._as_clipped(self._stepping())
+        if self._max_grad_norm is not None:
+            self.clip_grad_norm_(self._max_grad_norm)
+        stepping, reports = self._ready()
         if self._on_device:
             self._step_on_device([layers for layers in stepping if isinstance(layers, DeviceLayers)], reports)
+        elif not self._step_on_host(stepping, reports):
             return loss
-        if self._refuse_nonfinite(self._nonfinite_others()):
-            return loss
-        if len(stepping) > 1 and reports is None:  # several dtypes: none may step before all are known to be finite
+        self._share_factors()
+        self._measured, self._consolidated, self._is_fresh = None, None, False
+        return loss
+
+    def _step_on_host(self, stepping: list[Layers], reports: list[Tensor] | None) -> bool:
+        """Whether it was done, which it is not where a gradient holds NaN or infinity."""
+        where = self._nonfinite_others()
+        # several dtypes or processes: none may step before the gradients of all are known to be finite
+        if reports is None and (len(stepping) > 1 or self._shards is not None):
             reports = [layers.measure() for layers in stepping]
-            if self._refuse_nonfinite(_nonfinite_layers(stepping, reports)):
-                return loss
+        if reports is not None:
+            where += [
+                name for layers, report in zip(stepping, reports, strict=True) for name in layers.nonfinite(report)
+            ]
+        if self._refuse_nonfinite(self._agreed(where)):
+            return False
         for i, layers in enumerate(stepping):
             done, report = layers.step(self._numbers(), None if reports is None else reports[i])
             if not done:
                 self._refuse_nonfinite(layers.nonfinite(report))
-                return loss
+                return False
         if self._plain is not None:
             self._plain.param_groups, self._plain.state = self.param_groups[1:], self.state
             self._plain.step()
-        self._measured = None
-        return loss
+        return True
 
     @property
     def _on_device(self) -> bool:
@@ -160,19 +197,22 @@ class AdamW(torch.optim.Optimizer):
         """Launches the step. Whether it is refused is decided on the device, for all devices and parameters alike."""
         self._tell_refusals()
         veto = self._verdict_on_others()
-        if len(stepping) > 1:  # several devices: none may step before the gradients of all are known to be finite
+        # several devices or processes: none may step before the gradients of all are known to be finite
+        if len(stepping) > 1 or self._shards is not None:
             reports = [layers.measure() for layers in stepping] if reports is None else reports
             found = [layers.shared.verdict[:1] for layers in stepping] + ([] if veto is None else [veto])
+            found = found or [torch.zeros(1, dtype=torch.int32, device=self._states[0].factors.device)]
             veto = torch.cat([verdict.to(found[0].device, non_blocking=True) for verdict in found]).amax(
                 0, keepdim=True
             )
+            if self._shards is not None:
+                self._shards.any_refuses(veto)
         for layers in stepping:
             on_device = None if veto is None else veto.to(layers.shared.device, non_blocking=True)
             layers.launch(self._numbers(), reports is not None, on_device)
         if self._plain is not None:
             verdict = stepping[0].shared.verdict[:1] if stepping else veto
             self._step_others_on_device(self._plain, verdict)
-        self._measured = None
 
     def _step_others_on_device(self, plain: torch.optim.AdamW, verdict: Tensor | None) -> None:
         """torch's fused AdamW leaves everything as it is where found_inf is 1, without telling the host."""
@@ -217,14 +257,13 @@ class AdamW(torch.optim.Optimizer):
             The norm before clipping, a 0-d float64 tensor where the factors are: on a GPU nothing waits for it. If it
             is not finite the gradients are left as they are, and step() refuses them.
         """
-        stepping = self._stepping()
-        reports = [layers.measure() for layers in stepping]
+        stepping, measured = self._ready()
+        reports = [layers.measure() for layers in stepping] if measured is None else measured
         others = [p.grad for p in self._others() if p.grad is not None]
-        device = self._states[0].factors.placed
-        squares = [layers.square(report) for layers, report in zip(stepping, reports, strict=True)]
+        squares = [self._squares(stepping, reports)]
         squares += [norm.square() for norm in torch._foreach_norm([g.double() for g in others])] if others else []
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        norm = torch.stack([zero, *(square.to(device, non_blocking=True) for square in squares)]).sum().sqrt()
+        device = squares[0].device
+        norm = torch.cat([square.view(-1).to(device, non_blocking=True) for square in squares]).sum().sqrt()
         scale = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
         factors = [p.grad for p in self.param_groups[0]["params"] if p.grad is not None]
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -233,9 +272,28 @@ class AdamW(torch.optim.Optimizer):
         for kind, gradients in by_kind.items():
             torch._foreach_mul_(gradients, scale.to(*kind, non_blocking=True))
         for layers, report in zip(stepping, reports, strict=True):
+            sources = {id(source) for source in layers.sources}
+            for gradient in layers.gradients:
+                if id(gradient) not in sources:
+                    gradient.mul_(scale.to(gradient.device, gradient.dtype, non_blocking=True))
             layers.scale(report, scale.to(report.device, non_blocking=True))
-        self._remember_measured(stepping, reports)
+        self._measured = self._versions(stepping), stepping, reports
         return norm
+
+    def _squares(self, stepping: list[Layers], reports: list[Tensor]) -> Tensor:
+        """||.||^2 of every generator's gradient, of all processes, where the factors are."""
+        device = self._states[0].factors.placed
+        squares = [
+            layers.square(report).to(device, non_blocking=True)
+            for layers, report in zip(stepping, reports, strict=True)
+        ]
+        if self._shards is None:
+            return torch.cat(squares) if squares else torch.zeros(1, dtype=torch.float64, device=device)
+        everywhere = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
+        if squares:
+            positions = [state.factors.position for layers in stepping for state in layers.states]
+            everywhere[positions] = torch.cat(squares)
+        return self._shards.sum(everywhere)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are stepped by plain AdamW."""
@@ -258,17 +316,65 @@ class AdamW(torch.optim.Optimizer):
     def _others(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups[1:] for p in group["params"])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._list_parameters()
+        super().zero_grad(set_to_none)
+
+    def _factor_parameters(self) -> list[nn.Parameter]:
+        return [
+            parameter
+            for layer in self._layers
+            for parameter in (*layer.parameters(), *(twin.parameter() for twin in layer.twins))
+        ]
+
+    def _list_parameters(self) -> None:
+        """Puts the factors as they are now into their group: PEFT may have replaced some."""
+        group = self.param_groups[0]
+        if group["params"] is not self._listed and any(map(is_not, group["params"], self._listed)):
+            raise OPLoRARuntimeError(
+                "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
+                "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it "
+                "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
+                "keep the adapter out of it."
+            )
+        self._listed = group["params"] = self._factor_parameters()
+
+    def _ready(self) -> tuple[list[Layers], list[Tensor] | None]:
+        """The layers that have gradients, by dtype and device, and their reports if they were measured already; edits
+        of their factors are absorbed on the way."""
+        stepping = self._stepping()
+        if self._measured is not None:
+            versions, measured, reports = self._measured
+            if versions == self._versions(stepping):
+                return measured, reports
+        if self._precondition is not None:
+            for layers in stepping:
+                layers.gradients = self._preconditioned(layers, self._precondition)
+        return stepping, None
+
+    @staticmethod
+    def _versions(stepping: list[Layers]) -> list[tuple[int, int]]:
+        """Of the gradients, by which it is known that they are still those that clip_grad_norm_ left."""
+        return [(source.data_ptr(), source._version) for layers in stepping for source in layers.sources]
+
+    @staticmethod
+    def _preconditioned(layers: Layers, delta: float) -> list[Tensor]:
+        of_layers = [state.factors.layer for state in layers.states]
+        tensors, gradients = iter(layers.parameters), iter(layers.gradients)
+        held = [[next(tensors) for _ in layer.tensors] for layer in of_layers]
+        pushed = [[next(gradients) for _ in layer.tensors] for layer in of_layers]
+        return [g for some in precondition_gradients(of_layers, held, pushed, delta) for g in some]
+
     def _stepping(self) -> list[Layers]:
         """The layers that have gradients, by dtype and device; edits of their factors are absorbed on the way."""
+        self._list_parameters()
         held = [state.factors.layer.parameters() for state in self._states]
         if any(s.factors.placed != parameters[0].device for s, parameters in zip(self._states, held, strict=True)):
             self._follow_moves()
         by_kind: dict[Any, Layers] = {}
-        everything: list[nn.Parameter] = []
         adopted = []
         for state, parameters in zip(self._states, held, strict=True):
             factors = state.factors
-            everything += parameters
             gradients = factors.gradients(parameters, cast=state.shared is None)
             if gradients is None:
                 continue
@@ -278,39 +384,38 @@ class AdamW(torch.optim.Optimizer):
             kind = kind_of(factors)
             if kind not in by_kind:
                 by_kind[kind] = state.new_layers()
-            by_kind[kind].add(state, parameters, gradients)
+            by_kind[kind].add(state, parameters, gradients, factors.sources(parameters))
         if adopted:
             warn_adopted(adopted)
-        self.param_groups[0]["params"] = everything  # PEFT may have replaced some
+        if not by_kind and (other := foreign_gradient(self._model, self._layers)) is not None:
+            raise OPLoRARuntimeError(
+                f"oplora: none of this optimizer's factors has a gradient, but adapter {other!r} has: it was added or "
+                "made active after the optimizer. Make one for it, oplora.AdamW(model, adapter_name="
+                f"{other!r}), or go back with model.set_adapter({self._layers[0].adapter!r}). Nothing was changed."
+            )
         return list(by_kind.values())
+
+    def _share_factors(self) -> None:
+        if self._shards is not None:
+            self._shards.send([layer.parameters() for layer in self._layers])
+
+    def _agreed(self, where: list[str]) -> list[str]:
+        """What is not finite; of a sharded optimizer not empty if it is so in any process."""
+        if self._shards is None:
+            return where
+        refused = torch.tensor([len(where)], device=self._states[0].factors.placed)
+        anywhere = bool(self._shards.any_refuses(refused))
+        return where or (["a layer of another process"] if anywhere else [])
 
     def _follow_moves(self) -> None:
         """The model was moved (model.to(device), accelerator.prepare): the generators go where the factors are now."""
-        factors = [Factors.of(state.factors.layer, self._generator_device) for state in self._states]
+        factors = [Factors.of(s.factors.layer, s.factors.position, self._generator_device) for s in self._states]
         states = self._make_states(factors)
         for old, new in zip(self._states, states, strict=True):
             old.factors.move(new.factors.placed, new.factors.device)
             new.factors = old.factors
             new.take_over(old)
         self._states, self._measured = states, None
-
-    # ---- what is measured before a step ----
-
-    def _remember_measured(self, stepping: list[Layers], reports: list[Tensor]) -> None:
-        gradients = [g for layers in stepping for g in layers.gradients]
-        self._measured = (gradients, [g._version for g in gradients], stepping, reports)
-
-    def _as_clipped(self, stepping: list[Layers]) -> tuple[list[Layers], list[Tensor] | None]:
-        """What clip_grad_norm_ measured, if the gradients are the very ones that it left."""
-        if self._measured is None:
-            return stepping, None
-        known, versions, measured, reports = self._measured
-        gradients = [g for layers in stepping for g in layers.gradients]
-        same = len(known) == len(gradients) and all(
-            mine.data_ptr() == g.data_ptr() and g._version == version
-            for mine, g, version in zip(known, gradients, versions, strict=True)
-        )
-        return (measured, reports) if same else (stepping, None)
 
     def _nonfinite_others(self) -> list[str]:
         gradients = [p.grad for p in self._others() if p.grad is not None]
@@ -333,14 +438,31 @@ class AdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, and under "generators" each layer's generator by name. Resuming from it, and from the
-        model and data at the same place, continues bit for bit."""
+        model and data at the same place, continues bit for bit.
+
+        Raises:
+            OPLoRAError: a sharded optimizer that was stepped since consolidate_state_dict: this process has one share.
+        """
         saved = super().state_dict()
-        saved["generators"] = {state.name: state.state_dict() for state in self._states}
+        saved["generators"] = self._consolidated or {state.name: state.state_dict() for state in self._states}
+        if self._shards is not None and not self._is_fresh and self._consolidated is None:
+            raise OPLoRARuntimeError(
+                "oplora: this process has its own share of the generators only. Call "
+                "optimizer.consolidate_state_dict(to=0) in every process first, then state_dict() in process 0."
+            )
         return saved
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Gathers a sharded optimizer's generators in host memory of process `to`, whose next state_dict() is that of
+        an optimizer with shard=False. Every process must call it; without shard it does nothing."""
+        if self._shards is not None:
+            gathered = self._shards.gather({state.name: state.state_dict() for state in self._states}, to)
+            self._consolidated = gathered and {layer.name: gathered[layer.name] for layer in self._layers}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state, and writes the factors that belong to it into the model.
+        """Takes the state, and writes the factors that belong to it into the model. Where the optimizer is sharded
+        every process must call it.
 
         Raises:
             OPLoRAError: the state is of another model, rank, width or kind; nothing was changed.
@@ -352,8 +474,9 @@ class AdamW(torch.optim.Optimizer):
                 "anew with init='keep', which goes on from the adapter's present values."
             )
         mine = {state.name: state for state in self._states}
-        if saved.keys() != mine.keys():
-            raise OPLoRAValueError(_other_layers(mine.keys(), saved.keys()))
+        everything = [layer.name for layer in self._layers]
+        if saved.keys() not in (mine.keys(), set(everything)):
+            raise OPLoRAValueError(_other_layers(everything, saved.keys()))
         for name, state in mine.items():
             state.factors.layer.refuse_if_folded()
             state.check_state(saved[name])
@@ -366,7 +489,8 @@ class AdamW(torch.optim.Optimizer):
             ) from error
         for name, state in mine.items():
             state.load_state(saved[name])
-        self._measured = None
+        self._share_factors()
+        self._measured = self._consolidated = None
 
 
 def _check_arguments(
@@ -391,6 +515,12 @@ def _check_arguments(
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
 
 
+def _check_positive(**numbers: float | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number above 0, or None.")
+
+
 def _check_generator_device(device: str | torch.device | None, state: str) -> torch.device | None:
     if device is None:
         return None
@@ -406,7 +536,7 @@ def _check_generator_device(device: str | torch.device | None, state: str) -> to
     return torch.device(device)
 
 
-def _refuse_devices(factors: list[Factors]) -> None:
+def _refuse_devices(factors: list[Factors], precondition: float | None) -> None:
     for f in factors:
         if f.device.type != "cpu" and not runs_on_device(f.device):
             raise OPLoRATypeError(
@@ -418,6 +548,12 @@ def _refuse_devices(factors: list[Factors]) -> None:
             raise OPLoRATypeError(
                 f"oplora.AdamW: the factors of layer {f.layer.name} are {f.dtype} on {f.device}, where the fused step "
                 "takes float32, bfloat16 and float16. Convert the adapter, or use oplora.create_oplora_optimizer."
+            )
+        halves = any(p.dtype == torch.float16 for p in f.layer.parameters())
+        if runs_on_device(f.device) and precondition is not None and halves:
+            raise OPLoRATypeError(
+                f"oplora.AdamW: the factors of layer {f.layer.name} are float16, whose range preconditioned gradients "
+                "pass. Convert the adapter to float32 or bfloat16, or leave precondition out."
             )
     if runs_on_device(factors[0].device):
         require_kernels(factors[0].device)
@@ -462,7 +598,3 @@ def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:
         f"oplora: the saved generators are of other layers: {'; '.join(parts)}. Build the model with the adapter "
         "(names, target_modules) of the run that was saved."
     )
-
-
-def _nonfinite_layers(stepping: list[Layers], reports: list[Tensor]) -> list[str]:
-    return [name for layers, report in zip(stepping, reports, strict=True) for name in layers.nonfinite(report)]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .adapters import Factors
 from .errors import OPLoRAMemoryError, OPLoRAValueError
+from .factors import Factors
 
 CPU = torch.device("cpu")
 __all__ = ["Settings", "allocate", "count_parameters", "start_parameters", "views", "weight_rate"]
@@ -76,8 +76,8 @@ def weight_rate(hidden_width: int) -> float:
     return 32 / hidden_width
 
 
-def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: int) -> None:
-    """Writes the paper's start of the generator of the model's layer `index` into its flat parameters, all zero."""
+def start_parameters(flat: Tensor, factors: Factors, settings: Settings) -> None:
+    """Writes the paper's start of the layer's generator into its flat parameters, all zero."""
     H, Z = settings.hidden_width, settings.latent_width
     on_cpu = flat if flat.device.type == "cpu" else allocate(flat.numel(), flat.dtype, huge_pages=False)
     _core.start(
@@ -85,7 +85,7 @@ def start_parameters(flat: Tensor, factors: Factors, settings: Settings, index: 
         hidden_width=H,
         latent_width=Z,
         seed=settings.seed,
-        layer=index,
+        layer=factors.position,
         latent_std=settings.latent_std,
         random=factors.random_rows(),
         start=settings.start,  # type: ignore[arg-type]

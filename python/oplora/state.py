@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Factors
 from .errors import OPLoRATypeError, OPLoRAValueError
+from .factors import Factors
 
 __all__ = ["Layers", "State", "by_kind", "check_like", "finish", "kind_of", "targets"]
 
@@ -56,8 +56,8 @@ class State(ABC):
         return everything[begin : begin + self.report_size].cpu()
 
     @abstractmethod
-    def begin(self, keep: bool) -> None:
-        """Ties the factors to the generator: they keep their values, or take what is generated."""
+    def begin(self, keep: Sequence[bool]) -> None:
+        """Ties the factors to the generator: each keeps its value, or takes what is generated."""
 
     @abstractmethod
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
@@ -152,11 +152,16 @@ class Layers(ABC):
         self.states: list[Any] = []
         self.parameters: list[torch.nn.Parameter] = []
         self.gradients: list[Tensor] = []
+        self.sources: list[Tensor] = []
 
-    def add(self, state: State, parameters: list[torch.nn.Parameter], gradients: list[Tensor]) -> None:
+    def add(
+        self, state: State, parameters: list[torch.nn.Parameter], gradients: list[Tensor], sources: list[Tensor]
+    ) -> None:
+        """sources: the tensors that the gradients were made from, or are: what the Parameters hold."""
         self.states.append(state)
         self.parameters += parameters
         self.gradients += gradients
+        self.sources += sources
 
     @abstractmethod
     def measure(self) -> Tensor:
@@ -176,7 +181,7 @@ class Layers(ABC):
 
     @abstractmethod
     def square(self, report: Tensor) -> Tensor:
-        """||.||^2 of all generators' gradients: ||g||^2 (||h||^2 + 1) for W2 and c2, and that of the hidden path."""
+        """||.||^2 of each generator's gradient: ||g||^2 (||h||^2 + 1) for W2 and c2, and that of the hidden path."""
 
     @abstractmethod
     def scale(self, report: Tensor, scale: Tensor) -> None:

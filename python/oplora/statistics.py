@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Factors
 from .errors import OPLoRATypeError
+from .factors import Factors
 from .generators import Generators
 from .optim import AdamW
 
@@ -31,12 +31,12 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
         "line_search"   ||J^T g||^2 / ||g||^2, the second term along g, comparable to the first;
         "live_units"    how many of h are not zero;
         "norm_g"        ||g||, of A's and B's gradient together;
-        "norm_A", "norm_B"  of the factors as they are now;
+        "norm_A", "norm_B"  of the factors as they are now, and so for an adapter's other tensors ("norm_ia3_l");
         and of state "lean" what the truncations dropped of their matrices' squared norms, 0 to 1:
         "dropped_moment"    of the first moment of W2 (in the scale of AdamW's step), cut to moment_rank;
         "dropped_weight"    of W2's change since the start, cut to weight_rank;
         "dropped_hidden_moment", "dropped_hidden_weight"  the same of W1.
-        All but norm_A and norm_B are of the last step's start, NaN for a layer that has not been stepped.
+        All but those of the factors are of the last step's start, NaN for a layer that has not been stepped.
     """
     generators = getattr(optimizer, "generators", optimizer)
     if isinstance(generators, AdamW):
@@ -65,5 +65,6 @@ def _numbers(factors: Factors, h_square: float, live: float, g_square: float, hi
         "norm_g": math.sqrt(g_square),
     }
     for tensor, parameter in zip(factors.layer.tensors, factors.layer.parameters(), strict=True):
-        numbers[f"norm_{tensor[-1]}"] = float(parameter.detach().double().norm())
+        name = tensor.removeprefix("lora_").removeprefix("embedding_")
+        numbers[f"norm_{name}"] = float(parameter.detach().double().norm())
     return numbers

@@ -1,0 +1,228 @@
+"""The tie between a generator's output and the tensors of its layer: who wrote them last, and what they start from."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import STARTS, AdaptedLayer, Start
+from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+
+__all__ = ["Factors", "keep_starts", "warn_adopted"]
+
+
+@dataclass
+class Factors:
+    """The tie between one generator's output v and its layer's tensors: what they hold, and who wrote it.
+
+    The tensors are base + v. A base (None stands for zeros) appears where they keep a start of their own, and where
+    somebody else has changed them between two steps. Edits are noticed by the tensors' version counters, so what goes
+    around autograd (`tensor.data`) is not.
+    """
+
+    layer: AdaptedLayer
+    position: int  # of the layer in the model, by which its start is seeded
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype  # of the generator: float64 for float64 tensors, float32 for all others
+    device: torch.device  # where the generator is: beside the tensors, unless it was asked for elsewhere
+    placed: torch.device  # where the tensors are
+    bases: list[Tensor | None]
+    _versions: list[int] = field(default_factory=list)
+    _written: list[nn.Parameter] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, layer: AdaptedLayer, position: int, device: torch.device | None = None) -> "Factors":
+        """device: where the generator is to be, if not beside the tensors."""
+        parameters = layer.parameters()
+        placed = parameters[0].device
+        if elsewhere := [p.device for p in parameters if p.device != placed]:
+            raise OPLoRATypeError(
+                f"oplora: the factors of layer {layer.name} are on {placed} and {elsewhere[0]}; they must share one."
+            )
+        double = all(p.dtype == torch.float64 for p in parameters)
+        return cls(
+            layer,
+            position,
+            tuple(p.shape for p in parameters),
+            torch.float64 if double else torch.float32,
+            placed if device is None else device,
+            placed,
+            [None] * len(parameters),
+        )
+
+    def move(self, placed: torch.device, device: torch.device) -> None:
+        """Follows tensors that were moved."""
+        self.placed, self.device = placed, device
+        self.bases = [None if base is None else base.to(device) for base in self.bases]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    def random_rows(self) -> list[tuple[int, int]]:
+        """[begin, end) of the rows of W2 that start at random."""
+        rows, begin = [], 0
+        for random, size in zip(self.is_random(), self.sizes, strict=True):
+            if random:
+                rows.append((begin, begin + size))
+            begin += size
+        return rows
+
+    def is_random(self) -> list[bool]:
+        """Whether the rows of W2 that predict each tensor start at random."""
+        return [STARTS[tensor] is Start.RANDOM for tensor in self.layer.tensors]
+
+    def is_kept(self, init: str) -> list[bool]:
+        """Whether each tensor keeps the value it has."""
+        return [init == "keep" or STARTS[tensor] is Start.KEPT for tensor in self.layer.tensors]
+
+    def hold_a_start(self) -> bool:
+        """Whether a tensor that should start at zero does not: a trained adapter, PiSSA's or OLoRA's start."""
+        return any(
+            STARTS[tensor] is Start.ZERO and bool(parameter.detach().count_nonzero())
+            for tensor, parameter in zip(self.layer.tensors, self.layer.parameters(), strict=True)
+        )
+
+    def gradients(self, parameters: Sequence[nn.Parameter], *, cast: bool = True) -> list[Tensor] | None:
+        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are."""
+        gradients = [p.grad for p in parameters]
+        for twin in self.layer.twins:
+            parameter, other = parameters[twin.index], twin.parameter()
+            if parameter.data_ptr() != other.data_ptr():
+                raise OPLoRARuntimeError(
+                    f"oplora: {twin.tensor} of another layer was tied to {self.layer.tensors[twin.index]} of layer "
+                    f"{self.layer.name} and no longer is, as after model.to(). Make a new optimizer, with init='keep'."
+                )
+            gradients[twin.index] = _with_twin(parameter, gradients[twin.index], other)
+        dtypes = [self.dtype if cast else p.dtype for p in parameters]
+        ready = [
+            g
+            for g, dtype in zip(gradients, dtypes, strict=True)
+            if g is not None and g.dtype == dtype and g.is_contiguous()
+        ]
+        if len(ready) == len(parameters):
+            return ready
+        if all(g is None for g in gradients):
+            return None
+        return [
+            torch.zeros(p.shape, dtype=dtype, device=p.device) if g is None else g.to(dtype).contiguous()
+            for p, g, dtype in zip(parameters, gradients, dtypes, strict=True)
+        ]
+
+    def sources(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What gradients() is made from."""
+        twins = (twin.parameter() for twin in self.layer.twins)
+        return [p.grad for p in (*parameters, *twins) if p.grad is not None]
+
+    def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether somebody may have changed the tensors since remember_written."""
+        written = self._written
+        return (
+            len(written) != len(parameters)
+            or any(map(is_not, parameters, written))
+            or [p._version for p in parameters] != self._versions
+        )
+
+    def begin(self, v: Sequence[Tensor], keep: Sequence[bool]) -> None:
+        """Ties the tensors to v, which is what is generated now: they keep their values as a start that v is added to,
+        or take v."""
+        for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
+            piece = piece.view(parameter.shape)
+            if keep[i]:
+                base = parameter.detach().to(self.device, self.dtype) - piece
+                self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
+            else:
+                self.bases[i] = None
+                parameter.detach().copy_(piece)
+        self.remember_written()
+
+    def remember_written(self, parameters: list[nn.Parameter] | None = None) -> None:
+        self._written = self.layer.parameters() if parameters is None else parameters
+        self._versions = [p._version for p in self._written]
+
+    def values(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """What the tensors are for what is generated: base + v, in their shapes and the generator's dtype."""
+        pieces = [piece.view(shape) for piece, shape in zip(v, self.shapes, strict=True)]
+        return [piece if base is None else base + piece for base, piece in zip(self.bases, pieces, strict=True)]
+
+    def adopt_edits(self, parameters: list[nn.Parameter], generate: Callable[[], Sequence[Tensor]]) -> bool:
+        """Whether somebody changed the values since they were written; if so they become the new start.
+
+        Values that are base + generate() are ours, and so are those that the base was made from: before its first step
+        a kept factor is not yet the rounded sum.
+        """
+        if not self.were_touched(parameters):
+            return False
+        v, before = generate(), list(self.bases)
+        if all(torch.equal(p.detach(), m.to(p)) for p, m in zip(parameters, self.values(v), strict=True)):
+            self.remember_written(parameters)
+            return False
+        self.begin(v, [True] * len(v))
+        return not all(
+            base is now or (base is not None and now is not None and torch.equal(base, now))
+            for base, now in zip(before, self.bases, strict=True)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The live tensors: bases, and the factors themselves, so that resuming restores their very bits."""
+        return {"bases": list(self.bases), "factors": [p.detach() for p in self.layer.parameters()]}
+
+    def check_state(self, saved: dict[str, Any]) -> None:
+        """Raises unless load_state(saved) will go through; changes nothing."""
+        for key in ("bases", "factors"):
+            tensors = saved[key]
+            if not isinstance(tensors, list | tuple) or len(tensors) != len(self.shapes):
+                raise OPLoRAValueError(f"oplora: the saved {key} of layer {self.layer.name} are not one a factor.")
+            for tensor, shape in zip(tensors, self.shapes, strict=True):
+                if tensor is None and key == "bases":
+                    continue
+                if not isinstance(tensor, Tensor) or tensor.shape != shape:
+                    raise OPLoRAValueError(
+                        f"oplora: the saved {key} of layer {self.layer.name} are not tensors of shapes "
+                        f"{[tuple(s) for s in self.shapes]}. They were saved from another model or rank."
+                    )
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        self.bases = [
+            None if base is None else base.to(self.device, self.dtype, copy=True).contiguous()
+            for base in saved["bases"]
+        ]
+        for parameter, value in zip(self.layer.parameters(), saved["factors"], strict=True):
+            parameter.detach().copy_(value)
+        self._written = []  # the next step looks whether they are base + v
+
+
+def _with_twin(parameter: nn.Parameter, gradient: Tensor | None, twin: nn.Parameter) -> Tensor | None:
+    """The gradient with that of another Parameter over the same memory, which may be a transposed view of it."""
+    if twin.grad is None:
+        return gradient
+    as_laid_out = torch.zeros_like(twin, dtype=twin.grad.dtype, memory_format=torch.preserve_format).copy_(twin.grad)
+    as_laid_out = as_laid_out.as_strided(parameter.shape, parameter.stride())
+    return as_laid_out if gradient is None else gradient + as_laid_out
+
+
+def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
+    """Which tensors of each layer keep their values; with a warning where that was not asked for."""
+    if init not in ("paper", "keep"):
+        raise OPLoRAValueError(f"oplora: init is {init!r}, expected 'paper' or 'keep'.")
+    held = [init == "paper" and f.hold_a_start() for f in factors]
+    if any(held):
+        name = factors[held.index(True)].layer.name
+        warnings.warn(
+            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at "
+            "zero is not zero), as after earlier training, PiSSA or OLoRA. They keep them, as with init='keep'.",
+            stacklevel=3,
+        )
+    return [f.is_kept("keep" if holds else init) for f, holds in zip(factors, held, strict=True)]
+
+
+def warn_adopted(names: Sequence[str]) -> None:
+    warnings.warn(
+        f"oplora: the factors of {len(names)} layer(s) were changed since the last step ({names[0]}"
+        f"{', ...' if len(names) > 1 else ''}); their new values are kept and the generators go on from there.",
+        stacklevel=4,
+    )
