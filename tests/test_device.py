@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import adapter_types
 import pytest
 import torch
 from conftest import assert_same_bits, batches, factors, make_model, train
@@ -85,6 +86,34 @@ def test_starts_are_the_cores(as_device, state, init):
 def test_settings_reach_the_kernels(as_device, settings):
     on_device, on_core = both(as_device, **settings)
     assert_same_bits(factors(on_device), factors(on_core))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("case", ["DoRA, Linear", "LoRA, parameters", "VeRA", "IA3", "LoHa, Conv2d", "Lily"])
+def test_every_kind_of_adapter_trains_with_the_cores_bits(as_device, state, case):
+    def run() -> dict[str, torch.Tensor]:
+        model = adapter_types.make(case, torch.float32)
+        pairs = adapter_types.data(case, 3, torch.float32)
+        adapter_types.train(model, oplora.AdamW(model, lr=1e-2, state=state), pairs)
+        return model.state_dict()
+
+    on_device = run()
+    as_device(False)
+    assert_same_bits(on_device, run())
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_preconditioned_steps_are_the_cores(as_device, state, dtype):
+    on_device, on_core = both(as_device, state=state, dtype=dtype, precondition=1e-2)
+    for name, mine in factors(on_device).items():
+        # of 16 bits the device takes a gradient that was rounded once more
+        torch.testing.assert_close(mine, factors(on_core)[name], rtol=0, atol=0 if dtype == torch.float32 else 1e-2)
+
+
+def test_preconditioned_float16_is_refused_on_a_device(as_device):
+    with pytest.raises(oplora.OPLoRAError, match=r"float16, whose range .* bfloat16"):
+        oplora.AdamW(make_model(torch.float16), precondition=1e-6)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -393,7 +422,8 @@ def test_the_ops_refuse_what_does_not_fit(as_device):
     states, shared = optimizer._states, optimizer._states[0].shared
     layers = states[0].new_layers()
     parameters = states[0].factors.layer.parameters()
-    layers.add(states[0], parameters, [p.grad for p in parameters])
+    gradients = [p.grad for p in parameters]
+    layers.add(states[0], parameters, gradients, gradients)
     args = [*layers._state(), parameters, [None] * 2, [None] * 2, layers.gradients, *layers._sizes()]
     report, dh = torch.zeros(9, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
     last = [shared.adamw, [0], shared.verdict, report, dh]
