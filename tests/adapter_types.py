@@ -137,7 +137,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[tuple[
 class EagerOptimizer:
     """The generators of a model's adapters under autograd and torch.optim.AdamW, fed with the model's own gradients."""
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float = 0.01, **options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float = 0.01, eps: float = 1e-8, **options: Any
+    ) -> None:
         generators = list(oplora.Generators(model, **options))
         self.ties = [g.factors for g in generators]
         self.eager = [EagerGenerator(dict(g.named_parameters()), g.factors.shapes) for g in generators]
@@ -146,9 +148,11 @@ class EagerOptimizer:
                 [p.detach() - v for p, v in zip(tie.layer.parameters(), eager(), strict=True)]
                 for tie, eager in zip(self.ties, self.eager, strict=True)
             ]
-        self.optimizer = torch.optim.AdamW(
-            [p for eager in self.eager for p in eager.parameters()], lr=lr, weight_decay=weight_decay
-        )
+        narrower = 32 / self.eager[0].W2.shape[1]  # W2's rate for the width, at which it decays as c2 does
+        weights = [eager.W2 for eager in self.eager]
+        rest = [p for eager in self.eager for name, p in eager.named_parameters() if name != "W2"]
+        groups = [{"params": weights, "lr": lr * narrower, "weight_decay": weight_decay / narrower}, {"params": rest}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, eps=eps)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad()
@@ -158,8 +162,10 @@ class EagerOptimizer:
 
     def step(self) -> None:
         for tie, eager in zip(self.ties, self.eager, strict=True):
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in tie.layer.parameters()]
-            torch.autograd.backward(eager(), gradients)
+            gradients = [p.grad for p in tie.layer.parameters()]
+            if any(g is not None for g in gradients):
+                some = [torch.zeros(shape) if g is None else g for g, shape in zip(gradients, tie.shapes, strict=True)]
+                torch.autograd.backward(eager(), some)
         self.optimizer.step()
         with torch.no_grad():
             for tie, eager, bases in zip(self.ties, self.eager, self.bases, strict=True):
