@@ -4,10 +4,16 @@ Each map W (rows, inputs) with bias c is held as dense matrices; a truncation is
 formulas are docs/lean.md's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import pytest
 import torch
-from torch import Tensor
+from conftest import batches, make_model
+from torch import Tensor, nn
+
+import oplora
+from oplora.lean import LeanState
+from oplora.start import Settings, count_parameters, start_parameters, views
 
 
 def truncated(product: Tensor, rank: int) -> Tensor:
@@ -111,3 +117,66 @@ class LeanOracle:
         self.z_s = b[1] * self.z_s + (1 - b[1]) * dz.square()
         step = self.z_m / (1 - b[0] ** t) / ((self.z_s / (1 - b[1] ** t)).sqrt() + eps)
         self.z = (1 - hidden_lr * weight_decay) * self.z - hidden_lr * step
+
+
+def values(state: LeanState) -> Tensor:
+    return torch.cat([p.detach().flatten().double() for p in state.factors.layer.parameters()])
+
+
+def gradient(state: LeanState) -> Tensor:
+    parameters = state.factors.layer.parameters()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
+
+
+def oracle_of(state: LeanState) -> LeanOracle:
+    widths = Settings(state.H, state.Z, state.latent_std, state.seed, state.start)
+    flat = torch.zeros(count_parameters(state.factors, widths), dtype=torch.float64)
+    start_parameters(flat, state.factors, widths)
+    return LeanOracle(views(flat, state.H, state.Z), (state.weight_rank, state.moment_rank))
+
+
+class Pair:
+    """An optimizer and the oracles of its layers, fed with the same gradients."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, model: nn.Module | None = None, **options: object) -> None:
+        self.model = make_model(dtype) if model is None else model
+        defaults = {"lr": 1e-2, "weight_decay": 0.1, "hidden_lr_ratio": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}
+        self.options = {**defaults, **options}
+        self.optimizer = oplora.AdamW(self.model, state="lean", **self.options)
+        self.states: list[LeanState] = self.optimizer._states
+        self.oracles = [oracle_of(state) for state in self.states]
+        pairs = zip(self.states, self.oracles, strict=True)
+        self.bases = [values(state) - oracle.generate() for state, oracle in pairs]
+
+    def step(self, max_norm: float | None = None) -> None:
+        stepping = [
+            (state, oracle, gradient(state))
+            for state, oracle in zip(self.states, self.oracles, strict=True)
+            if any(p.grad is not None for p in state.factors.layer.parameters())
+        ]
+        scale = 1.0
+        if max_norm is not None:
+            norm = torch.stack([oracle.norm_square(g) for _, oracle, g in stepping]).sum().sqrt()
+            assert self.optimizer.clip_grad_norm_(max_norm).item() == pytest.approx(norm.item(), rel=1e-9)
+            scale = min(1.0, max_norm / (norm.item() + 1e-6))
+        self.optimizer.step()
+        lr, ratio = self.options["lr"], self.options["hidden_lr_ratio"]
+        numbers = dict(weight_decay=self.options["weight_decay"], b=self.options["betas"], eps=self.options["eps"])
+        for state, oracle, g in stepping:
+            oracle.step(g * scale, lr, weight_lr=lr * 32 / state.H, hidden_lr=lr * ratio, **numbers)
+
+    def train(
+        self, steps: int, max_norm: float | None = None, pairs: Iterable[tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        for x, y in batches(steps, torch.float64) if pairs is None else pairs:
+            self.optimizer.zero_grad()
+            (self.model(x) - y).square().mean().backward()
+            self.step(max_norm)
+
+    def error(self) -> float:
+        """The largest relative distance of a layer's factors from the oracle's."""
+        errors = []
+        for state, oracle, base in zip(self.states, self.oracles, self.bases, strict=True):
+            truth = base + oracle.generate()
+            errors.append(float((values(state) - truth).norm() / truth.norm().clamp_min(1e-6)))
+        return max(errors)

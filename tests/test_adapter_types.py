@@ -9,6 +9,7 @@ import pytest
 import torch
 from adapter_types import CASES, LORA, EagerOptimizer, data, make, train
 from conftest import Net
+from lean_oracle import Pair
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -37,6 +38,13 @@ def test_exact_equals_autograd_through_the_generators(case: str) -> None:
     train(theirs, EagerOptimizer(theirs, lr=1e-2), data(case, 12))
     for (name, mine), truth in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (mine - truth).abs().max() <= CHAOTIC.get(case, 1e-12) * max(1, truth.abs().max()), name
+
+
+@every_type
+def test_lean_equals_its_oracle(case: str) -> None:
+    pair = Pair(model=make(case), lr=1e-3, weight_decay=0.01)
+    pair.train(12, pairs=data(case, 12))
+    assert pair.error() <= 1e-9
 
 
 @every_type

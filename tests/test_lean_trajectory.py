@@ -8,25 +8,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Net, assert_same_bits, batches, factors, make_model, train
+from conftest import Net, assert_same_bits, factors, make_model, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lean_oracle import LeanOracle
+from lean_oracle import Pair, gradient, values
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import oplora
 from oplora.lean import LeanState
-from oplora.start import Settings, count_parameters, start_parameters, views
-
-
-def values(state: LeanState) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in state.factors.layer.parameters()])
-
-
-def gradient(state: LeanState) -> Tensor:
-    parameters = state.factors.layer.parameters()
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
 
 
 def random_gradients(seed: int) -> Callable[[LeanState], Tensor]:
@@ -50,58 +40,6 @@ def set_gradient(state: LeanState, g: Tensor) -> None:
     parameters = state.factors.layer.parameters()
     for p, piece in zip(parameters, g.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view_as(p).to(p.dtype, copy=True)
-
-
-def oracle_of(state: LeanState) -> LeanOracle:
-    widths = Settings(state.H, state.Z, state.latent_std, state.seed, state.start)
-    flat = torch.zeros(count_parameters(state.factors, widths), dtype=torch.float64)
-    start_parameters(flat, state.factors, widths)
-    return LeanOracle(views(flat, state.H, state.Z), (state.weight_rank, state.moment_rank))
-
-
-class Pair:
-    """An optimizer and the oracles of its layers, fed with the same gradients."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64, model: nn.Module | None = None, **options: object) -> None:
-        self.model = make_model(dtype) if model is None else model
-        defaults = {"lr": 1e-2, "weight_decay": 0.1, "hidden_lr_ratio": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}
-        self.options = {**defaults, **options}
-        self.optimizer = oplora.AdamW(self.model, state="lean", **self.options)
-        self.states: list[LeanState] = self.optimizer._states
-        self.oracles = [oracle_of(state) for state in self.states]
-        pairs = zip(self.states, self.oracles, strict=True)
-        self.bases = [values(state) - oracle.generate() for state, oracle in pairs]
-
-    def step(self, max_norm: float | None = None) -> None:
-        stepping = [
-            (state, oracle, gradient(state))
-            for state, oracle in zip(self.states, self.oracles, strict=True)
-            if any(p.grad is not None for p in state.factors.layer.parameters())
-        ]
-        scale = 1.0
-        if max_norm is not None:
-            norm = torch.stack([oracle.norm_square(g) for _, oracle, g in stepping]).sum().sqrt()
-            assert self.optimizer.clip_grad_norm_(max_norm).item() == pytest.approx(norm.item(), rel=1e-9)
-            scale = min(1.0, max_norm / (norm.item() + 1e-6))
-        self.optimizer.step()
-        lr, ratio = self.options["lr"], self.options["hidden_lr_ratio"]
-        numbers = dict(weight_decay=self.options["weight_decay"], b=self.options["betas"], eps=self.options["eps"])
-        for state, oracle, g in stepping:
-            oracle.step(g * scale, lr, weight_lr=lr * 32 / state.H, hidden_lr=lr * ratio, **numbers)
-
-    def train(self, steps: int, max_norm: float | None = None) -> None:
-        for x, y in batches(steps, torch.float64):
-            self.optimizer.zero_grad()
-            (self.model(x) - y).square().mean().backward()
-            self.step(max_norm)
-
-    def error(self) -> float:
-        """The largest relative distance of a layer's factors from the oracle's."""
-        errors = []
-        for state, oracle, base in zip(self.states, self.oracles, self.bases, strict=True):
-            truth = base + oracle.generate()
-            errors.append(float((values(state) - truth).norm() / truth.norm().clamp_min(1e-6)))
-        return max(errors)
 
 
 # ---- the oracle's path ----
