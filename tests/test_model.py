@@ -239,3 +239,8 @@ def test_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "writing the adapter into" in out and "still in the model" in out
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_wrap_puts_doras_magnitude_in() -> None:
+    model = oplora.wrap(Net(), oplora.OPLoRAConfig(target_modules=["first"], use_dora=True))
+    assert "lora_magnitude_vector" in oplora.AdamW(model, hidden_width=4)._layers[0].tensors

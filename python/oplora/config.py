@@ -24,6 +24,7 @@ class OPLoRAConfig:
         lora_dropout: dropout on the adapter's input, in [0, 1).
         rank_pattern, alpha_pattern: other ranks and alphas for layers whose name matches the key.
         use_rslora: see lora_alpha.
+        use_dora: train each row's magnitude beside A and B (DoRA; the paper takes hidden_width=4 for it).
         bias: "none", "all" or "lora_only": which biases are trained too.
         modules_to_save: layers trained and saved in full beside the adapter.
         init_lora_weights: PEFT's start of the factors; matters with init="keep" only.
@@ -38,6 +39,7 @@ class OPLoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
