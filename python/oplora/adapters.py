@@ -172,8 +172,8 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
     if not isinstance(model, nn.Module):
         raise OPLoRATypeError(
             f"oplora: expected the model itself, got {type(model).__name__}. Pass the PEFT model, as in "
-            "oplora.AdamW(model, lr=1e-4), not its parameters: the layers are found in the model. To transformers' Trainer "
-            "give optimizers=(oplora.AdamW(model, lr=1e-4), None), or optimizer_cls_and_kwargs=(oplora.AdamW, "
+            "oplora.AdamW(model, lr=1e-4), not its parameters: the layers are found in the model. To transformers' "
+            "Trainer give optimizers=(oplora.AdamW(model, lr=1e-4), None), or optimizer_cls_and_kwargs=(oplora.AdamW, "
             '{"model": model, "lr": 1e-4}).'
         )
     found: dict[str, tuple[Any, str, list[str], list[Twin]]] = {}

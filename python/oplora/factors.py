@@ -214,8 +214,8 @@ def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
         name = factors[held.index(True)].layer.name
         warnings.warn(
             f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at "
-            "zero is not zero), as after earlier training, PiSSA or OLoRA. They keep them, as with init='keep', until a "
-            "state_dict is loaded.",
+            "zero is not zero), as after earlier training, PiSSA or OLoRA. They keep them, as with init='keep', "
+            "until a state_dict is loaded.",
             stacklevel=3,
         )
     return [f.is_kept("keep" if holds else init) for f, holds in zip(factors, held, strict=True)]
