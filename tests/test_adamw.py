@@ -867,6 +867,18 @@ def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.Monk
     torch.testing.assert_close(B.detach(), torch.full_like(B, -lr * (1 + h * 32 / width)), rtol=1e-5, atol=0)
 
 
+# ---- copies ----
+
+
+def test_copy_of_model_and_optimizer_trains_on_alike() -> None:
+    model = make_model(bias="all")
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 3)
+    twin, copied = copy.deepcopy((model, optimizer))
+    assert train(model, optimizer, 3) == train(twin, copied, 3)
+    assert_same_bits(factors(model), factors(twin))
+
+
 # ---- memory ----
 
 

@@ -88,7 +88,18 @@ class Factors:
         )
 
     def gradients(self, parameters: Sequence[nn.Parameter], *, cast: bool = True) -> list[Tensor] | None:
-        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are."""
+        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are.
+
+        Raises:
+            OPLoRAError: the tensors are of other shapes than when the generator was made.
+        """
+        if tuple(p.shape for p in parameters) != self.shapes:
+            raise OPLoRARuntimeError(
+                f"oplora: the factors of layer {self.layer.name} are of shapes {[tuple(p.shape) for p in parameters]}, "
+                f"and were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new "
+                "optimizer, with init='keep', after a rank has changed (a larger adapter swapped in, EVA's "
+                "initialisation). Nothing was changed."
+            )
         gradients = [p.grad for p in parameters]
         for twin in self.layer.twins:
             parameter, other = parameters[twin.index], twin.parameter()

@@ -181,7 +181,7 @@ class Arenas:
         self.numbers = allocate(sum(n for n, _ in counts), dtype, device, huge_pages=True)
         self.moments = allocate(sum(m for _, m in counts), _moment_dtype(dtype), device, huge_pages=True)
         self.scalars = torch.zeros(SCALARS * len(counts), dtype=torch.float64, device=device)
-        self._views = self._cut(counts)
+        self._views = iter(list(self._cut(counts)))  # a generator could not be copied
 
     def _cut(self, counts: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int]]]:
         at = [0, 0, 0]

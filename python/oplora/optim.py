@@ -436,6 +436,10 @@ class AdamW(torch.optim.Optimizer):
 
     # ---- saving ----
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, so that copies step (torch's holds the groups and its own state only)."""
+        return self.__dict__.copy()
+
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, and under "generators" each layer's generator by name. Resuming from it, and from the
         model and data at the same place, continues bit for bit.
