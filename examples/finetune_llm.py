@@ -266,7 +266,6 @@ def written_whole(folder: Path) -> Iterator[Path]:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     yield beside
-    shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
 
@@ -275,9 +274,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Whatever moment the run is killed at, none is left in part under a name that --resume looks for."""
     for old in checkpoints(folder):
         if old != but:
-            shutil.rmtree(old)
+            old.rename(old.with_name(f"unfinished-{old.name}"))
+    for unfinished in folder.glob("unfinished-*"):
+        shutil.rmtree(unfinished)
 
 
 def save_checkpoint(

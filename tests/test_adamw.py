@@ -5,13 +5,14 @@ import io
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import Net, assert_same_bits, batches, factors, make_model, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -561,8 +562,23 @@ def test_damaged_state_is_refused(key: str | int) -> None:
 def test_state_of_another_kind_is_refused(default_state: str) -> None:
     other = {"lean": "exact", "exact": "lean"}[default_state]
     saved = oplora.AdamW(make_model(), state=other).state_dict()
-    with pytest.raises(oplora.OPLoRAError, match=f"is of state='{other}', this optimizer's is '{default_state}'"):
+    message = f"is of state='{other}', this optimizer's is '{default_state}'.* start anew with init='keep'"
+    with pytest.raises(oplora.OPLoRAError, match=message):
         oplora.AdamW(make_model()).load_state_dict(saved)
+
+
+def test_saved_adapter_goes_on_in_the_other_state(default_state: str, tmp_path: Path) -> None:
+    """What that message tells to do."""
+    other = {"lean": "exact", "exact": "lean"}[default_state]
+    model = make_model()
+    train(model, oplora.AdamW(model, lr=1e-2, state=other), 5)
+    oplora.save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True)
+    optimizer = oplora.AdamW(loaded, lr=1e-2, init="keep")
+    assert_same_bits(factors(loaded), factors(model))
+    losses = train(loaded, optimizer, 30)
+    assert losses[-1] < losses[0]
 
 
 @only_lean

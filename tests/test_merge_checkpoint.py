@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -358,6 +360,54 @@ def test_merge_keeps_the_old_out_when_the_swap_fails(tmp_path: Path, monkeypatch
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", overwrite=True, progress=False)
     assert (tmp_path / "out" / "mine").exists()
     assert_nothing_left(tmp_path, "out")
+
+
+def test_merge_killed_at_any_operation_leaves_the_old_out_or_the_new(tmp_path: Path) -> None:
+    """Between the two renames OUT is away for a moment; the next merge puts it back."""
+    tiny(tmp_path)
+    old, new, out = (tmp_path / name for name in ("old", "new", "out"))
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", new, progress=False)
+    shutil.copytree(tmp_path / "base", old)
+    code = """
+import itertools, os, signal, sys
+from oplora.__main__ import main
+count = itertools.count()
+def hook(event, _):
+    if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") and next(count) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+sys.exit(main(["merge", "--quiet", "--overwrite", *sys.argv[2:]]))
+"""
+    found, killed = [], True
+    while killed:
+        shutil.copytree(old, out)
+        killed = run_python(code, len(found), tmp_path / "base", tmp_path / "adapter", out).returncode != 0
+        away = not out.exists()
+        with pytest.raises(OPLoRAFileError, match="not empty"):
+            merge_checkpoint(tmp_path / "base", tmp_path / "adapter", out, progress=False)
+        weights = [(folder / "model.safetensors").read_bytes() for folder in (out, old, new)]
+        found.append("away" if away and weights[0] == weights[1] else ("old", "new")[weights[1:].index(weights[0])])
+        assert not [path for path in tmp_path.glob(".oplora-*") if path.suffix != ".partial"]
+        shutil.rmtree(out)
+    assert [name for name, _ in itertools.groupby(found)] == ["old", "away", "new"]
+
+
+def test_merge_removes_what_a_killed_one_left_an_hour_ago(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    names = (".oplora-out-12345678.partial", ".oplora-other-12345678.partial")
+    left, others = (tmp_path / name for name in names)
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        os.utime(folder, (0, 0))
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert left.exists()  # its file is young: it could be that of a process that is writing now
+    for folder in (left, others):
+        os.utime(folder / "model.safetensors", (0, 0))
+        os.utime(folder, (0, 0))
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", overwrite=True, progress=False)
+    assert not left.exists()
+    assert others.exists()
 
 
 def test_merge_memory_is_bounded(tmp_path: Path) -> None:

@@ -195,6 +195,14 @@ def test_named_adapters_go_into_folders_of_their_names(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "other" / "adapter_config.json").read_text())["r"] == 2
 
 
+def test_saving_again_keeps_what_users_wrote_into_the_model_card(tmp_path: Path) -> None:
+    oplora.save_adapter(make_model(), tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\nTrained on my notes.\n")
+    oplora.save_adapter(make_model(), tmp_path)
+    assert "Trained on my notes." in card.read_text()
+
+
 def test_unknown_format_and_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(oplora.OPLoRAError, match="format is 'zip', expected 'peft'"):
         oplora.save_adapter(make_model(), tmp_path, format="zip")

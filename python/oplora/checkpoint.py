@@ -4,7 +4,8 @@ A merged checkpoint has its base's tensors, dtypes and shapes, so every weight f
 byte, and only the numbers of the adapted tensors change. They stream through in blocks of rows: the memory
 needed is a block and one layer's A and B, whatever the size of the model. Everything that can be checked is
 checked before the first byte is written. The output is built in a folder beside OUT and renamed at the end,
-so that OUT is whole or not there at all.
+so that OUT is whole or not there at all. What a process that was killed has left is put right by the next
+merge into the same OUT.
 
 Neither torch nor PEFT is needed. The result is that of PEFT's own ``merge_and_unload``, with sums in float32
 (float64 for a float64 base) and one rounding.
@@ -12,11 +13,14 @@ Neither torch nor PEFT is needed. The result is that of PEFT's own ``merge_and_u
 
 from __future__ import annotations  # _core.DType is a name of the stub alone
 
+import glob
 import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +47,7 @@ from .tensor_file import (
 __all__ = ["merge_checkpoint"]
 
 BLOCK_BYTES: Final = 16 << 20
+STALE_SECONDS: Final = 3600  # nothing was written for so long: the merge was killed
 
 
 def merge_checkpoint(
@@ -78,6 +83,7 @@ def merge_checkpoint(
 
 
 def _merge(base: Path, adapter: Path, out: Path, *, overwrite: bool, progress: bool) -> None:
+    _put_right(out)
     _check_out(base, adapter, out, overwrite)
     source = read_base(base)
     config, factors = read_adapter(adapter)
@@ -132,8 +138,7 @@ Advance = Callable[[int], object]  # is told how many bytes were written
 
 def _publish(out: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
     """Let `write` fill a new folder beside OUT, then put it in OUT's place by renaming."""
-    token = secrets.token_hex(4)
-    new, old = out.parent / f".oplora-{token}.partial", out.parent / f".oplora-{token}.old"
+    new, old = out.parent / f"{_prefix(out)}{secrets.token_hex(4)}.partial", _old(out)
     new.mkdir()
     try:
         write(new)
@@ -147,6 +152,27 @@ def _publish(out: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
         raise
     _sync_folder(out.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _prefix(out: Path) -> str:
+    return f".oplora-{out.name}-"
+
+
+def _old(out: Path) -> Path:
+    return out.parent / f"{_prefix(out)}old"
+
+
+def _put_right(out: Path) -> None:
+    """After merges into OUT that were killed: the earlier model is in its place, and nothing beside it."""
+    if _old(out).exists():
+        if out.exists():
+            shutil.rmtree(_old(out))
+        else:
+            _old(out).rename(out)
+    for left in out.parent.glob(f"{glob.escape(_prefix(out))}*.partial"):
+        with suppress(FileNotFoundError):  # another process has finished it
+            if max(path.stat().st_mtime for path in (left, *left.rglob("*"))) < time.time() - STALE_SECONDS:
+                shutil.rmtree(left)
 
 
 def _swap(out: Path, new: Path, old: Path) -> None:

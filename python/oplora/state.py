@@ -98,10 +98,12 @@ class State(ABC):
     def check_state(self, saved: Any) -> None:
         """Raises unless load_state(saved) will go through; changes nothing."""
         mine = self.state_dict()
-        if isinstance(saved, dict) and saved.get("state", "exact") != self.KIND:
+        if isinstance(saved, dict) and (kind := saved.get("state", "exact")) != self.KIND:
             raise OPLoRAValueError(
-                f"oplora: the saved state of layer {self.name} is of state={saved.get('state', 'exact')!r}, this "
-                f"optimizer's is {self.KIND!r}. Make it with the state of the run that was saved."
+                f"oplora: the saved state of layer {self.name} is of state={kind!r}, this optimizer's is "
+                f"{self.KIND!r}. Neither is made into the other: a W2 trained whole is no seeded start and a change of "
+                f"low rank. To resume, make the optimizer with state={kind!r}. To go on with state={self.KIND!r}, load "
+                "the saved adapter and start anew with init='keep': A and B keep their values, the moments begin at 0."
             )
         if not isinstance(saved, dict) or (missing := mine.keys() - saved.keys() - {"state"}):
             what = f"lacks {', '.join(sorted(missing))}" if isinstance(saved, dict) else f"is a {type(saved).__name__}"
@@ -112,8 +114,8 @@ class State(ABC):
             theirs = [list(s) for s in saved[key]] if key == "shapes" else saved[key]
             if theirs != value:
                 raise OPLoRAValueError(
-                    f"oplora: the saved state of layer {self.name} has {key} {theirs}, the model {value}. "
-                    "Build the adapter and the optimizer with the settings of the run that was saved."
+                    f"oplora: the saved state of layer {self.name} has {key} {theirs}, this optimizer {value}. Build "
+                    "the adapter (r, rank_pattern) and the optimizer with the settings of the run that was saved."
                 )
         for key in self.KEYS:
             check_like(f"{key} of layer {self.name}", saved[key], mine[key])
