@@ -123,17 +123,6 @@ def data(case: str, steps: int, dtype: torch.dtype = torch.float64) -> list[tupl
     ]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-    losses = []
-    for x, y in pairs:
-        optimizer.zero_grad()
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 class EagerOptimizer:
     """The generators of a model's adapters under autograd and torch.optim.AdamW, fed with the model's own gradients."""
 

@@ -1,6 +1,6 @@
 """What many tests share: small models with adapters, the paper's generator written for autograd, one training loop."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -50,17 +50,22 @@ def batches(steps: int, dtype: torch.dtype, sizes: tuple[int, int] = (13, 5)) ->
         yield pair[0], pair[1]
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32
-) -> list[float]:
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
+    """The loss of each step."""
     losses = []
-    for x, y in batches(steps, dtype):
+    for x, y in pairs:
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, dtype: torch.dtype = torch.float32
+) -> list[float]:
+    return train_on(model, optimizer, batches(steps, dtype))
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapter_types import EagerOptimizer, train
+from adapter_types import EagerOptimizer
+from conftest import train_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -105,8 +106,8 @@ def test_exact_equals_the_oracle(chain: Chain, width: int, init: str) -> None:
     ours, theirs = chain.make(torch.float64), chain.make(torch.float64)
     # a gradient that is zero but for rounding stays small beside eps, and does not become a step of its sign
     settings = dict(lr=1e-2, eps=1e-3, init=init, hidden_width=width)
-    train(ours, oplora.AdamW(ours, state="exact", **settings), chain.data(6, torch.float64))
-    train(theirs, EagerOptimizer(theirs, **settings), chain.data(6, torch.float64))
+    train_on(ours, oplora.AdamW(ours, state="exact", **settings), chain.data(6, torch.float64))
+    train_on(theirs, EagerOptimizer(theirs, **settings), chain.data(6, torch.float64))
     for (name, mine), truth in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (mine - truth).abs().max() <= 1e-12 * max(1, truth.abs().max()), name
 
@@ -118,7 +119,7 @@ def test_steps_touch_only_what_they_generate(chain: Chain, state: str, dtype: to
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)
     generated = {id(p) for layer in optimizer._layers for p in layer.parameters()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model, optimizer, chain.data(3, dtype))
+    train_on(model, optimizer, chain.data(3, dtype))
     names = {name for name, p in model.named_parameters() if id(p) in generated}
     assert all(name in names or torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert names == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -128,7 +129,7 @@ def test_steps_touch_only_what_they_generate(chain: Chain, state: str, dtype: to
 @given(chain=chains, state=STATES)
 def test_merged_layers_compute_what_the_adapted_ones_do(chain: Chain, state: str) -> None:
     model = chain.make(torch.float64)
-    train(model, oplora.AdamW(model, lr=1e-2, state=state), chain.data(4, torch.float64))
+    train_on(model, oplora.AdamW(model, lr=1e-2, state=state), chain.data(4, torch.float64))
     x, _ = chain.data(1, torch.float64)[0]
     adapted = model(x)
     torch.testing.assert_close(oplora.merge(model)(x), adapted, rtol=1e-9, atol=1e-9)
@@ -186,7 +187,7 @@ def test_adapter_file_is_what_peft_alone_would_write(
     model = two_adapters(trained, resting, dtype)
     optimizer = oplora.AdamW(model, lr=1e-2, state=state, adapter_name="trained")
     still = {name: p.detach().clone() for name, p in model.named_parameters() if "resting" in name}
-    train(model, optimizer, random_pairs((7, 4), 3, dtype))
+    train_on(model, optimizer, random_pairs((7, 4), 3, dtype))
     assert all(torch.equal(p, still[name]) for name, p in model.named_parameters() if name in still)
     alone = two_adapters(trained, resting, dtype)
     alone.load_state_dict(model.state_dict())

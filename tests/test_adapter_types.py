@@ -7,8 +7,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapter_types import CASES, LORA, EagerOptimizer, data, make, train
-from conftest import Net
+from adapter_types import CASES, LORA, EagerOptimizer, data, make
+from conftest import Net, train_on
 from lean_oracle import Pair
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ def generated(optimizer: oplora.AdamW) -> set[int]:
 @every_type
 def test_exact_equals_autograd_through_the_generators(case: str) -> None:
     ours, theirs = make(case), make(case)
-    train(ours, oplora.AdamW(ours, lr=1e-2, state="exact"), data(case, 12))
-    train(theirs, EagerOptimizer(theirs, lr=1e-2), data(case, 12))
+    train_on(ours, oplora.AdamW(ours, lr=1e-2, state="exact"), data(case, 12))
+    train_on(theirs, EagerOptimizer(theirs, lr=1e-2), data(case, 12))
     for (name, mine), truth in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert (mine - truth).abs().max() <= CHAOTIC.get(case, 1e-12) * max(1, truth.abs().max()), name
 
@@ -63,7 +63,7 @@ def test_training_lowers_the_loss_and_moves_every_generated_tensor(case: str, st
     model = make(case, torch.float32)
     optimizer = oplora.AdamW(model, lr=3e-3, state=state)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) in generated(optimizer)}
-    losses = train(model, optimizer, data(case, 1, torch.float32) * 30)
+    losses = train_on(model, optimizer, data(case, 1, torch.float32) * 30)
     assert losses[-1] < losses[0]
     assert before and all(not torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
@@ -89,13 +89,13 @@ def test_steps_touch_nothing_else(case: str, state: str) -> None:
 def test_resumed_training_goes_on_bit_for_bit(case: str, state: str) -> None:
     model = make(case, torch.float32)
     optimizer = oplora.AdamW(model, lr=3e-3, state=state)
-    train(model, optimizer, data(case, 3, torch.float32))
+    train_on(model, optimizer, data(case, 3, torch.float32))
     saved = optimizer.state_dict()
     other = make(case, torch.float32)
     resumed = oplora.AdamW(other, lr=3e-3, state=state)
     resumed.load_state_dict({**saved, "generators": torch.utils._pytree.tree_map(_copy, saved["generators"])})
     rest = data(case, 6, torch.float32)[3:]
-    assert train(model, optimizer, rest) == train(other, resumed, rest)
+    assert train_on(model, optimizer, rest) == train_on(other, resumed, rest)
 
 
 def _copy(value: object) -> object:
@@ -105,7 +105,7 @@ def _copy(value: object) -> object:
 @every_type
 def test_saved_adapter_is_what_peft_alone_writes_and_reads(case: str, tmp_path: Path) -> None:
     model, x = make(case, torch.float32), data(case, 1, torch.float32)[0][0]
-    train(model, oplora.AdamW(model, lr=3e-3), data(case, 2, torch.float32))
+    train_on(model, oplora.AdamW(model, lr=3e-3), data(case, 2, torch.float32))
     alone = make(case, torch.float32)
     alone.load_state_dict(model.state_dict())
     oplora.save_adapter(model, tmp_path / "ours")
@@ -123,7 +123,7 @@ def test_saved_adapter_is_what_peft_alone_writes_and_reads(case: str, tmp_path: 
 @both_states
 def test_merged_model_computes_what_the_adapted_one_does(case: str, state: str) -> None:
     model, x = make(case), data(case, 1)[0][0]
-    train(model, oplora.AdamW(model, lr=3e-3, state=state), data(case, 3))
+    train_on(model, oplora.AdamW(model, lr=3e-3, state=state), data(case, 3))
     adapted = model.eval()(x)
     torch.testing.assert_close(oplora.merge(model)(x), adapted, rtol=1e-6, atol=1e-6)
 
@@ -137,8 +137,8 @@ def test_merge_of_a_type_that_peft_does_not_merge_is_refused(case: str) -> None:
 @every_type
 def test_general_path_generates_the_same_tensors(case: str) -> None:
     ours, general = make(case), make(case)
-    train(ours, oplora.AdamW(ours, lr=1e-2, state="exact"), data(case, 4))
-    train(general, oplora.create_oplora_optimizer(general, torch.optim.AdamW, lr=1e-2), data(case, 4))
+    train_on(ours, oplora.AdamW(ours, lr=1e-2, state="exact"), data(case, 4))
+    train_on(general, oplora.create_oplora_optimizer(general, torch.optim.AdamW, lr=1e-2), data(case, 4))
     for mine, truth in zip(ours.parameters(), general.parameters(), strict=True):
         assert (mine - truth).abs().max() <= CHAOTIC.get(case, 1e-12) * max(1, truth.abs().max())
 
@@ -287,7 +287,7 @@ def test_layer_under_two_names_is_stepped_once(state: str) -> None:
     model.base_model.model.again = model.base_model.model.first
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)
     assert [layer.name.split(".")[-2] for layer in optimizer._layers] == ["first", "second"]
-    losses = train(model, optimizer, [(torch.ones(2, 13), torch.zeros(2, 5))] * 20)
+    losses = train_on(model, optimizer, [(torch.ones(2, 13), torch.zeros(2, 5))] * 20)
     assert losses[-1] < losses[0]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import adapter_types
 import pytest
 import torch
-from conftest import assert_same_bits, batches, factors, make_model, train
+from conftest import assert_same_bits, batches, factors, make_model, train, train_on
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,7 +94,7 @@ def test_every_kind_of_adapter_trains_with_the_cores_bits(as_device, state, case
     def run() -> dict[str, torch.Tensor]:
         model = adapter_types.make(case, torch.float32)
         pairs = adapter_types.data(case, 3, torch.float32)
-        adapter_types.train(model, oplora.AdamW(model, lr=1e-2, state=state), pairs)
+        train_on(model, oplora.AdamW(model, lr=1e-2, state=state), pairs)
         return model.state_dict()
 
     on_device = run()

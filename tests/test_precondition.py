@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from adapter_types import data, make, train
-from conftest import batches, make_model
+from adapter_types import data, make
+from conftest import batches, make_model, train_on
 from torch import Tensor, nn
 
 import oplora
@@ -18,7 +18,7 @@ DELTA = 1e-3
 def with_gradients(case: str) -> list[AdaptedLayer]:
     """Trained a little, so that no B is zero, and with a gradient in every tensor."""
     model = make(case)
-    train(model, oplora.AdamW(model, lr=1e-2), data(case, 3))
+    train_on(model, oplora.AdamW(model, lr=1e-2), data(case, 3))
     x, y = data(case, 4)[3]
     model.zero_grad()
     (model(x) - y).square().mean().backward()
