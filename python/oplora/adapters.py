@@ -4,16 +4,17 @@ A layer is found by PEFT's own attributes, and its tensors are looked up again a
 objects (low_cpu_mem_usage, the cast of a half-precision adapter), and one that was kept would be dead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 
-__all__ = ["STARTS", "AdaptedLayer", "Start", "find_layers", "foreign_gradient", "other_parameters"]
+__all__ = ["STARTS", "AdaptedLayer", "Start", "check_layers", "find_layers", "foreign_gradient", "other_parameters"]
 
 
 class Start(Enum):
@@ -74,6 +75,7 @@ class AdaptedLayer:
         module: PEFT's layer.
         adapter: the adapter's name.
         tensors: the names, of STARTS, of the trainable tensors that the layer has.
+        shapes: theirs.
         twins: other Parameters over the same memory, whose gradients belong to the tensors too.
     """
 
@@ -81,6 +83,7 @@ class AdaptedLayer:
     module: Any
     adapter: str
     tensors: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
     twins: tuple[Twin, ...] = ()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -93,6 +96,24 @@ class AdaptedLayer:
                 f"oplora: layer {self.name} no longer holds adapter {self.adapter!r}. Make a new optimizer after "
                 "adapters were deleted."
             ) from error
+
+    def refuse_to_step(self, parameters: list[nn.Parameter]) -> None:
+        """Raises where a step on these, the layer's own, would go wrong; changes nothing."""
+        self.refuse_if_folded()
+        if tuple(p.shape for p in parameters) != self.shapes:
+            raise OPLoRARuntimeError(
+                f"oplora: the factors of layer {self.name} are of shapes {[tuple(p.shape) for p in parameters]}, and "
+                f"were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new optimizer, "
+                "with init='keep', after a rank has changed (a larger adapter swapped in, EVA's initialisation). "
+                "Nothing was changed."
+            )
+        for twin in self.twins:
+            if parameters[twin.index].data_ptr() != twin.parameter().data_ptr():
+                raise OPLoRARuntimeError(
+                    f"oplora: {twin.tensor} of another layer was tied to {self.tensors[twin.index]} of layer "
+                    f"{self.name} and no longer is, as after model.to(). Make a new optimizer, with init='keep'. "
+                    "Nothing was changed."
+                )
 
     def refuse_if_folded(self) -> None:
         """A step on a merged layer would make the later unmerge subtract another product than was added."""
@@ -176,7 +197,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
             "Trainer give optimizers=(oplora.AdamW(model, lr=1e-4), None), or optimizer_cls_and_kwargs=(oplora.AdamW, "
             '{"model": model, "lr": 1e-4}).'
         )
-    found: dict[str, tuple[Any, str, list[str], list[Twin]]] = {}
+    found: dict[str, tuple[Any, str, dict[str, torch.Size], list[Twin]]] = {}
     owners: dict[tuple[Any, ...], tuple[str, int, nn.Parameter]] = {}
     known = set[str]()
     for path, module in _tuner_layers(model):
@@ -192,13 +213,13 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
                 if first is not parameter:
                     found[owner][3].append(Twin(index, module, adapter, tensor))
                 continue
-            tensors = found.setdefault(name, (module, adapter, [], []))[2]
+            tensors = found.setdefault(name, (module, adapter, {}, []))[2]
             owners[memory] = name, len(tensors), parameter
-            tensors.append(tensor)
+            tensors[tensor] = parameter.shape
     if not found:
         raise OPLoRAValueError(_why_none(model, adapter_name, known))
     return [
-        AdaptedLayer(name, module, adapter, tuple(tensors), tuple(twins))
+        AdaptedLayer(name, module, adapter, tuple(tensors), tuple(tensors.values()), tuple(twins))
         for name, (module, adapter, tensors, twins) in found.items()
     ]
 
@@ -221,6 +242,13 @@ def _check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
             f"oplora: {tensor} of layer {layer} is {parameter.dtype}; trainable factors are float32, float64, bfloat16 "
             "or float16. Quantise the base model, not its adapter."
         )
+
+
+def check_layers(layers: Sequence[AdaptedLayer]) -> None:
+    """Raises where PEFT, or who shards the model, has put a tensor that cannot be trained."""
+    for layer in layers:
+        for tensor, parameter in zip(layer.tensors, layer.parameters(), strict=True):
+            _check_parameter(layer.name, tensor, parameter)
 
 
 def _how_sharded(parameter: nn.Parameter) -> str | None:

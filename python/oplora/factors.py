@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import STARTS, AdaptedLayer, Start
-from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .errors import OPLoRATypeError, OPLoRAValueError
 
 __all__ = ["Factors", "keep_starts", "warn_adopted"]
 
@@ -26,7 +26,6 @@ class Factors:
 
     layer: AdaptedLayer
     position: int  # of the layer in the model, by which its start is seeded
-    shapes: tuple[torch.Size, ...]
     dtype: torch.dtype  # of the generator: float64 for float64 tensors, float32 for all others
     device: torch.device  # where the generator is: beside the tensors, unless it was asked for elsewhere
     placed: torch.device  # where the tensors are
@@ -47,7 +46,6 @@ class Factors:
         return cls(
             layer,
             position,
-            tuple(p.shape for p in parameters),
             torch.float64 if double else torch.float32,
             placed if device is None else device,
             placed,
@@ -58,6 +56,10 @@ class Factors:
         """Follows tensors that were moved."""
         self.placed, self.device = placed, device
         self.bases = [None if base is None else base.to(device) for base in self.bases]
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return self.layer.shapes
 
     @property
     def sizes(self) -> list[int]:
@@ -88,27 +90,10 @@ class Factors:
         )
 
     def gradients(self, parameters: Sequence[nn.Parameter], *, cast: bool = True) -> list[Tensor] | None:
-        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are.
-
-        Raises:
-            OPLoRAError: the tensors are of other shapes than when the generator was made.
-        """
-        if tuple(p.shape for p in parameters) != self.shapes:
-            raise OPLoRARuntimeError(
-                f"oplora: the factors of layer {self.layer.name} are of shapes {[tuple(p.shape) for p in parameters]}, "
-                f"and were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new "
-                "optimizer, with init='keep', after a rank has changed (a larger adapter swapped in, EVA's "
-                "initialisation). Nothing was changed."
-            )
+        """Contiguous, zeros where one is missing, None where all are; in the generator's dtype, or as they are."""
         gradients = [p.grad for p in parameters]
         for twin in self.layer.twins:
-            parameter, other = parameters[twin.index], twin.parameter()
-            if parameter.data_ptr() != other.data_ptr():
-                raise OPLoRARuntimeError(
-                    f"oplora: {twin.tensor} of another layer was tied to {self.layer.tensors[twin.index]} of layer "
-                    f"{self.layer.name} and no longer is, as after model.to(). Make a new optimizer, with init='keep'."
-                )
-            gradients[twin.index] = _with_twin(parameter, gradients[twin.index], other)
+            gradients[twin.index] = _with_twin(parameters[twin.index], gradients[twin.index], twin.parameter())
         dtypes = [self.dtype if cast else p.dtype for p in parameters]
         ready = [
             g

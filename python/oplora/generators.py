@@ -56,7 +56,6 @@ class Generator(nn.Module):
         gradients = self.factors.gradients(parameters)
         if gradients is None:
             return
-        self.factors.layer.refuse_if_folded()
         g = torch.cat([gradient.flatten() for gradient in gradients])
         plain = self._lacks_kernels()
         generate_backward = reference.generate_backward if plain else torch.ops.oplora.generate_backward
@@ -161,6 +160,10 @@ class Generators(nn.Module):
             OPLoRAError: a layer is merged or disabled.
         """
         adopted = []
+        for generator in self:  # all of them before the first is touched
+            parameters = generator.factors.layer.parameters()
+            if any(p.grad is not None for p in parameters):
+                generator.factors.layer.refuse_to_step(parameters)
         for generator in self:
             tie = generator.factors
             if tie.adopt_edits(tie.layer.parameters(), generator.generate):

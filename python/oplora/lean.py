@@ -75,14 +75,19 @@ class LeanState(State):
 
     @torch.no_grad()
     def begin(self, keep: Sequence[bool]) -> None:
-        parameters = self.factors.layer.parameters()
-        dtype, device = self.factors.dtype, self.factors.device
-        written = [torch.empty(p.shape, dtype=dtype, device=device) for p in parameters]
-        self._write_start(written)
+        parameters, dtype = self.factors.layer.parameters(), self.factors.dtype
+        written = self.generate_start()
         self.factors.begin(written, keep)
         for i, parameter in enumerate(parameters):
             if parameter.dtype != dtype:
                 self.masters[i] = parameter.detach().to(dtype) if keep[i] else written[i]
+
+    def generate_start(self) -> list[Tensor]:
+        """Begins the generator; what it generates before any step."""
+        shapes, dtype, device = self.factors.shapes, self.factors.dtype, self.factors.device
+        written = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        self._write_start(written)
+        return written
 
     def _write_start(self, written: list[Tensor]) -> None:
         state = (self.numbers, self.moments, self.scalars)
@@ -102,8 +107,11 @@ class LeanState(State):
         torch.ops.oplora.cuda_lean_start_(plan, table.to(self.shared.device), workspace, latent_std)
 
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
-        """What a factor holds is what the next step goes on from, so only masters have to follow it."""
+        """What a factor holds is what the next step goes on from, so only masters have to follow it; before the first
+        step also the bases, as when DistributedDataParallel writes rank 0's start into the replicas."""
         touched = self.factors.were_touched(parameters)
+        if touched and self.steps == 0:
+            self.factors.adopt_edits(parameters, self.generate_start)
         for i, (parameter, master) in enumerate(zip(parameters, self.masters, strict=True)):
             if parameter.dtype == self.factors.dtype:  # also after the model was moved back
                 self.masters[i] = None

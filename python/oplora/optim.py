@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import find_layers, foreign_gradient, other_parameters
+from .adapters import check_layers, find_layers, foreign_gradient, other_parameters
 from .device import DeviceLayers, free_memory, require_kernels, runs_on_device
-from .errors import OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .errors import OPLoRAError, OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .exact import ExactState
 from .factors import Factors, keep_starts, warn_adopted
 from .lean import LeanState
@@ -110,7 +110,8 @@ class AdamW(torch.optim.Optimizer):
         self._precondition, self._max_grad_norm = precondition, max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         factors = [Factors.of(layer, i, self._generator_device) for i, layer in enumerate(self._layers)]
-        self._shards = Shards([sum(f.sizes) for f in factors]) if shard else None
+        shards = Shards([sum(f.sizes) for f in factors]) if shard else None
+        self._shards = None if shards is None or shards.count == 1 else shards
         if self._shards is not None:
             factors = [f for f in factors if self._shards.owns(f.position)]
         keeps = keep_starts(factors, init)
@@ -127,7 +128,7 @@ class AdamW(torch.optim.Optimizer):
         # one group for the factors, one for the rest; the schedulers see both
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(self._factor_parameters(), defaults)
-        self._listed = self.param_groups[0]["params"]
+        self._listed = list(self.param_groups[0]["params"])
         self.param_groups[0]["hidden_lr_ratio"] = hidden_lr_ratio
         others = list(other_parameters(model, adapter_name))
         self._plain = torch.optim.AdamW(others, **defaults) if others else None  # type: ignore[arg-type]
@@ -287,13 +288,14 @@ class AdamW(torch.optim.Optimizer):
             layers.square(report).to(device, non_blocking=True)
             for layers, report in zip(stepping, reports, strict=True)
         ]
-        if self._shards is None:
-            return torch.cat(squares) if squares else torch.zeros(1, dtype=torch.float64, device=device)
+        positions = [state.factors.position for layers in stepping for state in layers.states]
+        if positions == list(range(len(self._layers))):
+            return torch.cat(squares)
+        # the model's order, on which the bits of their sum depend, for any number of processes
         everywhere = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
         if squares:
-            positions = [state.factors.position for layers in stepping for state in layers.states]
             everywhere[positions] = torch.cat(squares)
-        return self._shards.sum(everywhere)
+        return everywhere if self._shards is None else self._shards.sum(everywhere)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are stepped by plain AdamW."""
@@ -329,15 +331,17 @@ class AdamW(torch.optim.Optimizer):
 
     def _list_parameters(self) -> None:
         """Puts the factors as they are now into their group: PEFT may have replaced some."""
-        group = self.param_groups[0]
-        if group["params"] is not self._listed and any(map(is_not, group["params"], self._listed)):
+        group, held = self.param_groups[0], self._factor_parameters()
+        if all(any(map(is_not, group["params"], known)) for known in (held, self._listed)):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
                 "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it "
                 "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
                 "keep the adapter out of it."
             )
-        self._listed = group["params"] = self._factor_parameters()
+        if any(map(is_not, held, self._listed)):
+            check_layers(self._layers)
+        self._listed, group["params"] = held, list(held)  # two lists: accelerate writes into the group's
 
     def _ready(self) -> tuple[list[Layers], list[Tensor] | None]:
         """The layers that have gradients, by dtype and device, and their reports if they were measured already; edits
@@ -368,6 +372,11 @@ class AdamW(torch.optim.Optimizer):
     def _stepping(self) -> list[Layers]:
         """The layers that have gradients, by dtype and device; edits of their factors are absorbed on the way."""
         self._list_parameters()
+        if self._shards is not None:  # every process looks at all layers, lest it waits for one that refused
+            for layer in self._layers:
+                parameters = layer.parameters()
+                if any(p.grad is not None for p in parameters):
+                    layer.refuse_to_step(parameters)
         held = [state.factors.layer.parameters() for state in self._states]
         if any(s.factors.placed != parameters[0].device for s, parameters in zip(self._states, held, strict=True)):
             self._follow_moves()
@@ -378,7 +387,7 @@ class AdamW(torch.optim.Optimizer):
             gradients = factors.gradients(parameters, cast=state.shared is None)
             if gradients is None:
                 continue
-            factors.layer.refuse_if_folded()
+            factors.layer.refuse_to_step(parameters)
             if state.absorb_edits(parameters):
                 adopted.append(state.name)
             kind = kind_of(factors)
@@ -387,7 +396,8 @@ class AdamW(torch.optim.Optimizer):
             by_kind[kind].add(state, parameters, gradients, factors.sources(parameters))
         if adopted:
             warn_adopted(adopted)
-        if not by_kind and (other := foreign_gradient(self._model, self._layers)) is not None:
+        idle = not by_kind and all(parameter.grad is None for parameter in self._listed)
+        if idle and (other := foreign_gradient(self._model, self._layers)) is not None:
             raise OPLoRARuntimeError(
                 f"oplora: none of this optimizer's factors has a gradient, but adapter {other!r} has: it was added or "
                 "made active after the optimizer. Make one for it, oplora.AdamW(model, adapter_name="
@@ -456,9 +466,10 @@ class AdamW(torch.optim.Optimizer):
             )
         return saved
 
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Gathers a sharded optimizer's generators in host memory of process `to`, whose next state_dict() is that of
-        an optimizer with shard=False. Every process must call it; without shard it does nothing."""
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Gathers a sharded optimizer's generators in host memory of process `to` (None: of every process), whose next
+        state_dict() is that of an optimizer with shard=False. Every process must call it; without shard it does
+        nothing."""
         if self._shards is not None:
             gathered = self._shards.gather({state.name: state.state_dict() for state in self._states}, to)
             self._consolidated = gathered and {layer.name: gathered[layer.name] for layer in self._layers}
@@ -481,9 +492,18 @@ class AdamW(torch.optim.Optimizer):
         everything = [layer.name for layer in self._layers]
         if saved.keys() not in (mine.keys(), set(everything)):
             raise OPLoRAValueError(_other_layers(everything, saved.keys()))
-        for name, state in mine.items():
-            state.factors.layer.refuse_if_folded()
-            state.check_state(saved[name])
+        refusal: OPLoRAError | None = None
+        try:
+            for name, state in mine.items():
+                state.factors.layer.refuse_if_folded()
+                state.check_state(saved[name])
+        except OPLoRAError as error:
+            refusal = error
+        if self._agreed([] if refusal is None else ["here"]):
+            raise refusal or OPLoRAValueError(
+                "oplora: another process refuses its share of the saved generators; its error says why. Nothing was "
+                "changed."
+            )
         try:
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "generators"})
         except (ValueError, KeyError) as error:

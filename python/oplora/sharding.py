@@ -29,13 +29,13 @@ class Shards:
                 "not initialised. Start the script with torchrun or `accelerate launch`, and make the optimizer after "
                 "init_process_group() or Accelerator(); or leave shard out."
             )
-        self.rank, count = dist.get_rank(), dist.get_world_size()
-        if len(sizes) < count:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        if len(sizes) < self.count:
             raise OPLoRARuntimeError(
                 f"oplora.AdamW: shard=True gives each process whole layers; {len(sizes)} adapted layers are too few "
-                f"for {count} processes. Leave shard out: their generators are small."
+                f"for {self.count} processes. Leave shard out: their generators are small."
             )
-        self.owners = _divide(sizes, count)
+        self.owners = _divide(sizes, self.count)
 
     def owns(self, position: int) -> bool:
         return self.owners[position] == self.rank
@@ -64,10 +64,13 @@ class Shards:
                     for tensor, piece in zip(tensors, message.split([t.numel() for t in tensors]), strict=True):
                         tensor.copy_(piece.view(tensor.shape))
 
-    def gather(self, share: dict[str, Any], to: int) -> dict[str, Any] | None:
-        """All processes' shares, on process `to`; None elsewhere."""
-        shares: list[Any] | None = [None] * dist.get_world_size() if self.rank == to else None
-        dist.gather_object(_on_host(share), shares, dst=to)
+    def gather(self, share: dict[str, Any], to: int | None) -> dict[str, Any] | None:
+        """All processes' shares, on process `to` or, where it is None, on each; None elsewhere."""
+        shares: list[Any] | None = [None] * self.count if to in (None, self.rank) else None
+        if to is None:
+            dist.all_gather_object(shares, _on_host(share))
+        else:
+            dist.gather_object(_on_host(share), shares, dst=to)
         return None if shares is None else {name: value for some in shares for name, value in some.items()}
 
 
