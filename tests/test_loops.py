@@ -172,6 +172,7 @@ def test_grad_scaler_skips_an_overflowing_step_of_parameters_that_were_replaced(
 @pytest.fixture
 def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
