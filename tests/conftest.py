@@ -1,5 +1,6 @@
 """What many tests share: small models with adapters, the paper's generator written for autograd, one training loop."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
@@ -79,8 +80,12 @@ def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
 
 
 @pytest.fixture(autouse=True)
-def _reproducible() -> None:
+def _reproducible() -> Iterator[None]:
     torch.manual_seed(1234)
+    environment = dict(os.environ)
+    yield
+    os.environ.clear()  # PEFT's BOFT sets CC and CXX, with which nothing in C++ links any more
+    os.environ.update(environment)
 
 
 @pytest.fixture

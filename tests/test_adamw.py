@@ -867,7 +867,7 @@ def test_more_than_memory_is_refused_before_allocating(default_state: str) -> No
 @only_exact
 def test_layer_of_more_than_two_to_the_31_numbers_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, width, lr = 2**24 + 3, 129, 0.5  # 26 GB of W2, m and v, of which one column is ever touched
-    monkeypatch.setattr(oplora.optim, "_refuse_more_than_memory", lambda *_: None)
+    monkeypatch.setattr(oplora.optim, "refuse_more_than_memory", lambda *_: None)
     model = get_peft_model(nn.Sequential(nn.Linear(1, rows, bias=False)), LoraConfig(r=1, target_modules=["0"]))
     optimizer = oplora.AdamW(model, lr=lr, hidden_width=width, latent_width=1, hidden_lr_ratio=0.0, weight_decay=0.0)
     state = optimizer._states[0]

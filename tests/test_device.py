@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
-from oplora import device, exact, lean, optim, reference, staging
+from oplora import checks, device, exact, lean, optim, reference, staging
 
 LIBRARY = Path(__file__).parents[1] / "build/cuda/liboplora_cuda_on_cpu.so"
 STATES = ("lean", "exact")
@@ -37,7 +37,7 @@ def as_device(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     """From then on factors on the CPU are treated as on a GPU, or no longer."""
 
     def set_device(on: bool) -> None:
-        for module in (device, exact, optim):
+        for module in (device, exact, checks):
             monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
 
     monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(library))

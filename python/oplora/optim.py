@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import check_layers, find_layers, foreign_gradient, other_parameters
-from .device import DeviceLayers, free_memory, require_kernels, runs_on_device
-from .errors import OPLoRAError, OPLoRAMemoryError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .checks import (
+    STARTS,
+    check_arguments,
+    check_generator_device,
+    check_positive,
+    refuse_devices,
+    refuse_more_than_memory,
+)
+from .device import DeviceLayers
+from .errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .exact import ExactState
 from .factors import Factors, keep_starts, warn_adopted
 from .lean import LeanState
@@ -20,8 +28,6 @@ from .start import Settings, weight_rate
 from .state import Layers, State, kind_of
 
 __all__ = ["AdamW"]
-
-STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the user says otherwise
 
 
 class AdamW(torch.optim.Optimizer):
@@ -100,9 +106,9 @@ class AdamW(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         generator_device: str | torch.device | None = None,
     ) -> None:
-        _check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
-        _check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
-        self._generator_device = _check_generator_device(generator_device, state)
+        check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
+        check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
+        self._generator_device = check_generator_device(generator_device, state)
         settings = Settings(hidden_width, latent_width, latent_std, seed, STARTS[state] if start is None else start)
         self._model, self._layers = model, find_layers(model, adapter_name)
         if precondition is not None:
@@ -136,8 +142,8 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups += self._plain.param_groups
 
     def _make_states(self, factors: list[Factors]) -> list[State]:
-        _refuse_devices(factors, self._precondition)
-        _refuse_more_than_memory(factors, self._settings, self._kind, self._ranks)
+        refuse_devices(factors, self._precondition)
+        refuse_more_than_memory(factors, self._settings, self._kind, self._ranks)
         if self._kind == "lean":
             return [*LeanState.make_all(factors, self._settings, self._ranks)]
         return [*ExactState.make_all(factors, self._settings)]
@@ -515,102 +521,6 @@ class AdamW(torch.optim.Optimizer):
             state.load_state(saved[name])
         self._share_factors()
         self._measured = self._consolidated = None
-
-
-def _check_arguments(
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    ratio: float,
-    state: str,
-    weight_rank: int,
-    moment_rank: int,
-) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("hidden_lr_ratio", ratio)):
-        if not 0 <= float(value) < float("inf"):
-            raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number of at least 0.")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise OPLoRAValueError(f"oplora.AdamW: betas are {betas!r}, expected two numbers in [0, 1).")
-    if state not in STARTS:
-        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, STARTS))}.")
-    for name, rank in (("weight_rank", weight_rank), ("moment_rank", moment_rank)):
-        if not isinstance(rank, int) or not 1 <= rank <= 8:
-            raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
-
-
-def _check_positive(**numbers: float | None) -> None:
-    for name, value in numbers.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number above 0, or None.")
-
-
-def _check_generator_device(device: str | torch.device | None, state: str) -> torch.device | None:
-    if device is None:
-        return None
-    if torch.device(device).type != "cpu":
-        raise OPLoRAValueError(
-            f"oplora.AdamW: generator_device is {device!r}, expected 'cpu', or None: beside the factors."
-        )
-    if state != "exact":
-        raise OPLoRAValueError(
-            "oplora.AdamW: generator_device='cpu' is for state='exact', whose size asks for it. State 'lean' is as "
-            "small as LoRA's: leave generator_device out."
-        )
-    return torch.device(device)
-
-
-def _refuse_devices(factors: list[Factors], precondition: float | None) -> None:
-    for f in factors:
-        if f.device.type != "cpu" and not runs_on_device(f.device):
-            raise OPLoRATypeError(
-                f"oplora.AdamW: the factors of layer {f.layer.name} are on {f.device}; the fused step runs on CPU and "
-                "CUDA tensors. Use oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...): it trains the "
-                "same generators on any device."
-            )
-        if runs_on_device(f.device) and f.dtype != torch.float32:
-            raise OPLoRATypeError(
-                f"oplora.AdamW: the factors of layer {f.layer.name} are {f.dtype} on {f.device}, where the fused step "
-                "takes float32, bfloat16 and float16. Convert the adapter, or use oplora.create_oplora_optimizer."
-            )
-        halves = any(p.dtype == torch.float16 for p in f.layer.parameters())
-        if runs_on_device(f.device) and precondition is not None and halves:
-            raise OPLoRATypeError(
-                f"oplora.AdamW: the factors of layer {f.layer.name} are float16, whose range preconditioned gradients "
-                "pass. Convert the adapter to float32 or bfloat16, or leave precondition out."
-            )
-    if runs_on_device(factors[0].device):
-        require_kernels(factors[0].device)
-    if len({runs_on_device(f.device) for f in factors}) > 1:
-        raise OPLoRATypeError(
-            "oplora.AdamW: some layers' factors are on the CPU and some on a GPU; the step runs on one kind. Move the "
-            "adapter to one of them."
-        )
-
-
-def _refuse_more_than_memory(factors: list[Factors], settings: Settings, state: str, ranks: tuple[int, int]) -> None:
-    """Before anything is allocated: the system may grant more than it has and kill the process later."""
-    needed: dict[torch.device, int] = {}
-    for f in factors:
-        lean = state == "lean"
-        some = LeanState.bytes_needed(f, settings, ranks) if lean else ExactState.bytes_needed(f, settings)
-        needed[f.device] = needed.get(f.device, 0) + some
-    for device, bytes_needed in needed.items():
-        if bytes_needed <= (memory := free_memory(device)):
-            continue
-        if state == "lean":
-            advice = f"State 'lean' takes {4 * ranks[0] + 2 * ranks[1] + 6} bytes a factor entry: lower the rank r"
-        else:
-            advice = (
-                "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: use state='lean', or lower "
-                f"hidden_width (now {settings.hidden_width}) or the rank r"
-            )
-            advice += ", or pass generator_device='cpu'" if runs_on_device(device) else ""
-        has = "this machine has" if device.type == "cpu" else f"{device} has free"
-        raise OPLoRAMemoryError(
-            f"oplora.AdamW: the generators need {bytes_needed / 2**30:.1f} GiB, {has} {memory / 2**30:.1f} GiB. "
-            f"{advice}."
-        )
 
 
 def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:
