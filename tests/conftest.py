@@ -1,12 +1,16 @@
 """What many tests share: small models with adapters, the paper's generator written for autograd, one training loop."""
 
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
 
 
 class EagerGenerator(nn.Module):
@@ -94,3 +98,12 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu() -> Path:
+    """The CUDA library whose kernels the CPU executes."""
+    library = ROOT / "build/cuda/liboplora_cuda_on_cpu.so"
+    made = subprocess.run(["make", str(library.relative_to(ROOT))], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return library

@@ -895,6 +895,18 @@ def test_copy_of_model_and_optimizer_trains_on_alike() -> None:
     assert_same_bits(factors(model), factors(twin))
 
 
+def test_copy_made_under_a_scheduler_steps_itself() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # puts a `step` of its own into the optimizer
+    train(model, optimizer, 1)
+    twin, copied = copy.deepcopy((model, optimizer))
+    before = factors(model)
+    train(twin, copied, 1)
+    assert_same_bits(factors(model), before)
+    assert all(not torch.equal(p, before[name]) for name, p in factors(twin).items())
+
+
 # ---- memory ----
 
 

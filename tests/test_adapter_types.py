@@ -177,7 +177,7 @@ def test_type_without_known_tensors_is_refused_by_name() -> None:
 
 def test_adalora_is_refused_by_name() -> None:
     config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["first"])
-    with pytest.raises(oplora.OPLoRAError, match=r"does not know \(.*lora_E"):
+    with pytest.raises(oplora.OPLoRAError, match=r"is AdaLoRA, which prunes .* torch\.optim\.AdamW"):
         oplora.AdamW(peft.get_peft_model(Net(), config))
 
 
@@ -263,12 +263,30 @@ def test_zero_grad_clears_the_gradients_of_tied_tensors() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@both_states
+def test_tied_layer_that_is_merged_is_refused_when_its_twin_alone_has_a_gradient(state: str) -> None:
+    model = make_tied()
+    for optimizer in (oplora.AdamW(model, state=state), oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=1.0)):
+        model.zero_grad()
+        head = model.base_model.model.lm_head.lora_A["default"].weight
+        head.grad = torch.ones_like(head)
+        model.base_model.model.embed_tokens.merge()
+        before = tensors(model)
+        with pytest.raises(oplora.OPLoRAError, match=r"embed_tokens.* is merged"):
+            optimizer.step()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
+        model.base_model.model.embed_tokens.unmerge()
+
+
 def test_tie_that_was_broken_is_refused() -> None:
     model = make_tied()
     optimizer = oplora.AdamW(model)
     model.float().double()
     model(torch.arange(11)).square().mean().backward()
-    with pytest.raises(oplora.OPLoRAError, match=r"was tied to lora_embedding_B of layer .*embed_tokens"):
+    with pytest.raises(
+        oplora.OPLoRAError,
+        match=r"layer .*lm_head.default was tied to .* of layer .*embed_tokens",
+    ):
         optimizer.step()
 
 
@@ -289,6 +307,14 @@ def test_layer_under_two_names_is_stepped_once(state: str) -> None:
     assert [layer.name.split(".")[-2] for layer in optimizer._layers] == ["first", "second"]
     losses = train_on(model, optimizer, [(torch.ones(2, 13), torch.zeros(2, 5))] * 20)
     assert losses[-1] < losses[0]
+
+
+def test_part_of_the_model_that_is_called_module_is_a_layer_of_its_own() -> None:
+    torch.manual_seed(0)
+    inner = nn.ModuleDict({"lin": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"lin": nn.Linear(4, 4), "module": inner})
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lin"]), model)
+    assert [layer.name for layer in oplora.AdamW(model)._layers] == ["lin.default", "module.lin.default"]
 
 
 def test_factor_cannot_be_listed_twice() -> None:

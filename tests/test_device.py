@@ -18,29 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oplora
 from oplora import checks, device, exact, lean, optim, reference, staging
 
-LIBRARY = Path(__file__).parents[1] / "build/cuda/liboplora_cuda_on_cpu.so"
 STATES = ("lean", "exact")
 HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
 
 
-@pytest.fixture(scope="session")
-def library() -> Path:
-    made = subprocess.run(
-        ["make", str(LIBRARY.relative_to(LIBRARY.parents[2]))], cwd=LIBRARY.parents[2], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    return LIBRARY
-
-
 @pytest.fixture
-def as_device(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+def as_device(cuda_on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     """From then on factors on the CPU are treated as on a GPU, or no longer."""
 
     def set_device(on: bool) -> None:
         for module in (device, exact, checks):
             monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
 
-    monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(library))
+    monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(cuda_on_cpu))
     torch.set_flush_denormal(True)  # as the core's loops and the kernels do
     set_device(True)
     yield set_device
@@ -117,9 +107,10 @@ def test_preconditioned_float16_is_refused_on_a_device(as_device):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_clipping_is_the_cores(as_device, state):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clipping_is_the_cores(as_device, state, dtype):
     def clipped() -> tuple[nn.Module, torch.Tensor]:
-        model = make_model()
+        model = make_model(dtype)
         optimizer = oplora.AdamW(model, lr=1e-2, state=state)
         norms = []
         for _ in range(3):

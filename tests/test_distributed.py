@@ -29,6 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import oplora
+import oplora.checks
+import oplora.device
+import oplora.exact
+import oplora.sharding
 from oplora.adapters import find_layers
 
 WORLD = 2
@@ -469,6 +473,62 @@ def test_sharded_in_one_process_is_the_unsharded(group_of_one: None, state: str)
     assert_same_leaves(*saved)
 
 
+def lack_memory(state: str) -> str:
+    """The error where the share of rank 1 alone does not fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        free = 1 if dist.get_rank() == 1 else 1 << 40
+        patch.setattr(oplora.checks, "free_memory", lambda _: free)
+        return message_of(lambda: oplora.AdamW(make_chain(), state=state, shard=True))
+
+
+@both_states
+def test_share_that_does_not_fit_stops_every_rank(ranks: Ranks, state: str) -> None:
+    messages = ranks.run(lack_memory, state)
+    assert "another process refuses" in messages[0] and "the generators need" in messages[1]
+
+
+def train_on_device(library: Path, state: str, shard: bool, nan_in: int | None = None) -> tuple[Bits, list[bool]]:
+    """Steps of the kernels that a GPU would run, executed on the CPU, and whether each step raised; before one of them
+    there is a NaN in a layer, and nothing at all in those of the other rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPLORA_CUDA_LIBRARY", str(library))
+        for module in (oplora.device, oplora.exact, oplora.checks):
+            patch.setattr(module, "runs_on_device", lambda _: True)
+        torch.set_flush_denormal(True)
+        model, optimizer, ddp = set_up(make_chain, state=state, shard=shard)
+        raised = []
+        for step, batch in enumerate(data(5)):
+            optimizer.zero_grad()
+            backward(ddp, part(batch, dist.get_rank()))
+            if step == nan_in:
+                for owner, layer in zip(oplora.sharding.Shards([1] * 4).owners, optimizer._layers, strict=True):
+                    for parameter in layer.parameters():
+                        parameter.grad = torch.full_like(parameter, torch.nan) if owner == 0 else None
+            try:
+                optimizer.step()
+                raised.append(False)
+            except oplora.OPLoRAError:
+                raised.append(True)
+        torch.set_flush_denormal(False)
+    return trained(model), raised
+
+
+@both_states
+def test_sharding_on_a_device_changes_no_bit(ranks: Ranks, cuda_on_cpu: Path, state: str) -> None:
+    (whole, _), _ = ranks.run(train_on_device, cuda_on_cpu, state, False)
+    for shared, _ in ranks.run(train_on_device, cuda_on_cpu, state, True):
+        assert_same_bits(shared, whole)
+
+
+@both_states
+def test_refusal_on_a_device_is_told_in_the_same_step_on_every_rank(
+    ranks: Ranks, cuda_on_cpu: Path, state: str
+) -> None:
+    (bits, raised), (other_bits, other_raised) = ranks.run(train_on_device, cuda_on_cpu, state, True, 2)
+    assert raised == other_raised == [False, False, False, True, False]
+    assert_same_bits(bits, other_bits)
+
+
 # ---- saving sharded generators ----
 
 
@@ -550,6 +610,20 @@ def test_resume_of_sharded_runs_is_bit_for_bit(
     uninterrupted, _ = ranks.run(train_under_ddp, make_biased, state, False, 10)
     for bits in ranks.run(resume, state, saved_sharded, shard, tmp_path / "saved.pt"):
         assert_same_bits(bits, uninterrupted)
+
+
+def resume_and_save(state: str) -> bool:
+    """Whether the state is refused that a process would give, of its share, after all of it was loaded."""
+    _, whole, ddp = set_up(make_chain, state=state)
+    train(ddp, whole, data(1))
+    optimizer = oplora.AdamW(make_chain(), state=state, shard=True)
+    optimizer.load_state_dict(whole.state_dict())
+    return refuses_to_save(optimizer)
+
+
+@both_states
+def test_resumed_share_alone_is_not_given_as_the_state(ranks: Ranks, state: str) -> None:
+    assert ranks.run(resume_and_save, state) == [True, True]
 
 
 def load_other_settings(state: str) -> tuple[Bits, Bits]:

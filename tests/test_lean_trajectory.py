@@ -525,3 +525,23 @@ def test_nothing_is_dropped_at_full_rank() -> None:
     train(model, optimizer, 5, torch.float64)
     for numbers in oplora.stats(optimizer).values():
         assert numbers["dropped_moment"] < 1e-12 and numbers["dropped_weight"] < 1e-12
+
+
+def test_state_saved_before_the_first_step_resumes_with_its_own_start() -> None:
+    """latent_std is the saved run's: the start of a kept generator may be made anew."""
+    model, twin = make_model(), make_model()
+    saved = oplora.AdamW(model, lr=1e-2, init="keep", latent_std=0.5)
+    resumed = oplora.AdamW(twin, lr=1e-2, init="keep")
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert train(model, saved, 3) == train(twin, resumed, 3)
+    assert_same_bits(factors(model), factors(twin))
+
+
+def test_state_of_earlier_versions_without_latent_std_loads() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=1e-2)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    for saved in state["generators"].values():
+        del saved["latent_std"]
+    oplora.AdamW(make_model(), lr=1e-2).load_state_dict(state)

@@ -392,6 +392,25 @@ sys.exit(main(["merge", "--quiet", "--overwrite", *sys.argv[2:]]))
     assert [name for name, _ in itertools.groupby(found)] == ["old", "away", "new"]
 
 
+def test_model_that_a_kill_left_beside_an_empty_out_is_put_back(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    (tmp_path / "base").rename(tmp_path / ".oplora-out-old")
+    (tmp_path / "out").mkdir()  # as a script makes it before it starts
+    with pytest.raises(OPLoRAFileError, match="not empty"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_model_that_a_kill_left_is_not_removed_for_an_out_without_weights(tmp_path: Path) -> None:
+    tiny(tmp_path)
+    shutil.copytree(tmp_path / "base", tmp_path / ".oplora-out-old")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").touch()
+    with pytest.raises(OPLoRAFileError, match="not empty"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert (tmp_path / ".oplora-out-old/model.safetensors").exists()
+
+
 def test_merge_removes_what_a_killed_one_left_an_hour_ago(tmp_path: Path) -> None:
     tiny(tmp_path)
     names = (".oplora-out-12345678.partial", ".oplora-other-12345678.partial")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Net, batches, factors, make_model, train
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -247,6 +247,18 @@ def test_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "writing the adapter into" in out and "still in the model" in out
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_refused_merge_leaves_every_adapter() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Unflatten(1, (4, 2)), nn.Conv1d(4, 4, 1, groups=2))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+    x = torch.randn(3, 8)
+    before = model(x)
+    with pytest.raises(oplora.OPLoRAError, match="PEFT cannot merge"):
+        oplora.merge(model)
+    assert torch.equal(model(x), before)
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2
 
 
 def test_wrap_puts_doras_magnitude_in() -> None:

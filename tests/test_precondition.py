@@ -3,7 +3,8 @@
 import pytest
 import torch
 from adapter_types import data, make
-from conftest import batches, make_model, train_on
+from conftest import Net, batches, make_model, train_on
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import oplora
@@ -112,6 +113,48 @@ def test_b_that_has_just_left_zero_gives_no_nan() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("bad", [1e9, float("inf")])
+def test_matrix_that_cannot_be_inverted_is_refused_and_nothing_changed(bad: float) -> None:
+    """delta is lost beside 1e18, and A A^T is singular: without a check the step would take whatever comes out."""
+    model = make_model(r=4)
+    optimizer = oplora.AdamW(model, lr=1e-2, precondition=1e-12)
+    with torch.no_grad():
+        model.base_model.model.first.lora_A["default"].weight.fill_(bad)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(oplora.OPLoRAError, match=r"layer .*first.* holds NaN"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("blocked", ["a", "b"])
+def test_blocks_of_bd_lora_multiply_to_its_delta(blocked: str) -> None:
+    from peft.tuners.lora.config import BdLoraConfig
+
+    blocks = BdLoraConfig(nblocks=2, **{f"target_modules_bd_{blocked}": ["first"]})
+    config = LoraConfig(r=4, target_modules=["first"], init_lora_weights=False, use_bdlora=blocks)
+    model = get_peft_model(Net((12, 24, 8)).double(), config, autocast_adapter_dtype=False)
+    (layer,) = find_layers(model)
+    A, B = layer.blocks(*(p.detach() for p in layer.parameters()))
+    x = torch.randn(3, 12, dtype=torch.float64)
+    low, high = (layer.module._modules[name]["default"] for name in ("lora_A", "lora_B"))
+    if blocked == "a":
+        product = torch.cat([x_part @ a.T for x_part, a in zip(x.chunk(2, 1), A, strict=True)], 1)
+        ours = sum(part @ b.T for part, b in zip(product.chunk(2, 1), B, strict=True))
+    else:
+        ours = torch.cat([x @ a.T @ b.T for a, b in zip(A, B, strict=True)], 1)
+    torch.testing.assert_close(ours, high(low(x)))
+
+
+def test_kasa_is_refused_as_it_has_no_plain_pair() -> None:
+    from peft.tuners.lora.config import KasaConfig
+
+    config = LoraConfig(r=4, target_modules=["first"], kasa_config=KasaConfig())
+    with pytest.raises(oplora.OPLoRAError, match="precondition needs the A and the B"):
+        oplora.AdamW(get_peft_model(Net((12, 24, 8)), config), precondition=1e-6)
+
+
 def test_nan_is_refused_and_nothing_changed() -> None:
     model = make_model()
     optimizer = oplora.AdamW(model, lr=1e-2, precondition=1e-6)
@@ -129,7 +172,7 @@ def test_adapter_without_a_pair_is_refused_by_name() -> None:
         oplora.AdamW(make("VeRA"), precondition=1e-6)
 
 
-@pytest.mark.parametrize("delta", [0.0, -1e-6, float("inf"), float("nan")])
-def test_delta_out_of_range_is_named(delta: float) -> None:
+@pytest.mark.parametrize("delta", [0.0, -1e-6, float("inf"), float("nan"), True, "1e-6"])
+def test_delta_out_of_range_is_named(delta: object) -> None:
     with pytest.raises(oplora.OPLoRAError, match="precondition is"):
         oplora.AdamW(make_model(), precondition=delta)

@@ -57,6 +57,7 @@ PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 class Twin:
     """A Parameter of its own over the memory of a layer's `index`-th tensor: PEFT ties a head to an embedding so."""
 
+    layer: str  # to which it belongs
     index: int
     module: Any
     adapter: str
@@ -110,7 +111,7 @@ class AdaptedLayer:
         for twin in self.twins:
             if parameters[twin.index].data_ptr() != twin.parameter().data_ptr():
                 raise OPLoRARuntimeError(
-                    f"oplora: {twin.tensor} of another layer was tied to {self.tensors[twin.index]} of layer "
+                    f"oplora: {twin.tensor} of layer {twin.layer} was tied to {self.tensors[twin.index]} of layer "
                     f"{self.name} and no longer is, as after model.to(). Make a new optimizer, with init='keep'. "
                     "Nothing was changed."
                 )
@@ -130,7 +131,10 @@ class AdaptedLayer:
             )
 
     def pair(self) -> tuple[int, int] | None:
-        """Which of `tensors` are the A and the B of a product B A; None for adapters that have none."""
+        """Which of `tensors` are the A and the B of a product B A; None for adapters that have none, or as KaSA has
+        something between them."""
+        if self.adapter in self.module._modules.get("lora_diag", ()):
+            return None
         for A, B in PAIRS:
             if A in self.tensors and B in self.tensors:
                 return self.tensors.index(A), self.tensors.index(B)
@@ -141,6 +145,9 @@ class AdaptedLayer:
         multiplies block by block: one, one an expert, or one a group of a convolution. Views of contiguous tensors."""
         if (experts := getattr(self.module, "num_experts", 1)) > 1:
             return A.reshape(experts, -1, A.shape[-1]), B.reshape(B.shape[0], -1, experts).permute(2, 0, 1)
+        container = self.module._modules["lora_A"]._modules
+        if (n := getattr(container.get(self.adapter), "nblocks", 1)) > 1:  # BD-LoRA: A's blocks stand side by side
+            return A.reshape(n, -1, A.shape[-1]), B.reshape(B.shape[0], n, -1).transpose(0, 1)
         groups = A.shape[0] // B.shape[1]
         return A.reshape(groups, B.shape[1], -1), B.reshape(groups, -1, B.shape[1])
 
@@ -155,9 +162,15 @@ def _held(container: Any, adapter: str) -> nn.Parameter:
     return parameter
 
 
-def _plain_name(name: str) -> str:
-    """Without what torch.compile and DistributedDataParallel put before the names of the model's own modules."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of what torch.compile and DistributedDataParallel put around it: it has the same names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def _adapters_of(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
@@ -197,30 +210,32 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
             "Trainer give optimizers=(oplora.AdamW(model, lr=1e-4), None), or optimizer_cls_and_kwargs=(oplora.AdamW, "
             '{"model": model, "lr": 1e-4}).'
         )
-    found: dict[str, tuple[Any, str, dict[str, torch.Size], list[Twin]]] = {}
-    owners: dict[tuple[Any, ...], tuple[str, int, nn.Parameter]] = {}
+    model = _unwrapped(model)
+    found: dict[tuple[int, str], tuple[str, Any, dict[str, torch.Size], list[Twin]]] = {}
+    owners: dict[tuple[Any, ...], tuple[tuple[int, str], int, nn.Parameter]] = {}
     known = set[str]()
     for path, module in _tuner_layers(model):
         for adapter, tensor, parameter in _adapters_of(module):
             known.add(adapter)
             if adapter_name not in (None, adapter) or not parameter.requires_grad:
                 continue
-            name = f"{_plain_name(path)}.{adapter}"
+            name = f"{path.replace('_orig_mod.', '')}.{adapter}"  # a part of the model may be compiled alone
             _check_parameter(name, tensor, parameter)
             memory = parameter.data_ptr(), parameter.numel(), parameter.dtype
             if memory in owners:
                 owner, index, first = owners[memory]
                 if first is not parameter:
-                    found[owner][3].append(Twin(index, module, adapter, tensor))
+                    found[owner][3].append(Twin(name, index, module, adapter, tensor))
                 continue
-            tensors = found.setdefault(name, (module, adapter, {}, []))[2]
-            owners[memory] = name, len(tensors), parameter
+            key = id(module), adapter
+            tensors = found.setdefault(key, (name, module, {}, []))[2]
+            owners[memory] = key, len(tensors), parameter
             tensors[tensor] = parameter.shape
     if not found:
         raise OPLoRAValueError(_why_none(model, adapter_name, known))
     return [
         AdaptedLayer(name, module, adapter, tuple(tensors), tuple(tensors.values()), tuple(twins))
-        for name, (module, adapter, tensors, twins) in found.items()
+        for (_, adapter), (name, module, tensors, twins) in found.items()
     ]
 
 
@@ -261,11 +276,16 @@ def _how_sharded(parameter: nn.Parameter) -> str | None:
 
 
 def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> str:
+    if not known and any("lora_E" in module._modules for _, module in _tuner_layers(model)):
+        return (
+            f"oplora: the adapter of {type(model).__name__} is AdaLoRA, which prunes between the steps what it trains, "
+            "so it is not generated. Train it with torch.optim.AdamW, or use LoraConfig."
+        )
     if not known and (unknown := _unknown_tensors(model)):
         return (
             f"oplora: the adapter of {type(model).__name__} is of a type that oplora does not know "
-            f"({'; '.join(unknown[:3])}). It generates {', '.join(STARTS)}. Train this one with torch.optim.AdamW, or "
-            "use LoRA."
+            f"({'; '.join(unknown[:3])}); docs/adapters.md has the table of those that it does. Train this one with "
+            "torch.optim.AdamW, or use LoraConfig."
         )
     if not known:
         return (

@@ -165,10 +165,10 @@ def _old(out: Path) -> Path:
 def _put_right(out: Path) -> None:
     """After merges into OUT that were killed: the earlier model is in its place, and nothing beside it."""
     if _old(out).exists():
-        if out.exists():
-            shutil.rmtree(_old(out))
-        else:
+        with suppress(OSError):  # OUT is there and not empty
             _old(out).rename(out)
+        if any(out.glob("*.safetensors")):  # the new model, which is complete
+            shutil.rmtree(_old(out), ignore_errors=True)
     for left in out.parent.glob(f"{glob.escape(_prefix(out))}*.partial"):
         with suppress(FileNotFoundError):  # another process has finished it
             if max(path.stat().st_mtime for path in (left, *left.rglob("*"))) < time.time() - STALE_SECONDS:

@@ -10,7 +10,7 @@ from .lean import LeanState
 from .start import Settings
 
 __all__ = [
-    "STARTS",
+    "W2_STARTS",
     "check_arguments",
     "check_generator_device",
     "check_positive",
@@ -18,7 +18,7 @@ __all__ = [
     "refuse_more_than_memory",
 ]
 
-STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the user says otherwise
+W2_STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the user says otherwise
 
 
 def check_arguments(
@@ -36,8 +36,8 @@ def check_arguments(
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number of at least 0.")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise OPLoRAValueError(f"oplora.AdamW: betas are {betas!r}, expected two numbers in [0, 1).")
-    if state not in STARTS:
-        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, STARTS))}.")
+    if state not in W2_STARTS:
+        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, W2_STARTS))}.")
     for name, rank in (("weight_rank", weight_rank), ("moment_rank", moment_rank)):
         if not isinstance(rank, int) or not 1 <= rank <= 8:
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
@@ -45,7 +45,8 @@ def check_arguments(
 
 def check_positive(**numbers: float | None) -> None:
     for name, value in numbers.items():
-        if value is not None and not 0 < value < float("inf"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < float("inf")):
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number above 0, or None.")
 
 

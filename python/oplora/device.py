@@ -129,8 +129,15 @@ class Device:
         """Has the verdict sent to the host, which does not wait for it."""
         self._verdict_on_host.copy_(self.verdict, non_blocking=True)
 
-    def new_refusals(self) -> int:
-        """How many steps were refused since the last call, as far as the host has been told."""
+    def count_refusal(self, veto: Tensor) -> None:
+        """A step that was refused elsewhere, and for which nothing is launched here."""
+        self.verdict[1:] += veto
+        self.tell_verdict()
+
+    def new_refusals(self, *, wait: bool = False) -> int:
+        """How many steps were refused since the last call: as far as the host has been told, or all of them."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         refused = int(self._verdict_on_host[1])
         new, self._refusals_told = refused - self._refusals_told, refused
         return new

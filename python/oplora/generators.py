@@ -162,7 +162,7 @@ class Generators(nn.Module):
         adopted = []
         for generator in self:  # all of them before the first is touched
             parameters = generator.factors.layer.parameters()
-            if any(p.grad is not None for p in parameters):
+            if generator.factors.sources(parameters):
                 generator.factors.layer.refuse_to_step(parameters)
         for generator in self:
             tie = generator.factors

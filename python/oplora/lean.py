@@ -145,9 +145,12 @@ class LeanState(State):
     def state_dict(self) -> dict[str, Any]:
         """Also the seed and the layer's index, from which W2's and W1's start is made."""
         self.absorb_edits(self.factors.layer.parameters())  # a model that was moved has other masters from now on
-        return {**super().state_dict(), "masters": list(self.masters), "seed": self.seed, "layer": self.index}
+        start = {"seed": self.seed, "layer": self.index, "latent_std": self.latent_std}
+        return {**super().state_dict(), "masters": list(self.masters), **start}
 
     def check_state(self, saved: Any) -> None:
+        if isinstance(saved, dict):
+            saved = {"latent_std": self.latent_std, **saved}  # earlier versions did not save it
         super().check_state(saved)
         for key, end in (("seed", 1 << 64), ("layer", 1 << 32)):
             if not isinstance(saved[key], int) or not 0 <= saved[key] < end:
@@ -166,6 +169,7 @@ class LeanState(State):
     def load_state(self, saved: dict[str, Any]) -> None:
         super().load_state(saved)
         self.seed, self.index = saved["seed"], saved["layer"]
+        self.latent_std = saved.get("latent_std", self.latent_std)
         self.sizes[5] = self.index
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
             if mine is not None:
@@ -173,7 +177,7 @@ class LeanState(State):
 
     def take_over(self, old: Any) -> None:
         super().take_over(old)
-        self.seed, self.index = old.seed, old.index
+        self.seed, self.index, self.latent_std = old.seed, old.index, old.latent_std
         self.sizes[5] = self.index
         device = self.factors.device
         self.masters = [None if master is None else master.to(device) for master in old.masters]

@@ -1,5 +1,6 @@
 """Into a model and out of it again: wrap() injects LoRA, merge() folds it in. PEFT does both."""
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,8 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
         adapter_names: which to fold; by default the active ones.
 
     Raises:
-        OPLoRAError: no adapter to fold, one of a type that PEFT does not merge, or NaN in a merged weight.
+        OPLoRAError: no adapter to fold, one of a type that PEFT does not merge, or NaN in a merged weight; the model is
+            left as it was.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -60,6 +62,8 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     if not layers:
         raise OPLoRAValueError(f"oplora.merge: {type(model).__name__} has no adapter to fold in.")
     try:
+        for _, layer in layers:  # on a copy first: PEFT raises in the middle, with some layers merged and gone
+            copy.deepcopy(layer).merge(safe_merge=True, adapter_names=adapter_names)
         if isinstance(model, PeftModel):
             merged: nn.Module = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
             return merged

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .adapters import check_layers, find_layers, foreign_gradient, other_parameters
 from .checks import (
-    STARTS,
+    W2_STARTS,
     check_arguments,
     check_generator_device,
     check_positive,
@@ -17,7 +17,7 @@ from .checks import (
     refuse_more_than_memory,
 )
 from .device import DeviceLayers
-from .errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
+from .errors import OPLoRARuntimeError, OPLoRAValueError
 from .exact import ExactState
 from .factors import Factors, keep_starts, warn_adopted
 from .lean import LeanState
@@ -59,7 +59,8 @@ class AdamW(torch.optim.Optimizer):
         start: of W2's random rows. "sign": +-1/sqrt(3 H), one random bit each; "uniform": the paper's. By default
             "sign" for state "lean", whose step makes them anew each time, and "uniform" for "exact".
         weight_rank, moment_rank: of state "lean", 1 to 8 each. A factor entry takes 4 weight_rank + 2 moment_rank + 6
-            bytes. oplora.stats tells what the truncations drop.
+            bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells what the truncations
+            drop.
         init: "paper": A starts from its generator's random numbers and B at zero. "keep": every factor keeps the value
             it has, and the generator adds to it. Layers whose B is not zero (a trained adapter, PiSSA, OLoRA) are kept
             in either case, with a warning; so are, without one, all tensors that are not LoRA's A and B.
@@ -109,7 +110,7 @@ class AdamW(torch.optim.Optimizer):
         check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
         check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
         self._generator_device = check_generator_device(generator_device, state)
-        settings = Settings(hidden_width, latent_width, latent_std, seed, STARTS[state] if start is None else start)
+        settings = Settings(hidden_width, latent_width, latent_std, seed, W2_STARTS[state] if start is None else start)
         self._model, self._layers = model, find_layers(model, adapter_name)
         if precondition is not None:
             require_pairs(self._layers)
@@ -120,10 +121,9 @@ class AdamW(torch.optim.Optimizer):
         self._shards = None if shards is None or shards.count == 1 else shards
         if self._shards is not None:
             factors = [f for f in factors if self._shards.owns(f.position)]
-        keeps = keep_starts(factors, init)
         self._weight_rate = weight_rate(hidden_width)
         self._kind, self._settings, self._ranks = state, settings, (weight_rank, moment_rank)
-        self._states = self._make_states(factors)
+        keeps, self._states = self._together(lambda: (keep_starts(factors, init), self._make_states(factors)))
         for generator, keep in zip(self._states, keeps, strict=True):
             generator.begin(keep)
         self._share_factors()
@@ -214,6 +214,8 @@ class AdamW(torch.optim.Optimizer):
             )
             if self._shards is not None:
                 self._shards.any_refuses(veto)
+                if not stepping:  # nothing is launched here that would count it
+                    self._states[0].shared.count_refusal(veto)
         for layers in stepping:
             on_device = None if veto is None else veto.to(layers.shared.device, non_blocking=True)
             layers.launch(self._numbers(), reports is not None, on_device)
@@ -238,7 +240,9 @@ class AdamW(torch.optim.Optimizer):
 
     def _tell_refusals(self) -> None:
         """Raises for steps that a device refused since it was last asked; it tells when it has got there."""
-        refused = max(shared.new_refusals() for shared in {id(s.shared): s.shared for s in self._states}.values())
+        devices = {id(state.shared): state.shared for state in self._states}.values()
+        # processes that own other layers must raise in the same step, so they all ask for the last one
+        refused = max(shared.new_refusals(wait=self._shards is not None) for shared in devices)
         if refused and not self.skip_nonfinite:
             reports = ((state, state.report) for state in self._states)
             where = [f"layer {s.name}" for s, report in reports if report is not None and report[1] != 0]
@@ -284,7 +288,9 @@ class AdamW(torch.optim.Optimizer):
                 if id(gradient) not in sources:
                     gradient.mul_(scale.to(gradient.device, gradient.dtype, non_blocking=True))
             layers.scale(report, scale.to(report.device, non_blocking=True))
-        self._measured = self._versions(stepping), stepping, reports
+        # of 16 bits the gradients were rounded when they were scaled, so they are measured again
+        exact = all(source.element_size() > 2 for layers in stepping for source in layers.sources)
+        self._measured = (self._versions(stepping), stepping, reports) if exact else None
         return norm
 
     def _squares(self, stepping: list[Layers], reports: list[Tensor]) -> Tensor:
@@ -300,7 +306,8 @@ class AdamW(torch.optim.Optimizer):
         # the model's order, on which the bits of their sum depend, for any number of processes
         everywhere = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
         if squares:
-            everywhere[positions] = torch.cat(squares)
+            by_position = dict(zip(positions, torch.cat(squares).unbind(), strict=True))
+            everywhere = torch.stack([by_position.get(i, zero) for i, zero in enumerate(everywhere.unbind())])
         return everywhere if self._shards is None else self._shards.sum(everywhere)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -381,7 +388,7 @@ class AdamW(torch.optim.Optimizer):
         if self._shards is not None:  # every process looks at all layers, lest it waits for one that refused
             for layer in self._layers:
                 parameters = layer.parameters()
-                if any(p.grad is not None for p in parameters):
+                if any(p.grad is not None for p in (*parameters, *(twin.parameter() for twin in layer.twins))):
                     layer.refuse_to_step(parameters)
         held = [state.factors.layer.parameters() for state in self._states]
         if any(s.factors.placed != parameters[0].device for s, parameters in zip(self._states, held, strict=True)):
@@ -454,7 +461,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
-        return self.__dict__.copy()
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state_dict, and under "generators" each layer's generator by name. Resuming from it, and from the
@@ -463,13 +470,13 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             OPLoRAError: a sharded optimizer that was stepped since consolidate_state_dict: this process has one share.
         """
-        saved = super().state_dict()
-        saved["generators"] = self._consolidated or {state.name: state.state_dict() for state in self._states}
         if self._shards is not None and not self._is_fresh and self._consolidated is None:
             raise OPLoRARuntimeError(
                 "oplora: this process has its own share of the generators only. Call "
                 "optimizer.consolidate_state_dict(to=0) in every process first, then state_dict() in process 0."
             )
+        saved = super().state_dict()
+        saved["generators"] = self._consolidated or {state.name: state.state_dict() for state in self._states}
         return saved
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
@@ -495,21 +502,7 @@ class AdamW(torch.optim.Optimizer):
                 "anew with init='keep', which goes on from the adapter's present values."
             )
         mine = {state.name: state for state in self._states}
-        everything = [layer.name for layer in self._layers]
-        if saved.keys() not in (mine.keys(), set(everything)):
-            raise OPLoRAValueError(_other_layers(everything, saved.keys()))
-        refusal: OPLoRAError | None = None
-        try:
-            for name, state in mine.items():
-                state.factors.layer.refuse_if_folded()
-                state.check_state(saved[name])
-        except OPLoRAError as error:
-            refusal = error
-        if self._agreed([] if refusal is None else ["here"]):
-            raise refusal or OPLoRAValueError(
-                "oplora: another process refuses its share of the saved generators; its error says why. Nothing was "
-                "changed."
-            )
+        self._together(lambda: self._check_generators(saved))
         try:
             super().load_state_dict({key: value for key, value in state_dict.items() if key != "generators"})
         except (ValueError, KeyError) as error:
@@ -521,6 +514,21 @@ class AdamW(torch.optim.Optimizer):
             state.load_state(saved[name])
         self._share_factors()
         self._measured = self._consolidated = None
+        self._is_fresh = self._is_fresh and saved.keys() == mine.keys()
+
+    def _check_generators(self, saved: dict[str, Any]) -> None:
+        mine, everything = {state.name: state for state in self._states}, [layer.name for layer in self._layers]
+        if saved.keys() not in (mine.keys(), set(everything)):
+            raise OPLoRAValueError(_other_layers(everything, saved.keys()))
+        for name, state in mine.items():
+            state.factors.layer.refuse_if_folded()
+            state.check_state(saved[name])
+
+    def _together(self, call: Callable[[], Any]) -> Any:
+        """call(); where it raises in one process of a sharded optimizer it raises in all."""
+        if self._shards is None:
+            return call()
+        return self._shards.together(call, self._layers[0].parameters()[0].device)
 
 
 def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:

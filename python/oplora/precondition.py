@@ -71,7 +71,10 @@ def _inverses(matrices: Sequence[Tensor], delta: float) -> list[Tensor]:
     for (r, device), indices in by_kind.items():
         identity = torch.eye(r, dtype=torch.float64, device=device)
         batch = torch.cat([matrices[i] for i in indices]) + delta * identity
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(batch).L)
+        L, info = torch.linalg.cholesky_ex(batch)
+        root = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+        usable = ((info == 0) & batch.isfinite().all(-1).all(-1))[:, None, None]
+        inverse = torch.where(usable, root.mT @ root, torch.nan)
         for i, piece in zip(indices, inverse.split([len(matrices[i]) for i in indices]), strict=True):
             inverses[i] = piece
     return inverses

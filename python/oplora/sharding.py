@@ -6,14 +6,14 @@ runs between layers and not through them. So the numbers are the bits of the und
 never crosses processes), a step waits for one message, and the largest share is at most an even one and one layer more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import OPLoRARuntimeError
+from .errors import OPLoRAError, OPLoRARuntimeError
 
 __all__ = ["Shards"]
 
@@ -44,6 +44,19 @@ class Shards:
         """The largest of all processes' numbers, in place."""
         dist.all_reduce(refused, dist.ReduceOp.MAX)
         return refused
+
+    def together(self, call: Callable[[], Any], device: torch.device) -> Any:
+        """call(), which may raise in some processes: then it raises in all, before one waits for another."""
+        result, refusal = None, None
+        try:
+            result = call()
+        except OPLoRAError as error:
+            refusal = error
+        if bool(self.any_refuses(torch.tensor([refusal is not None], dtype=torch.int32, device=device))):
+            raise refusal or OPLoRARuntimeError(
+                "oplora: another process refuses its share; its error says why. Nothing was changed."
+            )
+        return result
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Over all processes, in place; exact where all but one hold zero."""

@@ -16,7 +16,8 @@ __all__ = ["stats"]
 
 @torch.no_grad()
 def stats(optimizer: Any) -> dict[str, dict[str, float]]:
-    """Numbers to watch, for every layer by name; cheap enough to be taken at each step.
+    """Numbers to watch, for every layer by name (with shard=True every layer of this process); cheap enough to be taken
+    at each step.
 
     With SGD at rate lr a generator moves v by -lr (||h||^2 + J J^T) g to first order, where J is v's derivative in the
     hidden path (z, W1, c1): a learning rate that is trained, and a line search along directions already taken

@@ -21,8 +21,8 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
         format: "peft": adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained. Adapters with
             a name other than "default" go into a subfolder of that name, as PEFT does.
 
-    A process that is killed leaves each adapter as it was or new. Where its configuration changes, there is a moment in
-    which PEFT refuses the folder.
+    A process that is killed leaves each adapter as it was or new. Where its configuration changes there is a moment, of
+    three system calls, in which PEFT refuses the folder; a kill then leaves the new adapter in its `.oplora-*` folder.
 
     Raises:
         OPLoRAError: an unknown format, a model without adapter, merged layers, or a folder that cannot be written;
