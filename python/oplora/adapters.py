@@ -98,6 +98,10 @@ class AdaptedLayer:
                 "adapters were deleted."
             ) from error
 
+    def with_twins(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """These, the layer's own, and the twins."""
+        return [*parameters, *(twin.parameter() for twin in self.twins)] if self.twins else parameters
+
     def refuse_to_step(self, parameters: list[nn.Parameter]) -> None:
         """Raises where a step on these, the layer's own, would go wrong; changes nothing."""
         self.refuse_if_folded()

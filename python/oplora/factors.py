@@ -109,10 +109,9 @@ class Factors:
             for p, g, dtype in zip(parameters, gradients, dtypes, strict=True)
         ]
 
-    def sources(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    def sources(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """What gradients() is made from."""
-        twins = (twin.parameter() for twin in self.layer.twins)
-        return [p.grad for p in (*parameters, *twins) if p.grad is not None]
+        return [p.grad for p in self.layer.with_twins(parameters) if p.grad is not None]
 
     def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Whether somebody may have changed the tensors since remember_written."""

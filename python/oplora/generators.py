@@ -64,7 +64,7 @@ class Generator(nn.Module):
         for name, grad in grads.items():
             parameter = getattr(self, name)
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        for parameter in (*parameters, *(twin.parameter() for twin in self.factors.layer.twins)):
+        for parameter in self.factors.layer.with_twins(parameters):
             parameter.grad = None
         self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
 

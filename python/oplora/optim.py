@@ -133,7 +133,7 @@ class AdamW(torch.optim.Optimizer):
 
         # one group for the factors, one for the rest; the schedulers see both
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(self._factor_parameters(), defaults)
+        super().__init__(self._flat([layer.parameters() for layer in self._layers]), defaults)
         self._listed = list(self.param_groups[0]["params"])
         self.param_groups[0]["hidden_lr_ratio"] = hidden_lr_ratio
         others = list(other_parameters(model, adapter_name))
@@ -335,26 +335,26 @@ class AdamW(torch.optim.Optimizer):
         self._list_parameters()
         super().zero_grad(set_to_none)
 
-    def _factor_parameters(self) -> list[nn.Parameter]:
-        return [
-            parameter
-            for layer in self._layers
-            for parameter in (*layer.parameters(), *(twin.parameter() for twin in layer.twins))
-        ]
+    def _flat(self, held: list[list[nn.Parameter]]) -> list[nn.Parameter]:
+        """Every layer's tensors one after the other, twins too."""
+        return [p for layer, some in zip(self._layers, held, strict=True) for p in layer.with_twins(some)]
 
-    def _list_parameters(self) -> None:
-        """Puts the factors as they are now into their group: PEFT may have replaced some."""
-        group, held = self.param_groups[0], self._factor_parameters()
-        if all(any(map(is_not, group["params"], known)) for known in (held, self._listed)):
+    def _list_parameters(self) -> list[list[nn.Parameter]]:
+        """Puts the factors as they are now into their group, as PEFT may have replaced some; and every layer's own."""
+        of_layers = [layer.parameters() for layer in self._layers]
+        group, held = self.param_groups[0], self._flat(of_layers)
+        if _differ(group["params"], held) and _differ(group["params"], self._listed):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
                 "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it "
                 "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
                 "keep the adapter out of it."
             )
-        if any(map(is_not, held, self._listed)):
+        if _differ(held, self._listed):
             check_layers(self._layers)
-        self._listed, group["params"] = held, list(held)  # two lists: accelerate writes into the group's
+            self._listed = held
+        group["params"] = list(held)  # a list of its own: accelerate writes into it
+        return of_layers
 
     def _ready(self) -> tuple[list[Layers], list[Tensor] | None]:
         """The layers that have gradients, by dtype and device, and their reports if they were measured already; edits
@@ -384,13 +384,12 @@ class AdamW(torch.optim.Optimizer):
 
     def _stepping(self) -> list[Layers]:
         """The layers that have gradients, by dtype and device; edits of their factors are absorbed on the way."""
-        self._list_parameters()
+        of_layers = self._list_parameters()
         if self._shards is not None:  # every process looks at all layers, lest it waits for one that refused
-            for layer in self._layers:
-                parameters = layer.parameters()
-                if any(p.grad is not None for p in (*parameters, *(twin.parameter() for twin in layer.twins))):
+            for layer, parameters in zip(self._layers, of_layers, strict=True):
+                if any(p.grad is not None for p in layer.with_twins(parameters)):
                     layer.refuse_to_step(parameters)
-        held = [state.factors.layer.parameters() for state in self._states]
+        held = [of_layers[state.factors.position] for state in self._states]
         if any(s.factors.placed != parameters[0].device for s, parameters in zip(self._states, held, strict=True)):
             self._follow_moves()
         by_kind: dict[Any, Layers] = {}
@@ -529,6 +528,10 @@ class AdamW(torch.optim.Optimizer):
         if self._shards is None:
             return call()
         return self._shards.together(call, self._layers[0].parameters()[0].device)
+
+
+def _differ(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
+    return len(some) != len(others) or any(map(is_not, some, others))
 
 
 def _other_layers(mine: Iterable[str], saved: Iterable[str]) -> str:
