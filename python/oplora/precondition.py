@@ -4,11 +4,13 @@
     g_B <- g_B (A A^T + delta I)^-1
 
 (arXiv 2412.10362, and Zhang, Pilanci: "Riemannian Preconditioned LoRA", arXiv 2402.02347.) The r x r matrices are
-formed and inverted in float64, those of all layers of one rank at once: the ones of a B that has just left zero are
-singular to float32's rounding. It costs 2 r multiplications a factor entry, and holds a second copy of the gradients.
+formed and inverted in float64: those of a B that has just left zero are singular to float32's rounding. Layers of the
+same shapes go through together, as many small products one by one would cost more than the step itself. It takes 2 r
+multiplications a factor entry, and holds a second copy of the gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from .adapters import AdaptedLayer
 from .errors import OPLoRAValueError
 
 __all__ = ["precondition", "require_pairs"]
+
+MOST_ENTRIES: Final = 1 << 23  # of A and B at once: they are copied, as float64 too
 
 
 def require_pairs(layers: Sequence[AdaptedLayer]) -> None:
@@ -33,22 +37,48 @@ def precondition(
     layers: Sequence[AdaptedLayer], tensors: Sequence[Sequence[Tensor]], gradients: Sequence[list[Tensor]], delta: float
 ) -> list[list[Tensor]]:
     """The gradients of every layer, with new tensors for those of its pair; tensors are the layers' own."""
-    pairs = [_pair(layer, some) for layer, some in zip(layers, tensors, strict=True)]
-    doubles = [(A.double(), B.double()) for A, B in pairs]
-    of_a = _inverses([B.mT @ B for _, B in doubles], delta)
-    of_b = _inverses([A @ A.mT for A, _ in doubles], delta)
-    scaled = []
-    for layer, some, for_a, for_b in zip(layers, gradients, of_a, of_b, strict=True):
-        g_A, g_B = _pair(layer, some)
-        out = list(some)
-        for index in _indices(layer):
-            out[index] = torch.empty_like(some[index], memory_format=torch.contiguous_format)
-        to_A, to_B = _pair(layer, out)
-        wide = torch.promote_types(g_A.dtype, torch.float32)  # gradients of 16 bits are rounded once, at the end
-        to_A.copy_(for_a.to(wide) @ g_A.to(wide))
-        to_B.copy_(g_B.to(wide) @ for_b.to(wide))
-        scaled.append(out)
+    pairs = [(*_blocks(layer, of), *_blocks(layer, g)) for layer, of, g in zip(layers, tensors, gradients, strict=True)]
+    scaled = [list(some) for some in gradients]
+    for indices in _alike(pairs):
+        A, B, g_A, g_B = (torch.stack(some) for some in zip(*(pairs[i] for i in indices), strict=True))
+        to_A, to_B = _scaled(A, B, g_A, g_B, delta)
+        for i, a, b in zip(indices, to_A, to_B, strict=True):
+            for index in _indices(layers[i]):
+                scaled[i][index] = torch.empty_like(scaled[i][index], memory_format=torch.contiguous_format)
+            for out, result in zip(_blocks(layers[i], scaled[i]), (a, b), strict=True):
+                out.copy_(result)
     return scaled
+
+
+def _alike(pairs: Sequence[Sequence[Tensor]]) -> Iterator[list[int]]:
+    """Layers that go through one batched product: of the same shapes, and together no more than MOST_ENTRIES."""
+    by_kind: dict[Any, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_kind.setdefault(tuple((t.shape, t.dtype, t.device) for t in pair), []).append(i)
+    for indices in by_kind.values():
+        A, B, *_ = pairs[indices[0]]
+        at_once = max(1, MOST_ENTRIES // (A.numel() + B.numel()))
+        for begin in range(0, len(indices), at_once):
+            yield indices[begin : begin + at_once]
+
+
+def _scaled(A: Tensor, B: Tensor, g_A: Tensor, g_B: Tensor, delta: float) -> tuple[Tensor, Tensor]:
+    """Of batches (layers, blocks, r, in_features) and (layers, blocks, out_features, r)."""
+    A, B = A.double(), B.double()
+    for_A, for_B = _inverse(B.mT @ B, delta), _inverse(A @ A.mT, delta)
+    wide = torch.promote_types(g_A.dtype, torch.float32)  # gradients of 16 bits are rounded once, at the end
+    return for_A.to(wide) @ g_A.to(wide), g_B.to(wide) @ for_B.to(wide)
+
+
+def _inverse(matrices: Tensor, delta: float) -> Tensor:
+    """(matrix + delta I)^-1 of each; NaN, which the step then refuses, for one with NaN or infinity and for one that
+    is not positive definite to rounding."""
+    identity = torch.eye(matrices.shape[-1], dtype=torch.float64, device=matrices.device)
+    matrices = matrices + delta * identity
+    L, info = torch.linalg.cholesky_ex(matrices)
+    root = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
+    usable = (info == 0) & matrices.isfinite().all(-1).all(-1)
+    return torch.where(usable[..., None, None], root.mT @ root, torch.nan)
 
 
 def _indices(layer: AdaptedLayer) -> tuple[int, int]:
@@ -57,24 +87,6 @@ def _indices(layer: AdaptedLayer) -> tuple[int, int]:
     return indices
 
 
-def _pair(layer: AdaptedLayer, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _blocks(layer: AdaptedLayer, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     A, B = (tensors[index].detach() for index in _indices(layer))
     return layer.blocks(A, B)
-
-
-def _inverses(matrices: Sequence[Tensor], delta: float) -> list[Tensor]:
-    """(matrix + delta I)^-1 of each (blocks, r, r); of one with NaN or infinity NaN, which the step then refuses."""
-    by_kind: dict[tuple[int, torch.device], list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        by_kind.setdefault((matrix.shape[-1], matrix.device), []).append(i)
-    inverses = list(matrices)
-    for (r, device), indices in by_kind.items():
-        identity = torch.eye(r, dtype=torch.float64, device=device)
-        batch = torch.cat([matrices[i] for i in indices]) + delta * identity
-        L, info = torch.linalg.cholesky_ex(batch)
-        root = torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False)
-        usable = ((info == 0) & batch.isfinite().all(-1).all(-1))[:, None, None]
-        inverse = torch.where(usable, root.mT @ root, torch.nan)
-        for i, piece in zip(indices, inverse.split([len(matrices[i]) for i in indices]), strict=True):
-            inverses[i] = piece
-    return inverses
