@@ -2,9 +2,10 @@
 
 import copy
 
+import adapter_types
 import pytest
 import torch
-from conftest import batches, factors, make_model
+from conftest import batches, factors, make_model, train_on
 from torch import nn
 
 import oplora
@@ -43,6 +44,24 @@ def assert_close(ours: nn.Module, theirs: nn.Module, tolerance: float) -> None:
 def test_a_gpu_trains_as_the_cpu(state, dtype, tolerance):
     """The steps' bits are the core's; the model's own gradients are not."""
     assert_close(trained("cuda", state=state, dtype=dtype), trained("cpu", state=state, dtype=dtype), tolerance)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_gpu_preconditions_as_the_cpu(state):
+    assert_close(trained("cuda", state=state, precondition=1e-2), trained("cpu", state=state, precondition=1e-2), 2e-4)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("case", ["DoRA, Linear", "VeRA", "IA3", "LoRA, Conv2d", "LoRA, parameters"])
+def test_a_gpu_trains_every_kind_of_adapter_as_the_cpu(state, case):
+    ends = []
+    for device in ("cuda", "cpu"):
+        model = adapter_types.make(case, torch.float32).to(device)
+        pairs = [(x.to(device), y.to(device)) for x, y in adapter_types.data(case, 5, torch.float32)]
+        train_on(model, oplora.AdamW(model, lr=1e-3, state=state), pairs)
+        ends.append({name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad})
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=0, atol=2e-4)
 
 
 def test_exact_state_is_as_close_to_float64_as_the_core():

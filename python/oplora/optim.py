@@ -68,7 +68,7 @@ class AdamW(torch.optim.Optimizer):
             (A A^T + delta I)^-1 before they flow into the generator (OP-ScaledAdamW).
         max_grad_norm: clip_grad_norm_ to it in every step, for loops that only clip the factors' own gradients.
         shard: under torch.distributed keep the generators of some layers in each process (docs/loops.md). The factors
-            are those of shard=False to the bit.
+            are those of shard=False to the bit. On a GPU the host then waits for it once a step.
         adapter_name: step this adapter only; by default every adapter that is trainable.
         seed: of the generators' starts; the same on every replica.
         skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
