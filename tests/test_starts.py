@@ -143,6 +143,15 @@ def test_converting_in_the_middle_of_training_leaves_its_bits(start: str, state:
 
 
 @both_states
+def test_eva_is_kept_with_a_warning_where_nobody_asked_for_it(state: str) -> None:
+    model = started("eva")
+    before = factors(model)
+    with pytest.warns(UserWarning, match="2 of 2 layers hold a start of their own .*EVA"):
+        oplora.AdamW(model, state=state)
+    assert_same_bits(factors(model), before)
+
+
+@both_states
 def test_eva_that_changes_ranks_under_the_optimizer_is_refused(state: str) -> None:
     model = eva_model(rho=2.0)
     optimizer = oplora.AdamW(model, init="keep", state=state)

@@ -77,6 +77,7 @@ class AdaptedLayer:
         adapter: the adapter's name.
         tensors: the names, of STARTS, of the trainable tensors that the layer has.
         shapes: theirs.
+        is_eva: whether PEFT computed A from data (EVA); as B is zero then, the tensors do not tell.
         twins: other Parameters over the same memory, whose gradients belong to the tensors too.
     """
 
@@ -85,6 +86,7 @@ class AdaptedLayer:
     adapter: str
     tensors: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
+    is_eva: bool = False
     twins: tuple[Twin, ...] = ()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -215,6 +217,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
             '{"model": model, "lr": 1e-4}).'
         )
     model = _unwrapped(model)
+    configs = getattr(model, "peft_config", {})
     found: dict[tuple[int, str], tuple[str, Any, dict[str, torch.Size], list[Twin]]] = {}
     owners: dict[tuple[Any, ...], tuple[tuple[int, str], int, nn.Parameter]] = {}
     known = set[str]()
@@ -237,8 +240,9 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
             tensors[tensor] = parameter.shape
     if not found:
         raise OPLoRAValueError(_why_none(model, adapter_name, known))
+    eva = {adapter for adapter, config in configs.items() if getattr(config, "init_lora_weights", None) == "eva"}
     return [
-        AdaptedLayer(name, module, adapter, tuple(tensors), tuple(tensors.values()), tuple(twins))
+        AdaptedLayer(name, module, adapter, tuple(tensors), tuple(tensors.values()), adapter in eva, tuple(twins))
         for (_, adapter), (name, module, tensors, twins) in found.items()
     ]
 

@@ -83,8 +83,8 @@ class Factors:
         return [init == "keep" or STARTS[tensor] is Start.KEPT for tensor in self.layer.tensors]
 
     def hold_a_start(self) -> bool:
-        """Whether a tensor that should start at zero does not: a trained adapter, PiSSA's or OLoRA's start."""
-        return any(
+        """Whether a tensor that should start at zero does not (a trained adapter, PiSSA, OLoRA), or A is EVA's."""
+        return self.layer.is_eva or any(
             STARTS[tensor] is Start.ZERO and bool(parameter.detach().count_nonzero())
             for tensor, parameter in zip(self.layer.tensors, self.layer.parameters(), strict=True)
         )
@@ -208,9 +208,8 @@ def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
     if any(held):
         name = factors[held.index(True)].layer.name
         warnings.warn(
-            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}: a factor that starts at "
-            "zero is not zero), as after earlier training, PiSSA or OLoRA. They keep them, as with init='keep', "
-            "until a state_dict is loaded.",
+            f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}), as after earlier training, "
+            "PiSSA, OLoRA or EVA. They keep it, as with init='keep', until a state_dict is loaded.",
             stacklevel=3,
         )
     return [f.is_kept("keep" if holds else init) for f, holds in zip(factors, held, strict=True)]
