@@ -278,6 +278,16 @@ def test_tied_layer_that_is_merged_is_refused_when_its_twin_alone_has_a_gradient
         model.base_model.model.embed_tokens.unmerge()
 
 
+@both_states
+def test_layer_whose_twin_is_merged_is_refused(state: str) -> None:
+    model = make_tied()
+    optimizer = oplora.AdamW(model, state=state)
+    model(torch.arange(11)).square().mean().backward()
+    model.base_model.model.lm_head.merge()
+    with pytest.raises(oplora.OPLoRAError, match=r"lm_head.default is merged"):
+        optimizer.step()
+
+
 def test_tie_that_was_broken_is_refused() -> None:
     model = make_tied()
     optimizer = oplora.AdamW(model)

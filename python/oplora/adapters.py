@@ -124,11 +124,12 @@ class AdaptedLayer:
 
     def refuse_if_folded(self) -> None:
         """A step on a merged layer would make the later unmerge subtract another product than was added."""
-        if self.module.merged:
-            raise OPLoRARuntimeError(
-                f"oplora: layer {self.name} is merged into its base weight; a step now would corrupt the base at "
-                "unmerge. Call model.unmerge_adapter() before the step. Nothing was changed."
-            )
+        for name, module in ((self.name, self.module), *((twin.layer, twin.module) for twin in self.twins)):
+            if module.merged:
+                raise OPLoRARuntimeError(
+                    f"oplora: layer {name} is merged into its base weight; a step now would corrupt the base at "
+                    "unmerge. Call model.unmerge_adapter() before the step. Nothing was changed."
+                )
         if self.module.disable_adapters:
             raise OPLoRARuntimeError(
                 f"oplora: the adapters of layer {self.name} are disabled, so its gradients are not of the model that "
