@@ -18,6 +18,7 @@ BIN := $(VENV)/bin
 # threads that spin while they wait make steps many times slower on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
+JOBS ?= $(shell nproc)
 CC ?= gcc
 C_FLAGS := -std=c11 -O2 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -46,7 +47,7 @@ CUDA_ARCHS ?= 80 86 89 90 100 120
 NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
-.PHONY: all demo test build lint format test-c test-cuda cuda asan pytest gpu bench plot clean
+.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan pytest gpu bench plot clean
 
 .SECONDARY:
 
@@ -72,7 +73,15 @@ $(VENV)/.smollm2: $(VENV)/.environment
 demo: build $(VENV)/.smollm2
 	$(BIN)/python examples/finetune_llm.py --output runs/demo
 
-test: build lint test-c asan test-cuda cuda pytest
+test: build lint programs test-c asan test-cuda cuda pytest
+
+# all that the targets behind it compile, on all cores
+programs: build
+	$(MAKE) --jobs=$(JOBS) --output-sync=target --no-print-directory compiled
+
+compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvcc/%.fatbin) \
+    $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%)) \
+    build/cuda/liboplora_cuda_on_cpu.so
 
 lint: build
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
