@@ -114,7 +114,10 @@ def test_exact_equals_eager_in_float64(case: dict[str, float], init: str) -> Non
     assert (ours - truth).norm() <= 1e-12 * truth.norm()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+CLIPPED = [case for case in CASES if case["max_norm"] is not None or case["ratio"] != 1.0]
+
+
+@pytest.mark.parametrize("case", CLIPPED, ids=str)  # float64 has them all; these take seconds each
 def test_exact_float32_is_as_good_as_eager_float32(case: dict[str, float]) -> None:
     # the rounding error of one run is chance: its scale shows over several starts
     runs = [
