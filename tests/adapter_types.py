@@ -11,11 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import oplora
 
-SIZES = (12, 24, 8)
-
 
 class Experts(nn.Module):
-    """A router and three experts whose weights are one Parameter each, as in transformers' mixtures of experts."""
+    """Three experts, all of them used, with one Parameter for each of their layers, as in transformers' mixtures."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +32,7 @@ class Block(nn.Module):
         self.first, self.last = first, nn.Linear(width, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.first(x)
-        return self.last(torch.tanh(y[0] if isinstance(y, tuple) else y).flatten(1))
+        return self.last(torch.tanh(self.first(x)).flatten(1))
 
 
 class Attention(nn.Module):
@@ -49,10 +46,6 @@ class Attention(nn.Module):
 
 def linear() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 8))
-
-
-def wrapped_experts() -> nn.Module:
-    return nn.ModuleDict({"mlp": Experts()})
 
 
 BASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

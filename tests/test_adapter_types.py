@@ -148,12 +148,10 @@ def test_general_path_generates_the_same_tensors(case: str) -> None:
 
 @both_states
 def test_biases_and_modules_to_save_are_stepped_as_by_torch(state: str) -> None:
-    """Beside the factors stands torch's own AdamW: with W2, c2 and z at rate zero only the others differ."""
     torch.manual_seed(0)
     config = peft.LoraConfig(**LORA, target_modules=["first"], bias="all", modules_to_save=["second"])
     model = peft.get_peft_model(Net(), config)
     twin = peft.get_peft_model(Net(), config)
-    twin.load_state_dict(model.state_dict())
     ours = oplora.AdamW(model, lr=1e-2, state=state)
     twin.load_state_dict(model.state_dict())
     others = {n: p for n, p in twin.named_parameters() if p.requires_grad and "lora_" not in n}

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 
-__all__ = ["STARTS", "AdaptedLayer", "Start", "check_layers", "find_layers", "foreign_gradient", "other_parameters"]
+__all__ = [
+    "STARTS",
+    "AdaptedLayer",
+    "Start",
+    "check_layers",
+    "find_layers",
+    "foreign_gradient",
+    "other_parameters",
+    "refuse_to_step",
+]
 
 
 class Start(Enum):
@@ -32,9 +41,9 @@ STARTS = {
     "lora_B": Start.ZERO,
     "lora_embedding_A": Start.ZERO,
     "lora_embedding_B": Start.RANDOM,
-    **dict.fromkeys(("lora_magnitude_vector",), Start.KEPT),  # DoRA
+    "lora_magnitude_vector": Start.KEPT,  # DoRA
     **dict.fromkeys(("vera_lambda_b", "vera_lambda_d"), Start.KEPT),  # VeRA
-    **dict.fromkeys(("ia3_l",), Start.KEPT),  # (IA)^3
+    "ia3_l": Start.KEPT,  # (IA)^3
     **dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), Start.KEPT),  # LoHa
     **dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b"), Start.KEPT),  # LoKr
     **dict.fromkeys(("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), Start.KEPT),
@@ -42,10 +51,10 @@ STARTS = {
     **dict.fromkeys(("boft_R", "boft_s"), Start.KEPT),  # BOFT
     **dict.fromkeys(("lily_A", "lily_B", "lily_router"), Start.KEPT),  # Lily
     **dict.fromkeys(("randlora_lambda", "randlora_gamma"), Start.KEPT),  # RandLoRA
-    **dict.fromkeys(("hra_u",), Start.KEPT),  # HRA
-    **dict.fromkeys(("c3a_kernel",), Start.KEPT),  # C3A
-    **dict.fromkeys(("miss_block",), Start.KEPT),  # MiSS
-    **dict.fromkeys(("fourierft_spectrum",), Start.KEPT),  # FourierFT
+    "hra_u": Start.KEPT,  # HRA
+    "c3a_kernel": Start.KEPT,  # C3A
+    "miss_block": Start.KEPT,  # MiSS
+    "fourierft_spectrum": Start.KEPT,  # FourierFT
     **dict.fromkeys(("delora_A", "delora_B", "delora_lambda"), Start.KEPT),  # DeLoRA
     **dict.fromkeys(("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"), Start.KEPT),  # GraLoRA
     **dict.fromkeys(("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"), Start.KEPT),  # VB-LoRA
@@ -180,12 +189,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def _is_adalora(module: nn.Module) -> bool:
+    return "lora_E" in module._modules
+
+
 def _adapters_of(module: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """(adapter, tensor, parameter) for every tensor of one PEFT layer that can be generated.
 
     None of AdaLoRA, which is LoRA's by its names, but prunes what it trains between the steps.
     """
-    if "lora_E" in module._modules:
+    if _is_adalora(module):
         return
     for tensor in STARTS:
         container: Any = module._modules.get(tensor, ())
@@ -285,7 +298,7 @@ def _how_sharded(parameter: nn.Parameter) -> str | None:
 
 
 def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> str:
-    if not known and any("lora_E" in module._modules for _, module in _tuner_layers(model)):
+    if not known and any(_is_adalora(module) for _, module in _tuner_layers(model)):
         return (
             f"oplora: the adapter of {type(model).__name__} is AdaLoRA, which prunes between the steps what it trains, "
             "so it is not generated. Train it with torch.optim.AdamW, or use LoraConfig."
@@ -334,6 +347,16 @@ def _of_other_adapters(model: nn.Module, adapter_name: str) -> Iterator[nn.Param
             for adapter, held in getattr(module._modules.get(name), "items", tuple)():
                 if adapter != adapter_name:
                     yield from [held] if isinstance(held, nn.Parameter) else held.parameters()
+
+
+def refuse_to_step(layers: Sequence[AdaptedLayer], held: Sequence[list[nn.Parameter]]) -> None:
+    """Raises where a step would go wrong in any of the layers that have a gradient, before the first is touched.
+
+    held: every layer's own tensors.
+    """
+    for layer, parameters in zip(layers, held, strict=True):
+        if any(p.grad is not None for p in layer.with_twins(parameters)):
+            layer.refuse_to_step(parameters)
 
 
 def foreign_gradient(model: nn.Module, layers: list[AdaptedLayer]) -> str | None:

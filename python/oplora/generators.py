@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .adapters import find_layers, other_parameters
+from .adapters import find_layers, other_parameters, refuse_to_step
 from .device import has_kernels
 from .errors import OPLoRAValueError
 from .factors import Factors, keep_starts, warn_adopted
@@ -160,10 +160,8 @@ class Generators(nn.Module):
             OPLoRAError: a layer is merged or disabled.
         """
         adopted = []
-        for generator in self:  # all of them before the first is touched
-            parameters = generator.factors.layer.parameters()
-            if generator.factors.sources(parameters):
-                generator.factors.layer.refuse_to_step(parameters)
+        layers = [generator.factors.layer for generator in self]
+        refuse_to_step(layers, [layer.parameters() for layer in layers])
         for generator in self:
             tie = generator.factors
             if tie.adopt_edits(tie.layer.parameters(), generator.generate):

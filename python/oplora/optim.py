@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import check_layers, find_layers, foreign_gradient, other_parameters
+from .adapters import check_layers, find_layers, foreign_gradient, other_parameters, refuse_to_step
 from .checks import (
     W2_STARTS,
     check_arguments,
@@ -385,10 +385,7 @@ class AdamW(torch.optim.Optimizer):
     def _stepping(self) -> list[Layers]:
         """The layers that have gradients, by dtype and device; edits of their factors are absorbed on the way."""
         of_layers = self._list_parameters()
-        if self._shards is not None:  # every process looks at all layers, lest it waits for one that refused
-            for layer, parameters in zip(self._layers, of_layers, strict=True):
-                if any(p.grad is not None for p in layer.with_twins(parameters)):
-                    layer.refuse_to_step(parameters)
+        refuse_to_step(self._layers, of_layers)  # all layers, also those of other processes: they refuse together
         held = [of_layers[state.factors.position] for state in self._states]
         if any(s.factors.placed != parameters[0].device for s, parameters in zip(self._states, held, strict=True)):
             self._follow_moves()
@@ -399,7 +396,6 @@ class AdamW(torch.optim.Optimizer):
             gradients = factors.gradients(parameters, cast=state.shared is None)
             if gradients is None:
                 continue
-            factors.layer.refuse_to_step(parameters)
             if state.absorb_edits(parameters):
                 adopted.append(state.name)
             kind = kind_of(factors)
