@@ -131,7 +131,7 @@ def test_cuda_library_needs_no_driver_and_no_torch_to_load_and_offers_its_own_na
     assert offered and all(name.startswith("oplora_cuda_") for name in offered)
 
 
-def test_public_names_are_the_documented_ten() -> None:
+def test_public_names_are_the_documented_ones() -> None:
     import oplora
 
     assert set(oplora.__all__) == {
@@ -139,6 +139,7 @@ def test_public_names_are_the_documented_ten() -> None:
         "Generators",
         "OPLoRAConfig",
         "OPLoRAError",
+        "cmmd",
         "create_oplora_optimizer",
         "generate",
         "merge",

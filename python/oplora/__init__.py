@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .config import OPLoRAConfig
     from .export import save_adapter
     from .generators import Generators, create_oplora_optimizer
+    from .metrics import cmmd
     from .model import merge, wrap
     from .ops import generate
     from .optim import AdamW
@@ -24,6 +25,7 @@ __all__ = [
     "Generators",
     "OPLoRAConfig",
     "OPLoRAError",
+    "cmmd",
     "create_oplora_optimizer",
     "generate",
     "merge",
@@ -36,6 +38,7 @@ _HOME = {
     "AdamW": "optim",
     "Generators": "generators",
     "OPLoRAConfig": "config",
+    "cmmd": "metrics",
     "create_oplora_optimizer": "generators",
     "generate": "ops",
     "merge": "model",
