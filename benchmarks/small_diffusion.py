@@ -8,7 +8,7 @@ The real classes of diffusers and transformers, small: an AutoencoderKL (64 x 64
 with a tokenizer of these captions, and a UNet2DConditionModel, the last two trained together on noise. The clip-arts
 (openclipart-png, public domain) have their names as captions; the emoji (fonts-noto-color-emoji, unicode-data) have
 Unicode's, and are the style that bench_diffusion.py adapts the model to. They are divided by a hash of the name into
-80% to train on, 10% to choose rates by and 10% that nothing is chosen by.
+80% to train on and 20% that nothing is chosen by.
 
     apt-get install openclipart-png fonts-noto-color-emoji unicode-data
     pip install diffusers fonttools
@@ -44,7 +44,7 @@ EMOJI_NAMES = Path("/usr/share/unicode/emoji/emoji-test.txt")
 SOURCES = {CLIPARTS: "openclipart-png", EMOJI_FONT: "fonts-noto-color-emoji", EMOJI_NAMES: "unicode-data"}
 SIDE = 64
 CAPTION_TOKENS = 16
-SPLITS = {"train": 0.8, "validation": 0.9, "test": 1.0}
+SPLITS = {"train": 0.8, "test": 1.0}
 
 
 # ---- pictures ----

@@ -23,6 +23,7 @@ __all__ = [
     "foreign_gradient",
     "other_parameters",
     "refuse_to_step",
+    "unwrapped",
 ]
 
 
@@ -178,7 +179,7 @@ def _held(container: Any, adapter: str) -> nn.Parameter:
     return parameter
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, out of what torch.compile and DistributedDataParallel put around it: it has the same names."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -230,7 +231,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[Adapt
             "Trainer give optimizers=(oplora.AdamW(model, lr=1e-4), None), or optimizer_cls_and_kwargs=(oplora.AdamW, "
             '{"model": model, "lr": 1e-4}).'
         )
-    model = _unwrapped(model)
+    model = unwrapped(model)
     configs = getattr(model, "peft_config", {})
     found: dict[tuple[int, str], tuple[str, Any, dict[str, torch.Size], list[Twin]]] = {}
     owners: dict[tuple[Any, ...], tuple[tuple[int, str], int, nn.Parameter]] = {}

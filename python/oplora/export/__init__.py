@@ -5,30 +5,44 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OPLoRAValueError
-from . import peft
+from . import diffusers, kohya, peft
+from .layers import components_of, read_components
 
 __all__ = ["save_adapter"]
 
-FORMATS = {"peft": peft.save}
+FILES = {"diffusers": diffusers.save, "kohya": kohya.save}
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft") -> None:
     """Writes the adapter as a file that other programs load; nothing of the generators is in it.
 
     Args:
-        model: a PeftModel.
+        model: a PeftModel; a model with an injected adapter (transformers' and diffusers' add_adapter); a diffusers
+            pipeline; or a mapping of names to such models, {"unet": unet, "text_encoder": text_encoder}.
         path: the folder to write; files of the same names in it are replaced, each in one move once all are written.
+            For "diffusers" and "kohya" it may be the file itself, NAME.safetensors.
         format: "peft": adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained. Adapters with
-            a name other than "default" go into a subfolder of that name, as PEFT does.
+            a name other than "default" go into a subfolder of that name, as PEFT does; the components of a pipeline or
+            mapping into one each.
+            "diffusers": pytorch_lora_weights.safetensors, for pipeline.load_lora_weights. The scale is folded into B
+            (alpha = r).
+            "kohya": pytorch_lora_weights_kohya.safetensors, for ComfyUI, sd-scripts and others, of Stable Diffusion 1.x
+            and 2.x, SDXL and Flux.
+            The last two hold LoRA and DoRA on linear and convolutional layers, of the adapter that is active.
 
-    A process that is killed leaves each adapter as it was or new. Where its configuration changes there is a moment, of
-    three system calls, in which PEFT refuses the folder; a kill then leaves the new adapter in its `.oplora-*` folder.
+    A process that is killed leaves each adapter as it was or new. Where PEFT's configuration changes there is a
+    moment, of three system calls, in which PEFT refuses the folder; a kill then leaves the new adapter in its
+    `.oplora-*` folder.
 
     Raises:
-        OPLoRAError: an unknown format, a model without adapter, merged layers, or a folder that cannot be written;
-            what was there before is untouched then.
+        OPLoRAError: an unknown format, a model without adapter, merged layers, an adapter that the format cannot hold,
+            or a folder that cannot be written; what was there before is untouched then.
     """
-    if format not in FORMATS:
-        known = " or ".join(map(repr, FORMATS))
-        raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected {known}.")
-    FORMATS[format](model, Path(path))
+    if format in FILES:
+        FILES[format](read_components(model), Path(path))
+    elif format == "peft":
+        for name, component in components_of(model).items():
+            peft.save(component, Path(path) / name)
+    else:
+        known = ", ".join(map(repr, ["peft", *FILES]))
+        raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected one of {known}.")

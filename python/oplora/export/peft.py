@@ -5,39 +5,53 @@ file system moves two at once into a folder that others use too. So where the ol
 goes first and the new one comes last: for that moment PEFT refuses the folder, as there is no config in it.
 """
 
+import copy
 import os
-import secrets
 import shutil
-import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from ..adapters import unwrapped
 from ..errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError
+from .files import cannot_write, old, sync, temporary
 
-__all__ = ["save"]
+__all__ = ["CONFIG", "WEIGHTS", "save", "write_folder"]
 
 CARD: Final = "README.md"
 CONFIG: Final = "adapter_config.json"
-STALE_SECONDS: Final = 3600  # no save takes so long: what has lain for longer is of a run that was killed
+WEIGHTS: Final = "adapter_model.safetensors"
 
 
-def save(model: Any, path: Path) -> None:
+def save(model: nn.Module, path: Path) -> None:
+    """Every adapter of a PeftModel, or of a model that it was injected into."""
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(model, PeftModel):
+    model = unwrapped(model)
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    if not isinstance(model, PeftModel) and not (layers and getattr(model, "peft_config", None)):
         raise OPLoRATypeError(
-            f"oplora.save_adapter: expected a PeftModel, got {type(model).__name__}. A model with an injected adapter "
-            "saves it by its own save_pretrained (transformers) or save_lora_adapter (diffusers)."
+            f"oplora.save_adapter: {type(model).__name__} has no adapter. Add one with peft.get_peft_model or "
+            "add_adapter."
         )
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
+    for name, layer in layers:
+        if layer.merged:
             raise OPLoRARuntimeError(
                 f"oplora.save_adapter: layer {name} is merged into its base. Call model.unmerge_adapter() first."
             )
+    write_folder(
+        path, model.save_pretrained if isinstance(model, PeftModel) else lambda new: _save_injected(model, new)
+    )
+
+
+def write_folder(path: Path, write: Callable[[str], object]) -> None:
+    """What `write` puts into a folder, moved to `path` when it is whole."""
     try:
         new = _new_folder(path if path.exists() else path.parent)
     except OSError as error:
@@ -45,35 +59,48 @@ def save(model: Any, path: Path) -> None:
     try:
         if (path / CARD).is_file():
             shutil.copy(path / CARD, new)  # PEFT adds to the one that is there
-        model.save_pretrained(str(new))
-        _sync(new)
+        write(str(new))
+        for file in new.rglob("*"):
+            if file.is_file():
+                sync(file)
         _move(new, path)
     except (OSError, SafetensorError) as error:  # safetensors reports failed writes as errors of its own
-        raise OPLoRAFileError(
-            f"oplora.save_adapter: writing the adapter into {path} failed ({error}). Free some space or choose another "
-            "folder; the adapter is still in the model."
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _save_injected(model: Any, folder: str) -> None:
+    """What PeftModel.save_pretrained writes for a model that it wraps."""
+    from peft import get_peft_model_state_dict
+
+    for adapter, config in model.peft_config.items():
+        target = Path(folder, "" if adapter == "default" else adapter)
+        target.mkdir(exist_ok=True)
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        save_file(_as_of_peft_model(state), target / WEIGHTS, {"format": "pt"})
+        config = copy.copy(config)
+        config.inference_mode = True
+        if config.task_type is None:  # PEFT looks the model's class up by one or the other
+            config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        config.save_pretrained(str(target))
+
+
+def _as_of_peft_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"base_model.model.{key}": tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
 
 
 def _new_folder(parent: Path) -> Path:
     """A folder to write into, on the disk of the target; those that killed runs left are removed."""
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(".oplora-*.adapter"):
-        with suppress(OSError):  # another process may be removing it
-            if left.stat().st_mtime < time.time() - STALE_SECONDS:
-                shutil.rmtree(left)
-    new = parent / f".oplora-{secrets.token_hex(4)}.adapter"
+        if old(left):
+            shutil.rmtree(left, ignore_errors=True)  # another process may be removing it
+    new = parent / temporary("adapter")
     new.mkdir()
     return new
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # a kill does not need it; after a power cut a name could be that of no bytes
 
 
 def _move(new: Path, path: Path) -> None:
