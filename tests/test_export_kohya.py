@@ -244,6 +244,12 @@ def test_dora_on_a_part_of_a_fused_matrix_is_refused(tmp_path):
         kohya.save([Component("transformer", (layer,), "FluxTransformer2DModel", {})], tmp_path)
 
 
+def test_dora_without_the_bases_norms_is_refused(tmp_path):
+    layer = LoRALayer("conv_in", torch.ones(2, 4, 3, 3), torch.ones(8, 2, 1, 1), 1.0, torch.ones(8))
+    with pytest.raises(oplora.OPLoRAError, match=r"layer conv_in has a DoRA magnitude.*--base"):
+        kohya.save([Component("unet", (layer,), "UNet2DConditionModel", {"cross_attention_dim": 768})], tmp_path)
+
+
 def test_convolution_in_groups_is_refused(tmp_path):
     layer = LoRALayer("conv_in", torch.ones(4, 2, 3, 3), torch.ones(8, 2, 1, 1), 1.0)
     with pytest.raises(oplora.OPLoRAError, match=r"unet\.conv_in is a convolution in groups"):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m oplora merge BASE ADAPTER OUT``. Needs no torch."""
+"""The command line: ``python -m oplora merge BASE ADAPTER OUT``, which needs no torch, and ``export SOURCE OUT``."""
 
 import argparse
 import signal
@@ -23,13 +23,28 @@ exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. Noth
 example: python -m oplora merge models/Llama-3.2-1B my-adapter models/Llama-3.2-1B-mine"""
 
 
+EXPORT = """\
+Write an adapter in the format of other programs. SOURCE is a folder that PEFT wrote, a folder of such folders called
+unet, text_encoder and so on, or diffusers' pytorch_lora_weights.safetensors. OUT is a folder, or NAME.safetensors."""
+
+FORMATS = """\
+formats:
+  peft       a folder a component, for PeftModel.from_pretrained
+  diffusers  pytorch_lora_weights.safetensors, for pipeline.load_lora_weights
+  kohya      pytorch_lora_weights_kohya.safetensors, for ComfyUI, sd-scripts and others: SD 1.x, 2.x, SDXL, Flux
+
+exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. What OUT held is untouched but for 0.
+
+example: python -m oplora export runs/mine loras/mine.safetensors --format kohya --base models/sdxl"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
         options.run(options)
     except OPLoRAError as error:
-        print(f"oplora: {error}", file=sys.stderr)
+        print(f"oplora: {str(error).removeprefix('oplora.save_adapter: ')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oplora: interrupted. Nothing was written.", file=sys.stderr)
@@ -53,7 +68,39 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    _add_export(
+        commands.add_parser(
+            "export",
+            help="write an adapter in another format",
+            description=EXPORT,
+            epilog=FORMATS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="the adapter")
+    parser.add_argument("out", metavar="OUT", help="folder or file to write")
+    parser.add_argument("--format", required=True, choices=("peft", "diffusers", "kohya"))
+    parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="folder of the pipeline that the adapter is for: checks that they fit; kohya's format needs it for DoRA",
+    )
+    parser.add_argument(
+        "--component",
+        metavar="NAME",
+        help="what a PEFT folder adapts, where it does not say: unet, transformer, text_encoder, text_encoder_2",
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .export import export_adapter  # needs torch
+
+    export_adapter(options.source, options.out, options.format, options.base, options.component)
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:

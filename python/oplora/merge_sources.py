@@ -195,6 +195,11 @@ def _read_config(path: Path) -> AdapterConfig:
             "the adapter does not fit BASE. Save it with path_initial_model_for_weight_conversion, which turns it "
             "into a plain LoRA."
         )
+    return parse_config(path, config)
+
+
+def parse_config(path: Path, config: dict[str, Any]) -> AdapterConfig:
+    """Ranks and scalings of a LoraConfig written as JSON; `path` is for messages."""
     return AdapterConfig(
         path,
         _rank(path, "r", config.get("r")),

@@ -6,9 +6,10 @@ from typing import Any
 
 from ..errors import OPLoRAValueError
 from . import diffusers, kohya, peft
+from .folder import read_folder
 from .layers import components_of, read_components
 
-__all__ = ["save_adapter"]
+__all__ = ["export_adapter", "save_adapter"]
 
 FILES = {"diffusers": diffusers.save, "kohya": kohya.save}
 
@@ -46,3 +47,24 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
     else:
         known = ", ".join(map(repr, ["peft", *FILES]))
         raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected one of {known}.")
+
+
+def export_adapter(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str,
+    base: str | os.PathLike[str] | None = None,
+    component: str | None = None,
+) -> None:
+    """What `python -m oplora export` does: an adapter on disk, in another format.
+
+    Args:
+        source, base, component: as for read_folder.
+        out: the folder to write, or for "diffusers" and "kohya" a .safetensors file.
+        format: "peft", "diffusers" or "kohya".
+    """
+    components = read_folder(Path(source), None if base is None else Path(base), component)
+    if format == "peft":
+        peft.save_components(components, Path(out))
+    else:
+        FILES[format](components, Path(out))

@@ -33,5 +33,5 @@ def _tensors(component: str, layer: LoRALayer) -> dict[str, Tensor]:
     if layer.magnitude is not None:
         # transformers loads the text encoder's, diffusers the rest, and each wants its own name for it
         key = f"{component}.{name}.lora_magnitude_vector{'.weight' if is_text else ''}"
-        tensors[key] = layer.magnitude.view((1, -1, 1, 1) if layer.lora_A.dim() == 4 else (-1,))
+        tensors[key] = layer.magnitude_of_peft()
     return tensors

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters import STARTS, unwrapped
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from ..merge_sources import CHANGED_BASE
 
 __all__ = [
     "Component",
@@ -52,6 +53,11 @@ class LoRALayer:
     def folded(self) -> Tensor:
         """scaling * B: with it the layer is one of alpha = r."""
         return self.lora_B * self.scaling
+
+    def magnitude_of_peft(self) -> Tensor:
+        """m in the shape that PEFT's layers have it in."""
+        assert self.magnitude is not None
+        return self.magnitude.view((1, -1, 1, 1) if self.lora_A.dim() == 4 else (-1,))
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,13 @@ def path_in_file(component: str, name: str) -> str:
 
 
 def refuse_extras(where: str, config: Any) -> None:
-    """Trained tensors of an adapter's configuration that have no place beside A and B."""
+    """What an adapter's configuration says of tensors that have no place beside A and B, or of another base."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+        raise OPLoRATypeError(
+            f"oplora.save_adapter: {where} started from init_lora_weights={start!r}, which changed the base's "
+            'weights, so its factors do not fit the base that others have. Save it with format="peft".'
+        )
     extras = {
         "modules_to_save": getattr(config, "modules_to_save", None),
         "lora_bias": getattr(config, "lora_bias", False),

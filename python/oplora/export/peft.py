@@ -7,21 +7,26 @@ goes first and the new one comes last: for that moment PEFT refuses the folder, 
 
 import copy
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..adapters import unwrapped
-from ..errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError
+from ..errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .files import cannot_write, old, sync, temporary
+from .layers import Component
 
-__all__ = ["CONFIG", "WEIGHTS", "save", "write_folder"]
+__all__ = ["CONFIG", "WEIGHTS", "save", "save_components"]
 
 CARD: Final = "README.md"
 CONFIG: Final = "adapter_config.json"
@@ -45,12 +50,64 @@ def save(model: nn.Module, path: Path) -> None:
             raise OPLoRARuntimeError(
                 f"oplora.save_adapter: layer {name} is merged into its base. Call model.unmerge_adapter() first."
             )
-    write_folder(
+    _write_folder(
         path, model.save_pretrained if isinstance(model, PeftModel) else lambda new: _save_injected(model, new)
     )
 
 
-def write_folder(path: Path, write: Callable[[str], object]) -> None:
+def save_components(components: Iterable[Component], path: Path) -> None:
+    """Adapters that were read from disk, a folder each, with their scales folded into B."""
+    components = list(components)
+    names = [_names_in_model(component) for component in components]
+    for component, own in zip(components, names, strict=True):
+        _write_folder(path / component.name, partial(_save_component, component, own))
+
+
+def _names_in_model(component: Component) -> list[str]:
+    """The layers' paths as the installed transformers has them; files have an earlier one's for text encoders."""
+    names = [layer.name for layer in component.layers]
+    if not component.name.startswith("text_encoder"):
+        return names
+    import transformers
+
+    if not component.config:
+        raise OPLoRAValueError(
+            f"{component.name}: its layers are called otherwise in some versions of transformers. Name the pipeline's "
+            "folder with --base, whose configuration tells."
+        )
+    model_class = getattr(transformers, component.kind)
+    with torch.device("meta"):
+        there = dict(model_class(model_class.config_class(**component.config)).named_modules())
+    return [
+        next(n for n in (name, f"text_model.{name}", name.removeprefix("text_model.")) if n in there) for name in names
+    ]
+
+
+def _save_component(component: Component, names: Sequence[str], folder: str) -> None:
+    from peft import LoraConfig
+
+    ranks = {name: layer.r for name, layer in zip(names, component.layers, strict=True)}
+    r = statistics.mode(ranks.values())
+    others = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        target_modules=sorted(names),
+        use_dora=any(layer.magnitude is not None for layer in component.layers),
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in zip(names, component.layers, strict=True):
+        tensors |= {f"{name}.lora_A.weight": layer.lora_A, f"{name}.lora_B.weight": layer.folded()}
+        if layer.magnitude is not None:
+            tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude_of_peft()
+    save_file(_as_of_peft_model(tensors), Path(folder, WEIGHTS), {"format": "pt"})
+
+
+def _write_folder(path: Path, write: Callable[[str], object]) -> None:
     """What `write` puts into a folder, moved to `path` when it is whole."""
     try:
         new = _new_folder(path if path.exists() else path.parent)

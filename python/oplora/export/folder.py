@@ -1,0 +1,212 @@
+"""Adapters on disk: PEFT's folders and diffusers' file, read without the model that they belong to."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
+from ..merge_sources import AdapterConfig, parse_config
+from ..tensor_file import StoredTensor, read_object, read_tensor_file
+from . import diffusers
+from .layers import Component, LoRALayer, component_name, refuse_extras
+from .peft import CONFIG, WEIGHTS
+
+__all__ = ["read_folder"]
+
+PREFIX: Final = "base_model.model."
+METADATA: Final = "lora_adapter_metadata"  # diffusers' header
+# what ends the keys of a layer's tensors; the older ones are of diffusers' own scripts
+SUFFIXES: Final = {
+    "A": (".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"),
+    "B": (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
+    "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+}
+SHOWN: Final = 5  # names in a message
+
+
+def read_folder(source: Path, base: Path | None = None, component: str | None = None) -> list[Component]:
+    """The components of an adapter on disk.
+
+    Args:
+        source: a PEFT folder; a folder of them, each called as its component ("unet", "text_encoder"); or diffusers'
+            pytorch_lora_weights.safetensors, or the folder that it is in.
+        base: folder of the pipeline that the adapter is for. Every layer must be there with the same shape; DoRA's
+            norms are taken from its weights.
+        component: the place of a single PEFT folder in a pipeline, where its configuration does not tell.
+
+    Raises:
+        OPLoRAError: no adapter there; keys that fit only in part; an adapter that is not LoRA or DoRA on linear and
+            convolutional layers; one of another model than `base`.
+    """
+    found = list(_read(source, component))
+    return [_on_base(one, base) for one in found] if base is not None else found
+
+
+def _read(source: Path, component: str | None) -> Iterator[Component]:
+    file = source / diffusers.FILE if source.is_dir() else source
+    if (source / CONFIG).is_file():
+        yield _read_peft(source, component)
+    elif folders := [path.parent for path in sorted(source.glob(f"*/{CONFIG}"))]:
+        for folder in folders:
+            yield _read_peft(folder, folder.name)
+    elif file.is_file() and file.suffix == ".safetensors":
+        yield from _read_diffusers(file)
+    else:
+        there = ", ".join(sorted(os.listdir(source))[:SHOWN]) if source.is_dir() else "nothing"
+        raise OPLoRAFileError(
+            f"SOURCE {str(source)!r} holds no adapter; there is {there or 'nothing'}. Give a folder with {CONFIG} and "
+            f"{WEIGHTS}, a folder of such folders called unet, text_encoder, ..., or {diffusers.FILE}."
+        )
+
+
+def _read_peft(folder: Path, component: str | None) -> Component:
+    path = folder / CONFIG
+    config = read_object(path)
+    if config.get("peft_type") != "LORA":
+        raise OPLoRATypeError(
+            f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA': diffusers' and kohya's files hold no "
+            "other."
+        )
+    refuse_extras(str(path), SimpleNamespace(**config))
+    kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in _tensors(folder / WEIGHTS).items()}
+    layers = _layers(folder / WEIGHTS, tensors, parse_config(path, config))
+    try:
+        name = component or component_name(kind)
+    except OPLoRAValueError as error:
+        raise OPLoRAValueError(
+            f"{path} does not say which part of a pipeline it adapts (its base is {kind or 'of unknown class'}). Name "
+            "it: --component unet, transformer, text_encoder or text_encoder_2."
+        ) from error
+    return Component(name, layers, kind, {})
+
+
+def _read_diffusers(path: Path) -> Iterator[Component]:
+    tensors = _tensors(path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.partition(".")
+        parts.setdefault(name, {})[rest] = tensor
+    unknown = [name for name in parts if name not in ("unet", "transformer") and not name.startswith("text_encoder")]
+    if unknown:
+        raise OPLoRAValueError(
+            f"{path}: {len(unknown)} keys begin with no part of a pipeline that is known "
+            f"({', '.join(unknown[:SHOWN])}), expected unet, transformer or text_encoder. Is it a file of diffusers?"
+        )
+    for name, part in parts.items():
+        own = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
+        refuse_extras(f"{path} ({name})", SimpleNamespace(**own))
+        yield Component(name, _layers(path, part, parse_config(path, own) if own else None), "", {})
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    read_tensor_file(path)  # says what is wrong with the file
+    return load_file(path)
+
+
+def _layers(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig | None) -> tuple[LoRALayer, ...]:
+    """By the configuration, or without one with alpha = r for every layer, as diffusers takes it."""
+    found: dict[str, dict[str, Tensor]] = {}
+    left = []
+    for key, tensor in tensors.items():
+        ends = [(part, end) for part, suffixes in SUFFIXES.items() for end in suffixes if key.endswith(end)]
+        if ends:
+            part, end = ends[0]
+            found.setdefault(key.removesuffix(end), {})[part] = tensor
+        else:
+            left.append(key)
+    left += [name for name, parts in found.items() if not parts.keys() >= {"A", "B"}]
+    if left or not found:
+        raise OPLoRAValueError(
+            f"{path}: {len(left)} of {len(tensors)} keys belong to no layer with lora_A and lora_B: "
+            f"{', '.join(left[:SHOWN])}. The file is of another kind, or not whole."
+        )
+    return tuple(_layer(path, name, parts, config) for name, parts in found.items())
+
+
+def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: AdapterConfig | None) -> LoRALayer:
+    A, B, magnitude = (
+        None if (tensor := parts.get(part)) is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        for part in SUFFIXES
+    )
+    assert A is not None and B is not None
+    r = A.shape[0]
+    whole_groups = B.dim() == A.dim() > 1 and r % max(1, B.shape[1]) == 0  # more than one in a convolution in groups
+    if not whole_groups or (config and config.rank(name) != r):
+        raise OPLoRAValueError(
+            f"{path}: layer {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
+            f"{f', with rank {config.rank(name)} in its configuration' if config else ''}. They do not go together."
+        )
+    for what, tensor in (("lora_A", A), ("lora_B", B), ("lora_magnitude_vector", magnitude)):
+        if tensor is not None and not tensor.isfinite().all():
+            raise OPLoRAValueError(f"{path}: {what} of layer {name} holds NaN or infinity. Take an earlier checkpoint.")
+    scaling = config.scaling(name, r) if config else 1.0
+    return LoRALayer(name, A, B, scaling, None if magnitude is None else magnitude.flatten())
+
+
+# ---- the model that an adapter is for ----
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    folder: Path
+    tensors: Mapping[str, tuple[Path, StoredTensor]]
+
+    def find(self, layer: str) -> tuple[Path, StoredTensor] | None:
+        """The weight of a layer, whose path has a level more or less in some versions of transformers."""
+        names = (layer, f"text_model.{layer}", layer.removeprefix("text_model."))
+        return next((self.tensors[f"{n}.weight"] for n in names if f"{n}.weight" in self.tensors), None)
+
+
+def _on_base(component: Component, base: Path) -> Component:
+    folder = base / component.name
+    if not (folder / "config.json").is_file():
+        there = sorted(path.parent.name for path in base.glob("*/config.json"))
+        raise OPLoRAFileError(
+            f"--base {str(base)!r} has no {component.name}; it has {', '.join(there) or 'no component of a pipeline'}. "
+            "Give the folder of the pipeline that the adapter was trained on."
+        )
+    config = read_object(folder / "config.json")
+    kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    files = [read_tensor_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    tensors = {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors}
+    weights = BaseWeights(folder, tensors)
+    layers = tuple(_with_norms(layer, *_weight_of(layer, weights)) for layer in component.layers)
+    return Component(component.name, layers, kind, config)
+
+
+def _weight_of(layer: LoRALayer, base: BaseWeights) -> tuple[Path, StoredTensor]:
+    found = base.find(layer.name)
+    what = f"the adapter's layer {layer.name}"
+    if found is None:
+        raise OPLoRAValueError(
+            f"{base.folder} has no weight for {what}. The adapter was trained on another architecture."
+        )
+    there, wanted = found[1].shape, (layer.lora_B.shape[0], *layer.lora_A.shape[1:])
+    if there != wanted:
+        raise OPLoRAValueError(
+            f"{base.folder}: {what} is for a weight of shape {wanted}, and there it is {there}. The adapter was "
+            "trained on another architecture."
+        )
+    return found
+
+
+def _with_norms(layer: LoRALayer, path: Path, stored: StoredTensor) -> LoRALayer:
+    if layer.magnitude is None:
+        return layer
+    with safe_open(path, "pt") as file:
+        weight = file.get_tensor(stored.name).to(layer.lora_A.dtype).flatten(1)
+    delta = layer.folded().flatten(1) @ layer.lora_A.flatten(1)
+    base_norm, norm = weight.norm(dim=1), (weight + delta).norm(dim=1)
+    return replace(layer, base_norm=base_norm, norm=norm)
