@@ -6,7 +6,7 @@
     python benchmarks/bench_diffusion.py --quick        shows that it runs
 
 The trainings are those of examples/finetune_diffusion.py: r = 4 and alpha = 4 on to_q, to_k, to_v and to_out.0 of the
-U-Net, AdamW at a constant rate, as the paper has it for SDXL (arXiv 2412.10362, section 4); 300 steps of 16 pictures.
+U-Net, AdamW at a constant rate, as the paper has it for SDXL (arXiv 2412.10362, section 4); 200 steps of 16 pictures.
 
 1. Every method is tuned alike: eight rates, three to a decade, seed 0; the best by the loss on a tenth of the training
    pictures, which are kept back.
@@ -302,7 +302,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=FOLDER / "model", help="of small_diffusion.py")
     parser.add_argument("--emoji", type=Path, default=FOLDER / "emoji", help="of small_diffusion.py")
     parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--test-pictures", type=int, default=280)
     parser.add_argument("--sampling-steps", type=int, default=25)

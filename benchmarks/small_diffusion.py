@@ -274,7 +274,13 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, args: argparse.Namespace) ->
 
 @torch.no_grad()
 def encode(pipeline: StableDiffusionPipeline, pictures: Tensor, args: argparse.Namespace) -> Tensor:
-    """Latents of all pictures, (n, 4, 16, 16), of standard deviation 1 through the scaling_factor that the VAE gets."""
+    """Latents of all pictures, (n, 4, 16, 16), of standard deviation 1 through the scaling_factor that the VAE gets.
+
+    They are the means that the encoder gives; it is left no variance, so that who samples from it later gets the same.
+    """
+    channels = pipeline.vae.config.latent_channels
+    pipeline.vae.quant_conv.weight[channels:] = 0
+    pipeline.vae.quant_conv.bias[channels:] = -30  # the logarithm of the variance, at the lower end that diffusers allows
     parts = []
     for part in pictures.split(256):
         x = part.to(args.device).permute(0, 3, 1, 2).float() / 127.5 - 1
