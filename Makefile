@@ -168,8 +168,9 @@ build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh csr
 
 cuda: $(KERNELS:%=build/nvcc/%.fatbin)
 
+# a file to a worker: files share what is slow to make
 pytest: build build/cuda/liboplora_cuda_on_cpu.so
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
 # the kernels for this GPU, its tests, then benchmarks/results/bench_gpu.json
 gpu: build

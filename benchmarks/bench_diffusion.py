@@ -99,7 +99,7 @@ def train(method: str, lr: float, seed: int, args: argparse.Namespace) -> Row:
 
 
 def measure(adapter: Path | None, args: argparse.Namespace) -> Row:
-    pipeline = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=torch.float32).to(args.device)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         pipeline.load_lora_weights(adapter)

@@ -178,7 +178,9 @@ def make_model(captions: list[str], seed: int) -> StableDiffusionPipeline:
         attention_head_dim=4,  # in SD 1.x's configurations this is the number of heads
         norm_num_groups=16,
     )
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+    )
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -280,7 +282,9 @@ def encode(pipeline: StableDiffusionPipeline, pictures: Tensor, args: argparse.N
     """
     channels = pipeline.vae.config.latent_channels
     pipeline.vae.quant_conv.weight[channels:] = 0
-    pipeline.vae.quant_conv.bias[channels:] = -30  # the logarithm of the variance, at the lower end that diffusers allows
+    pipeline.vae.quant_conv.bias[
+        channels:
+    ] = -30  # the logarithm of the variance, at the lower end that diffusers allows
     parts = []
     for part in pictures.split(256):
         x = part.to(args.device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -334,12 +338,14 @@ def train_unet(
 def draw(pipeline: StableDiffusionPipeline, captions: list[str], args: argparse.Namespace) -> Image.Image:
     """Pictures of some of the captions that it was trained with."""
     chosen = captions[:: max(1, len(captions) // 32)][:32]
+    columns = min(8, len(chosen))
+    chosen = chosen[: len(chosen) // columns * columns]
     generator = torch.Generator("cpu").manual_seed(args.seed)
     with autocast(args):
         pictures = pipeline(
             chosen, num_inference_steps=args.sampling_steps, guidance_scale=3.0, generator=generator
         ).images
-    return make_image_grid(pictures, rows=4, cols=8)
+    return make_image_grid(pictures, rows=len(chosen) // columns, cols=columns)
 
 
 def tokenize(pipeline: StableDiffusionPipeline, captions: list[str]) -> Tensor:
