@@ -1,4 +1,4 @@
-"""kohya's format, of sd-scripts: read by ComfyUI, sd-scripts, A1111 and, DoRA excepted, diffusers.
+"""kohya's format, of sd-scripts: read by ComfyUI, sd-scripts and, DoRA excepted, diffusers.
 
     <prefix>_<path of the module, with _ for .>.lora_down.weight   A
                                                .lora_up.weight     B
