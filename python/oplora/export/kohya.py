@@ -16,7 +16,7 @@ dora_scale = m ||W0|| / ||W0 + scaling * B A||. diffusers takes the key for m it
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -325,24 +325,25 @@ def _scales_folded(entries: Sequence[Entry], family: Family) -> list[Entry]:
 
 def _metadata(family: Family, entries: Sequence[Entry]) -> dict[str, str]:
     """What sd-scripts and programs that list LoRAs look for in the header."""
-    rank, alpha = (lambda entry: len(entry.down)), (lambda entry: entry.alpha)
     convolutions = [entry for entry in entries if entry.down.shape[2:] > (1, 1)]
     others = [entry for entry in entries if entry.down.shape[2:] <= (1, 1)]
+    dim, alpha = _rank_and_alpha(others or convolutions)
     arguments = {}
     if convolutions:
-        arguments = {"conv_dim": _one(convolutions, rank), "conv_alpha": _one(convolutions, alpha)}
+        arguments["conv_dim"], arguments["conv_alpha"] = _rank_and_alpha(convolutions)
     return {
         "format": "pt",
         "ss_v2": str(family is SD2),
         "ss_base_model_version": family.version,
         "ss_network_module": family.network,
-        "ss_network_dim": _one(others or convolutions, rank),
-        "ss_network_alpha": _one(others or convolutions, alpha),
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(arguments),
     }
 
 
-def _one(entries: Sequence[Entry], value: Callable[[Entry], float]) -> str:
-    """The value of all, or what sd-scripts says where they differ."""
-    values = {value(entry) for entry in entries}
-    return "Dynamic" if len(values) > 1 else str(*values)
+def _rank_and_alpha(entries: Sequence[Entry]) -> tuple[str, str]:
+    """Those of all, or what sd-scripts says where they differ."""
+    ranks, alphas = {len(entry.down) for entry in entries}, {entry.alpha for entry in entries}
+    rank, alpha = ("Dynamic" if len(values) > 1 else str(*values) for values in (ranks, alphas))
+    return rank, alpha
