@@ -222,6 +222,16 @@ def test_text_encoder_alone_is_refused(tmp_path):
         oplora.save_adapter(text_encoder_alone(), tmp_path, format="kohya")
 
 
+def test_two_text_encoders_alone_are_sdxls_by_their_classes(tmp_path):
+    pipeline = adapted("sdxl")
+    both = {name: getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2")}
+    oplora.save_adapter(both, tmp_path, format="kohya")
+    assert {key[:9] for key in load_file(tmp_path / FILE)} == {"lora_te1_", "lora_te2_"}
+    others = [Component(name, (), "CLIPTextModelWithProjection", {}) for name in both]
+    with pytest.raises(oplora.OPLoRAError, match="no names for text_encoder"):
+        kohya.save(others, tmp_path)
+
+
 def test_transformer_without_names_in_the_format_is_refused(tmp_path):
     with pytest.raises(
         oplora.OPLoRAError, match=r"no names for transformer \(WanTransformer3DModel\).*FluxTransformer2DModel"

@@ -49,6 +49,7 @@ FLUX: Final = Family(
     "networks.lora_flux",
 )
 
+SDXL_ENCODERS: Final = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 # SDXL: the parts of a block, diffusers' name to the authors'
 RESNET: Final = {
     "conv1": "in_layers.2",
@@ -137,7 +138,7 @@ def _family(components: Sequence[Component]) -> Family:
     if (transformer := by_name.get("transformer")) is not None:
         if transformer.kind == "FluxTransformer2DModel" or (not transformer.kind and _looks_like_flux(transformer)):
             return FLUX
-    elif set(by_name) == {"text_encoder", "text_encoder_2"}:
+    elif {name: one.kind for name, one in by_name.items()} == SDXL_ENCODERS:
         return SDXL
     what = ", ".join(f"{component.name} ({component.kind or 'of unknown class'})" for component in components)
     raise OPLoRATypeError(
