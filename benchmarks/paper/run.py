@@ -1,0 +1,253 @@
+"""The experiments, one command each; protocol.py says how they compare.
+
+    python benchmarks/paper/run.py factorisation    the paper's appendix B.2
+    python benchmarks/paper/run.py images           the paper's section 3.3
+    python benchmarks/paper/run.py language         SmolLM2-135M: eight alternatives beside OP-LoRA
+    python benchmarks/paper/run.py ablations        what of OP-LoRA does what
+    python benchmarks/paper/run.py settings         starts, rates and widths that the package could have as defaults
+    python benchmarks/paper/run.py NAME --quick --output /tmp/NAME.json    seconds, of toys: does it run at all?
+
+Rows go to results/NAME.json as they are measured; a run that was stopped goes on by the same command. figures.py draws
+them. README.md says what has to be installed, and explains the columns.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import factorisation
+import images
+import text
+import torch
+from methods import (
+    LORA,
+    OP_DORA,
+    OP_EXACT,
+    OP_LEAN,
+    PEERS,
+    START_KEPT,
+    Method,
+    eager,
+    oplora_method,
+    steps_factors,
+)
+from protocol import RESULTS, Experiment, Plan, Task, is_tuning
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+TOY_STEPS = 6
+
+
+def methods(*some: Method) -> dict[str, Method]:
+    return {method.name: method for method in some}
+
+
+def image_task(title: str, make: object, steps: int, seeds: int = 5) -> Task:
+    return Task(title, make, steps, ("first", "second"), r=4, alpha=4, rates=10, seeds=seeds, tuning_seeds=3)  # type: ignore[arg-type]
+
+
+def text_task(title: str, make: object, steps: int, apart: bool = False, seeds: int = 3) -> Task:
+    return Task(title, make, steps, ATTENTION, r=8, alpha=16, warmup=0.1, apart=apart, seeds=seeds)  # type: ignore[arg-type]
+
+
+def factorisation_task(optimizer: str, lowest_rate: float) -> Task:
+    title = f"matrix factorisation, {optimizer}"
+    return Task(title, factorisation.FACTORISATION, 1000, ("product",), 8, 8, lowest_rate, warmup=0.05, seeds=10)
+
+
+DIGITS = image_task("rotated digits", images.DIGITS, 600)
+MNIST = image_task("rotated MNIST", images.MNIST, 810)
+FASHION = image_task("rotated Fashion-MNIST", images.FASHION_MNIST, 860)
+SMALL = text_task("a small LLaMA, from the Bible to Python's reference", text.SMALL, 200)
+REFERENCE = text_task("SmolLM2 on Python's reference", text.REFERENCE, 60, apart=True)
+GLOSSES = text_task("SmolLM2 on WordNet's categories", text.GLOSSES, 60, apart=True)
+ADAMW_FACTORISATION = factorisation_task("AdamW", 1e-4)
+
+
+def factorisations() -> Plan:
+    """Every optimizer on A and B themselves and, by autograd, on two generators; AdamW also inside oplora.AdamW."""
+    optimizers = {
+        "SGD": (torch.optim.SGD, {}, 1e-2),
+        "momentum": (torch.optim.SGD, {"momentum": 0.9}, 1e-3),
+        "Adam": (torch.optim.Adam, {}, 1e-4),
+    }
+    plan: Plan = {}
+    for name, (optimizer, settings, lowest_rate) in optimizers.items():
+        two = eager("two generators", share="factor", optimizer=optimizer, **settings)
+        one = eager("one generator", optimizer=optimizer, **settings)
+        plain = steps_factors("factors", optimizer, **settings)
+        plan[f"factorisation, {name}"] = factorisation_task(name, lowest_rate), methods(plain, two, one)
+    plan["factorisation, AdamW"] = ADAMW_FACTORISATION, methods(LORA, OP_EXACT, OP_LEAN, START_KEPT)
+    return plan
+
+
+def rotations() -> Plan:
+    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
+    few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW") if name in compared}
+    ours = methods(OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
+    return {
+        "mnist": (MNIST, compared),
+        "digits": (DIGITS, compared),
+        "fashion": (FASHION, {**few, **ours}),
+    }
+
+
+def languages() -> Plan:
+    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
+    return {"reference": (REFERENCE, compared), "glosses": (GLOSSES, compared)}
+
+
+def ablations() -> Plan:
+    parts = methods(
+        LORA,
+        eager("OP-LoRA"),
+        eager("linear generator", linear=True),
+        eager("z frozen", frozen=("z",)),
+        eager("z, W1, c1 frozen", frozen=("z", "W1", "c1")),
+        eager("W2 frozen", frozen=("W2",)),
+        eager("trainable rate only", only="trainable rate"),
+        eager("line search only", only="line search"),
+        eager("one MLP for all layers", share="model"),
+        Method("LoRA, as many parameters", LORA.source, LORA.optimizer, rank_factor=33),
+        *(oplora_method(f"H = {H}", hidden_width=H) for H in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
+    )
+    in_one_layer = {name: method for name, method in parts.items() if name != "one MLP for all layers"}
+    in_one_layer.pop("LoRA, as many parameters")  # B A of full rank: the loss is 0
+    return {"mnist": (MNIST, parts), "small": (SMALL, parts), "factorisation": (ADAMW_FACTORISATION, in_one_layer)}
+
+
+def settings() -> Plan:
+    """Tasks to choose by. Others, not looked at here, confirm."""
+    compared = methods(
+        LORA,
+        *(
+            oplora_method(f"{init}, ratio {ratio:g}", init=init, hidden_lr_ratio=ratio)
+            for init in ("paper", "keep")
+            for ratio in (1.0, 0.3, 0.1, 0.03, 0.01)
+        ),
+        *(
+            oplora_method(f"keep, ratio 0.1, latent_std {std:g}", init="keep", hidden_lr_ratio=0.1, latent_std=std)
+            for std in (0.1, 1.0)
+        ),
+        *(
+            oplora_method(f"keep, ratio 0.1, H {H}", init="keep", hidden_lr_ratio=0.1, hidden_width=H)
+            for H in (4, 8, 128, 512)
+        ),
+        *(
+            eager(f"keep, ratio {ratio:g}, W2 from 0", keep=True, zero_start=True, hidden_lr_ratio=ratio)
+            for ratio in (1.0, 0.1, 0.01)
+        ),
+        *(
+            eager(
+                f"keep, ratio {r:g}, W2 from 0, latent_std 1",
+                keep=True,
+                zero_start=True,
+                hidden_lr_ratio=r,
+                latent_std=1.0,
+            )
+            for r in (1.0, 0.1)
+        ),
+    )
+    return {"digits": (DIGITS, compared), "small": (SMALL, compared), "factorisation": (ADAMW_FACTORISATION, compared)}
+
+
+EXPERIMENTS = {
+    "factorisation": factorisations,
+    "images": rotations,
+    "language": languages,
+    "ablations": ablations,
+    "settings": settings,
+}
+TOYS = {
+    "factorisation": Task(
+        "matrix factorisation, 12 x 12", factorisation.TOY, 14, ("product",), 2, 2, 1e-2, 2, 0, 0.1, 2
+    ),
+    "images": Task("noisy pictures, rotated", images.TOY, TOY_STEPS, ("first", "second"), 2, 2, 1e-3, 2, 0, seeds=2),
+    "text": Task("a random LLaMA on counting", text.TOY, TOY_STEPS, ATTENTION, 2, 4, 1e-3, 2, 0, 0.1, seeds=2),
+}
+TOY_OF = {"mnist": "images", "digits": "images", "fashion": "images"}
+
+
+def toys(plan: Plan) -> Plan:
+    """The same methods on a toy for every kind of task."""
+    small: Plan = {}
+    for task, (_, some) in plan.items():
+        kind = TOY_OF.get(task, "factorisation" if task.startswith("factorisation") else "text")
+        small[f"toy {task}" if kind == "factorisation" else f"toy {kind}"] = TOYS[kind], some
+    return small
+
+
+def table(experiment: Experiment) -> str:
+    """Best rate and losses of every method, for the terminal."""
+    lines = []
+    for name, (task, some) in experiment.plan.items():
+        lines.append(f"{task.title:36} {'rate':>8} {'training':>10} {'test':>10}")
+        for method in some:
+            lr = experiment.best_rate(name, method)
+            tests = [
+                row
+                for trial, row in experiment.rows.items()
+                if (trial.task, trial.method, trial.lr, trial.steps) == (name, method, lr, task.steps)
+                and not is_tuning(trial)
+            ]
+            losses = [row["test_loss"] for row in tests]
+            spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+            train = statistics.fmean(row["train_loss"] for row in tests)
+            lines.append(f"  {method:34} {lr:8.2g} {train:10.4f} {statistics.fmean(losses):10.4f} ± {spread:.4f}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> Experiment:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="by default all of the experiment's")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="by default all of the task's")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of a trial")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so many no trial begins")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--fresh", action="store_true", help="run again what the file has")
+    parser.add_argument("--quick", action="store_true", help="toys, two rates: does it run at all?")
+    args = parser.parse_args(arguments)
+    if args.quick and args.output is None:
+        parser.error("--quick needs --output: its rows don't belong among the results")
+    plan = EXPERIMENTS[args.experiment]()
+    if args.quick:
+        plan = toys(plan)
+    for kind, wanted, known in (
+        ("task", args.tasks, plan.keys()),
+        ("method", args.methods, {name for _, some in plan.values() for name in some}),
+    ):
+        if wanted and (unknown := set(wanted) - known):
+            parser.error(f"no {kind} {', '.join(sorted(unknown))}; there are: {'; '.join(known)}")
+    plan = {
+        name: (task, {method: some[method] for method in some if not args.methods or method in args.methods})
+        for name, (task, some) in plan.items()
+        if not args.tasks or name in args.tasks
+    }
+    output = args.output or RESULTS / f"{args.experiment}.json"
+    if args.fresh:
+        output.unlink(missing_ok=True)
+    until = time.monotonic() + 60 * args.minutes
+    experiment = Experiment(
+        args.experiment,
+        plan,
+        output,
+        args.device,
+        args.workers,
+        args.threads,
+        until,
+        "LoRA" if args.experiment == "language" else None,
+    )
+    whole = experiment.run()
+    print(table(experiment) if whole else f"{len(experiment.rows)} trials in {output}, not yet all of them")
+    return experiment
+
+
+if __name__ == "__main__":
+    sys.exit(0 if main() else 1)
