@@ -34,6 +34,7 @@ import oplora.device
 import oplora.exact
 import oplora.sharding
 from oplora.adapters import find_layers
+from oplora.plot import Run
 
 WORLD = 2
 WIDTH = 12
@@ -875,3 +876,27 @@ def partitioned_by_zero_3() -> str:
 def test_factors_partitioned_by_zero_3_are_refused(ranks: Ranks) -> None:
     pytest.importorskip("deepspeed")
     assert all("ZeRO-3" in message for message in ranks.run(partitioned_by_zero_3))
+
+
+# ---- watching ----
+
+
+def watch_under_ddp(folder: Path, shard: bool) -> dict[str, dict[str, float]]:
+    _, optimizer, ddp = set_up(make_chain, shard=shard)
+    monitor = oplora.Monitor(folder, optimizer, every=3)
+    for batch in data(3):
+        train(ddp, optimizer, [batch])
+        monitor(1.0)
+    monitor.close()
+    return oplora.stats(optimizer)
+
+
+@whole_and_sharded
+def test_monitor_writes_every_layer_once(ranks: Ranks, tmp_path: Path, shard: bool) -> None:
+    numbers = ranks.run(watch_under_ddp, tmp_path, shard)
+    run = Run.read(tmp_path)
+    everything = {**numbers[0], **numbers[1]}
+    assert sorted(run.layers) == sorted(everything) and len(run.layers) == 4
+    for name, values in zip(run.layers, run.tables["norm_g"][-1], strict=True):
+        assert values == pytest.approx(everything[name]["norm_g"], rel=1e-5)
+    assert len(list(tmp_path.glob("monitor*.jsonl"))) == (2 if shard else 1)

@@ -137,6 +137,7 @@ def test_public_names_are_the_documented_ones() -> None:
     assert set(oplora.__all__) == {
         "AdamW",
         "Generators",
+        "Monitor",
         "OPLoRAConfig",
         "OPLoRAError",
         "cmmd",

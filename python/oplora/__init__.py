@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .generators import Generators, create_oplora_optimizer
     from .metrics import cmmd
     from .model import merge, wrap
+    from .monitor import Monitor
     from .ops import generate
     from .optim import AdamW
     from .statistics import stats
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "Generators",
+    "Monitor",
     "OPLoRAConfig",
     "OPLoRAError",
     "cmmd",
@@ -37,6 +39,7 @@ __all__ = [
 _HOME = {
     "AdamW": "optim",
     "Generators": "generators",
+    "Monitor": "monitor",
     "OPLoRAConfig": "config",
     "cmmd": "metrics",
     "create_oplora_optimizer": "generators",

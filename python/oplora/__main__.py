@@ -1,4 +1,4 @@
-"""The command line: ``python -m oplora merge BASE ADAPTER OUT``, which needs no torch, and ``export SOURCE OUT``."""
+"""The command line: ``python -m oplora merge BASE ADAPTER OUT``, which needs no torch, ``export`` and ``plot``."""
 
 import argparse
 import signal
@@ -38,11 +38,21 @@ exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. What
 example: python -m oplora export runs/mine loras/mine.safetensors --format kohya --base models/sdxl"""
 
 
+PLOT = """\
+Draw what oplora.Monitor wrote into the folder RUN: the loss, both terms of the paper's section 3.2 over the layers, and
+for every layer over time."""
+
+PICTURE = """\
+exit status: 0 done; 2 refused, with the reason on stderr.
+
+example: python -m oplora plot runs/mine"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
-        options.run(options)
+        options.run_command(options)
     except OPLoRAError as error:
         print(f"oplora: {str(error).removeprefix('oplora.save_adapter: ')}", file=sys.stderr)
         return 2
@@ -57,7 +67,9 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="oplora", description="Work on OP-LoRA and LoRA adapters on disk.")
+    parser = argparse.ArgumentParser(
+        prog="oplora", description="Work on OP-LoRA and LoRA adapters on disk, and look at runs."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_merge(
         commands.add_parser(
@@ -77,7 +89,28 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    _add_plot(
+        commands.add_parser(
+            "plot",
+            help="draw the picture of a run",
+            description=PLOT,
+            epilog=PICTURE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
     return parser
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder with monitor.jsonl, or the file itself")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="picture to write; by default monitor.png in RUN")
+    parser.set_defaults(run_command=_plot)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from .plot import plot_run
+
+    print(plot_run(options.run, options.out))
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +127,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what a PEFT folder adapts, where it does not say: unet, transformer, text_encoder, text_encoder_2",
     )
-    parser.set_defaults(run=_export)
+    parser.set_defaults(run_command=_export)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -122,7 +155,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     parser.set_defaults(
-        run=lambda o: merge_checkpoint(o.base, o.adapter, o.out, overwrite=o.overwrite, progress=not o.quiet)
+        run_command=lambda o: merge_checkpoint(o.base, o.adapter, o.out, overwrite=o.overwrite, progress=not o.quiet)
     )
 
 

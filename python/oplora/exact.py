@@ -4,7 +4,6 @@
 pages of moments that no step has touched (units that never fired) are not resident.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -71,13 +70,11 @@ class ExactState(State):
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
         return self.factors.adopt_edits(parameters, self.generate)
 
-    def step_numbers(self) -> tuple[float, float, float, float]:
-        if (report := self.report) is None:
-            return math.nan, math.nan, math.nan, math.nan
+    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
         h = report[3 : 3 + self.H]
         return float(h.square().sum()), int(h.count_nonzero()), float(report[0]), float(report[2])
 
-    def stats(self) -> dict[str, float]:
+    def stats(self, report: Tensor | None) -> dict[str, float]:
         return {}
 
     def new_layers(self) -> "ExactLayers":

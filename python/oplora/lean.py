@@ -4,7 +4,6 @@ A factor entry costs 4 weight_rank + 2 (moment_rank + 3) bytes in float32, and t
 from the seed at every step. docs/lean.md derives it, csrc/core/adamw_lean.c computes it.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -126,14 +125,11 @@ class LeanState(State):
             for p, master in zip(parameters, self.masters, strict=True)
         ]
 
-    def step_numbers(self) -> tuple[float, float, float, float]:
-        if (report := self.report) is None:
-            return math.nan, math.nan, math.nan, math.nan
+    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
         g_square, _, hidden_square, h_square, live = report[:5].tolist()
         return h_square, int(live), g_square, hidden_square
 
-    def stats(self) -> dict[str, float]:
-        report = self.report
+    def stats(self, report: Tensor | None) -> dict[str, float]:
         dropped = [float("nan")] * 4 if report is None else report[5:].tolist()
         names = ("dropped_moment", "dropped_weight", "dropped_hidden_moment", "dropped_hidden_weight")
         return dict(zip(names, dropped, strict=True))

@@ -64,17 +64,16 @@ class State(ABC):
         """Goes on from what somebody wrote into the factors since the last step; whether users should hear of it."""
 
     @abstractmethod
-    def step_numbers(self) -> tuple[float, float, float, float]:
-        """Of the last step's start: ||h||^2, how many units are on, ||g||^2, and ||.||^2 of the hidden path's gradient;
-        NaN for a layer that has not been stepped."""
+    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+        """Of a report: ||h||^2, how many units are on, ||g||^2, and ||.||^2 of the hidden path's gradient."""
 
     @abstractmethod
     def new_layers(self) -> "Layers":
         """The Layers that this kind of state goes through the core with."""
 
     @abstractmethod
-    def stats(self) -> dict[str, float]:
-        """What oplora.stats tells of this state alone, beside what it tells of every state."""
+    def stats(self, report: Tensor | None) -> dict[str, float]:
+        """What oplora.stats tells of this state alone, beside what it tells of every state; NaN without a report."""
 
     def settings_saved(self) -> dict[str, Any]:
         """What must be the same in the state that is loaded."""

@@ -1,0 +1,210 @@
+"""Watching a run: what the generators of every layer do, written down every few steps.
+
+A run's folder gets monitor.jsonl, a JSON object a line:
+
+    {"format": 1, "layers": [name, ...], "numbers": [name, ...]}     where a run begins, or goes on
+    {"step": 10, "loss": 2.1, "lr": 1e-4, "stats": {"trainable_lr": [a number a layer], ...}}
+    {"step": 10, "loss": 2.1}, {"step": 10, "eval_loss": 2.2}        what transformers' Trainer logs
+
+The numbers are those of oplora.stats, to six digits; null stands for one that is not finite, or not there. Where a run
+went on from a checkpoint, lines of steps that were done again are followed by a header and by newer lines, which count.
+"""
+
+import json
+import math
+import os
+import statistics
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed
+from torch import Tensor
+from transformers import TrainerCallback
+
+from .errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
+from .optim import AdamW
+from .statistics import generators_of, stats
+
+__all__ = ["FILE", "FORMAT", "Monitor"]
+
+FORMAT = 1
+FILE = "monitor.jsonl"
+DIGITS = 6
+
+
+class Monitor(TrainerCallback):  # type: ignore[misc]
+    """Writes down oplora.stats, the loss and the learning rate every few steps; `python -m oplora plot` draws them.
+
+        Trainer(..., callbacks=[oplora.Monitor("runs/mine")])        # finds the optimizer and the losses itself
+
+        monitor = oplora.Monitor("runs/mine", optimizer)             # in a loop of your own
+        for batch in batches:
+            ...
+            optimizer.step()
+            monitor(loss)
+
+    On steps in between nothing is computed, and on a GPU nothing is waited for. With several processes the first
+    writes; with AdamW(shard=True) each writes its own layers, to monitor-RANK.jsonl. Where tensorboard is installed it
+    gets loss, rate and each number's least, middle and greatest over the layers. An existing file is gone on with.
+
+    Args:
+        folder: of the run, made if need be.
+        optimizer: oplora.AdamW, an optimizer of create_oplora_optimizer, or Generators. Not needed under Trainer.
+        every: record each step whose number divides by it, and the first.
+
+    Raises:
+        OPLoRAError: an optimizer that is not oplora's, a folder that cannot be written. Where writing fails later, on a
+            full disk, there is a warning and the training goes on, unwatched.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], optimizer: Any = None, *, every: int = 10) -> None:
+        if not isinstance(every, int) or every < 1:
+            raise OPLoRAValueError(f"oplora.Monitor: every is {every!r}, expected a whole number of at least 1.")
+        self.folder, self.every = Path(folder), every
+        self.optimizer: Any = None
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._count = 0
+        self._writes = True
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / FILE).open("a"):
+                pass
+        except OSError as error:
+            raise OPLoRAFileError(
+                f"oplora.Monitor: cannot write to {self.folder}: {error.strerror}. Choose a folder that can be written."
+            ) from error
+        if optimizer is not None:
+            self._begin(optimizer)
+
+    def __call__(self, loss: float | Tensor | None = None, step: int | None = None) -> None:
+        """After optimizer.step(). loss: a number or a tensor of one, which is only read on steps that are recorded.
+        step: counted from 1; by default one more than in the call before. A loop that goes on from a checkpoint says
+        where it is."""
+        if self.optimizer is None:
+            raise OPLoRATypeError(
+                "oplora.Monitor: whose numbers? Make it with the optimizer, oplora.Monitor(folder, optimizer), or give "
+                "it to transformers' Trainer as a callback."
+            )
+        self._count = self._count + 1 if step is None else step
+        if self._is_due(self._count):
+            self._record(self._count, loss.item() if isinstance(loss, Tensor) else loss)
+
+    def close(self) -> None:
+        """Lets go of the files; they are complete at any time."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._file = self._board = None
+
+    # ---- transformers' Trainer ----
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.optimizer is None and optimizer is not None:
+            self._begin(optimizer)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Between the optimizer's step and the schedule's, so that the rate is the one of the step."""
+        if self.optimizer is None and optimizer is not None:  # DeepSpeed makes it late
+            self._begin(optimizer)
+        if self._is_due(state.global_step + 1):
+            self._record(state.global_step + 1, None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        losses = {name: float(value) for name, value in (logs or {}).items() if name in ("loss", "eval_loss")}
+        if losses and self._file is not None:
+            self._write({"step": state.global_step, **{name: _rounded(loss) for name, loss in losses.items()}})
+            self._to_board(state.global_step, losses)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.close()
+        self.optimizer = None  # the next training's may be another
+
+    # ---- writing ----
+
+    def _begin(self, optimizer: Any) -> None:
+        while not hasattr(optimizer, "generators") and hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+            optimizer = optimizer.optimizer
+        generators = generators_of(optimizer, "oplora.Monitor")
+        self.optimizer = optimizer
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if distributed else 0
+        self._writes = rank == 0 or (isinstance(generators, AdamW) and generators._shards is not None)
+        if not self._writes:
+            return
+        numbers = stats(optimizer)
+        names = dict.fromkeys(name for layer in numbers.values() for name in layer)
+        path = self.folder / (FILE if rank == 0 else f"monitor-{rank}.jsonl")
+        try:
+            _cut_torn_line(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            self._give_up(error)
+            return
+        self._write({"format": FORMAT, "layers": list(numbers), "numbers": list(names)})
+        if rank == 0:
+            self._board = _new_board(self.folder)
+
+    def _is_due(self, step: int) -> bool:
+        return self._file is not None and (step == 1 or step % self.every == 0)
+
+    def _record(self, step: int, loss: float | None) -> None:
+        layers = list(stats(self.optimizer).values())
+        names = dict.fromkeys(name for layer in layers for name in layer)
+        columns = {name: [layer.get(name, math.nan) for layer in layers] for name in names}
+        head: dict[str, float] = {} if loss is None else {"loss": loss}
+        if (groups := getattr(self.optimizer, "param_groups", None)) is not None:
+            head["lr"] = float(groups[0]["lr"])
+        line = {key: _rounded(value) for key, value in head.items()}
+        self._write({"step": step, **line, "stats": {name: list(map(_rounded, c)) for name, c in columns.items()}})
+        self._to_board(step, head, columns)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        warnings.warn(
+            f"oplora.Monitor: cannot write to {self.folder}: {error.strerror}. The training goes on, unwatched.",
+            stacklevel=4,
+        )
+        self._file = None
+
+    def _to_board(self, step: int, head: dict[str, float], columns: dict[str, list[float]] | None = None) -> None:
+        if self._board is None:
+            return
+        for name, value in head.items():
+            self._board.add_scalar(name, value, step)
+        for name, column in (columns or {}).items():
+            if known := [value for value in column if math.isfinite(value)]:
+                for what, value in (("min", min(known)), ("median", statistics.median(known)), ("max", max(known))):
+                    self._board.add_scalar(f"{name}/{what}", value, step)
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Takes away what a killed process left of a line."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+
+
+def _new_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))

@@ -1,0 +1,231 @@
+"""The picture of a run, from what oplora.Monitor wrote: ``python -m oplora plot RUN``."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+
+__all__ = ["Run", "plot_run"]
+
+FILE = "monitor.jsonl"
+TERMS = {"trainable_lr": "trainable learning rate, ‖h‖²", "line_search": "line search, ‖Jᵀg‖² / ‖g‖²"}
+LABELLED_LAYERS = 40
+DECADES = 6  # below the greatest value; what is smaller does not matter
+
+
+# ---- reading ----
+
+
+@dataclass
+class Part:
+    """One file: of the only process, or of one that holds a share of the layers."""
+
+    layers: list[str] = field(default_factory=list)
+    stats: dict[int, dict[str, list[float | None]]] = field(default_factory=dict)  # by step, by number, a layer each
+    losses: dict[str, dict[int, float]] = field(default_factory=lambda: {"loss": {}, "eval_loss": {}})
+
+    @classmethod
+    def read(cls, file: Path) -> "Part":
+        part = cls()
+        text = file.read_text(encoding="utf-8")
+        begun = False  # a header came: the step after it is where the run went on
+        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):  # not what was torn
+            try:
+                record = json.loads(line)
+                if "layers" in record:
+                    part.layers, begun = list(record["layers"]), True
+                    continue
+                if begun:
+                    part.forget_from(record["step"])
+                    begun = False
+                part.take(record)
+            except (ValueError, TypeError, KeyError) as error:
+                raise OPLoRAFileError(
+                    f"oplora plot: line {number} of {file} is none that oplora.Monitor wrote. Was the file edited?"
+                ) from error
+        return part
+
+    def take(self, record: dict[str, Any]) -> None:
+        step = int(record["step"])
+        for name, losses in self.losses.items():
+            if name in record:
+                losses[step] = math.nan if record[name] is None else float(record[name])
+        if "stats" in record:
+            if any(len(column) != len(self.layers) for column in record["stats"].values()):
+                raise ValueError("a number for every layer")
+            self.stats[step] = record["stats"]
+
+    def forget_from(self, step: int) -> None:
+        self.stats = {known: line for known, line in self.stats.items() if known < step}
+        for name, losses in self.losses.items():
+            self.losses[name] = {known: loss for known, loss in losses.items() if known < step}
+
+    def row(self, step: int, name: str) -> list[float]:
+        column = self.stats.get(step, {}).get(name, [None] * len(self.layers))
+        return [math.nan if value is None else float(value) for value in column]
+
+
+@dataclass
+class Run:
+    """steps (n,), names of the layers (m), each number of oplora.stats as a table (n, m) with NaN where there is none;
+    "loss" and "eval_loss" by step."""
+
+    steps: list[int]
+    layers: list[str]
+    tables: dict[str, np.ndarray]
+    losses: dict[str, dict[int, float]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Run":
+        """Of a folder, or of one file.
+
+        Raises:
+            OPLoRAError: nothing there, no step recorded, a line that is not the Monitor's.
+        """
+        files = [path] if path.is_file() else [path / FILE, *sorted(path.glob("monitor-*.jsonl"))]
+        if not files[0].exists():
+            raise OPLoRAFileError(
+                f"oplora plot: there is no {files[0]}. Train with oplora.Monitor({str(path)!r}, optimizer), or name "
+                "the folder of a run that was."
+            )
+        parts = [Part.read(file) for file in files]
+        steps = sorted(set().union(*(part.stats for part in parts)))
+        if not steps:
+            raise OPLoRAValueError(f"oplora plot: {files[0]} holds no step yet.")
+        names = dict.fromkeys(name for part in parts for line in part.stats.values() for name in line)
+        tables = {
+            name: np.array([[value for part in parts for value in part.row(step, name)] for step in steps])
+            for name in names
+        }
+        losses = {
+            name: {k: v for part in parts for k, v in part.losses[name].items()} for name in ("loss", "eval_loss")
+        }
+        return cls(steps, [name for part in parts for name in part.layers], tables, losses)
+
+
+# ---- drawing ----
+
+
+def plot_run(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
+    """Draws the run in folder `path` into `out` (any format that matplotlib writes), by default monitor.png beside it;
+    returns where.
+
+    Raises:
+        OPLoRAError: no run there, no matplotlib, a picture that cannot be written.
+    """
+    source = Path(path)
+    run = Run.read(source)
+    target = (source.parent if source.is_file() else source) / "monitor.png" if out is None else Path(out)
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise OPLoRAError("oplora plot: matplotlib is not installed. Run: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    figure = _draw(run)
+    try:
+        figure.savefig(target, dpi=120)
+    except (OSError, ValueError) as error:
+        raise OPLoRAFileError(f"oplora plot: cannot write {target}: {error}") from error
+    return target
+
+
+def _draw(run: Run) -> Any:
+    from matplotlib.figure import Figure
+
+    terms = [name for name in TERMS if name in run.tables]
+    dropped = [name for name in run.tables if name.startswith("dropped_") and not np.isnan(run.tables[name]).all()]
+    tall = min(8.0, 1.2 + 0.14 * min(len(run.layers), LABELLED_LAYERS))
+    heights = [2.2, 2.2, *([1.8] if dropped else []), *([tall] * len(terms))]
+    figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
+    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _draw_losses(axes[0], run)
+    _draw_bands(axes[1], run, TERMS)
+    if dropped:
+        _draw_bands(axes[2], run, {name: name.replace("_", " ") for name in dropped}, ylabel="share dropped")
+    for axis, name in zip(axes[-len(terms) :], terms, strict=True):
+        _draw_map(figure, axis, run, name)
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def _draw_losses(axes: Any, run: Run) -> None:
+    for name, style in (("loss", "-"), ("eval_loss", "o-")):
+        if losses := run.losses[name]:
+            axes.plot(list(losses), list(losses.values()), style, ms=3, label=name.replace("_", " "))
+    axes.set_ylabel("loss")
+    if any(run.losses.values()):
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no loss was given to the monitor", ha="center", transform=axes.transAxes)
+
+
+def _draw_bands(axes: Any, run: Run, names: dict[str, str], ylabel: str = "over the layers") -> None:
+    """The middle of all layers as a line, 10% to 90% of them as a band."""
+    greatest = 0.0
+    for i, (name, label) in enumerate(names.items()):
+        if name not in run.tables:
+            continue
+        low, middle, high = _quantiles(run.tables[name])
+        axes.plot(run.steps, middle, marker="." if len(run.steps) < 3 else None, color=f"C{i}", label=label)
+        axes.fill_between(run.steps, low, high, color=f"C{i}", alpha=0.2, lw=0)
+        greatest = np.nanmax(np.append(high, greatest))
+    if greatest > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], greatest / 10**DECADES))
+    axes.set_ylabel(ylabel)
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _quantiles(table: np.ndarray) -> np.ndarray:
+    """(3, steps); NaN where no layer has a value."""
+    known = [row[~np.isnan(row)] for row in table]
+    return np.array([np.quantile(row, [0.1, 0.5, 0.9]) if len(row) else [math.nan] * 3 for row in known]).T
+
+
+def _draw_map(figure: Any, axes: Any, run: Run, name: str) -> None:
+    from matplotlib.colors import LogNorm
+
+    table = run.tables[name].T
+    positive = table[table > 0]
+    scale = None
+    if len(positive):
+        lowest = max(positive.min(), positive.max() / 10**DECADES)
+        scale = LogNorm(lowest, max(positive.max(), 1.001 * lowest), clip=True)
+    mesh = axes.pcolormesh(_edges(run.steps), np.arange(len(table) + 1), np.where(table > 0, table, np.nan), norm=scale)
+    figure.colorbar(mesh, ax=axes, pad=0.01)
+    axes.set_title(TERMS[name], loc="left", fontsize="medium")
+    shown = range(0, len(run.layers), math.ceil(len(run.layers) / LABELLED_LAYERS))
+    labels = shortened(run.layers)
+    axes.set_yticks([i + 0.5 for i in shown], [labels[i] for i in shown], fontsize=6)
+    axes.invert_yaxis()
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    """Of columns around their steps."""
+    middles = (np.array(steps[1:]) + np.array(steps[:-1])) / 2
+    first, last = (middles[0] - steps[0], steps[-1] - middles[-1]) if len(steps) > 1 else (0.5, 0.5)
+    return np.concatenate([[steps[0] - first], middles, [steps[-1] + last]])
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """Without the dotted parts that all have in common, in front and behind; something of each stays."""
+    split = [name.split(".") for name in names]
+    front, behind = _in_common(split), _in_common([parts[::-1] for parts in split])
+    return [".".join(parts[front : max(len(parts) - behind, front + 1)] or parts[-1:]) for parts in split]
+
+
+def _in_common(split: Sequence[Sequence[str]]) -> int:
+    """How many first parts all have."""
+    count = 0
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        count += 1
+    return count

@@ -1,0 +1,319 @@
+"""oplora.Monitor: what it writes down, when, and what it does where it cannot; python -m oplora plot."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_trainer
+import torch
+from conftest import Net, batches, make_model
+from PIL import Image
+from torch import Tensor, nn
+
+import oplora
+from oplora.__main__ import main
+from oplora.plot import Run, shortened
+
+STATES = {
+    "lean": lambda model: oplora.AdamW(model, lr=1e-2),
+    "exact": lambda model: oplora.AdamW(model, lr=1e-2, state="exact"),
+    "general": lambda model: oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=1e-2),
+}
+every_state = pytest.mark.parametrize("make_optimizer", STATES.values(), ids=STATES)
+
+
+def watched(folder: Path, steps: int, every: int = 10, first: int = 1, make_optimizer: Any = STATES["lean"]) -> Any:
+    """A loop of one's own; returns the optimizer and the losses."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    monitor = oplora.Monitor(folder, optimizer, every=every)
+    losses = []
+    for step, (x, y) in enumerate(batches(steps, torch.float32), first):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        monitor(loss, step if first > 1 else None)
+        losses.append(loss.item())
+    monitor.close()
+    return optimizer, losses
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "monitor.jsonl").read_text().splitlines()]
+
+
+# ---- in a loop of one's own ----
+
+
+@every_state
+def test_last_line_holds_what_stats_says(tmp_path: Path, make_optimizer: Any) -> None:
+    optimizer, losses = watched(tmp_path, 4, every=4, make_optimizer=make_optimizer)
+    header, _, last = lines(tmp_path)
+    numbers = oplora.stats(optimizer)
+    assert header["layers"] == list(numbers)
+    assert last["loss"] == pytest.approx(losses[-1], rel=1e-5) and last["lr"] == 1e-2
+    assert header["numbers"] == list(last["stats"])
+    for name, column in last["stats"].items():
+        assert column == pytest.approx([layer[name] for layer in numbers.values()], rel=1e-5)
+
+
+def test_first_step_and_every_nth_are_recorded(tmp_path: Path) -> None:
+    watched(tmp_path, 9, every=4)
+    assert [line["step"] for line in lines(tmp_path)[1:]] == [1, 4, 8]
+
+
+def test_nothing_is_computed_on_steps_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monitor = oplora.Monitor(tmp_path, oplora.AdamW(model), every=1000)
+    monkeypatch.setattr(oplora.monitor, "stats", lambda _: pytest.fail("stats were asked for"))
+    monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("a tensor was read"))
+    for step in range(2, 1000):
+        monitor(torch.zeros(()), step)
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    optimizer = oplora.AdamW(make_model())  # not stepped: its numbers are NaN
+    oplora.Monitor(tmp_path, optimizer)(math.nan)
+    record = lines(tmp_path)[-1]
+    assert record["loss"] is None and record["stats"]["trainable_lr"] == [None, None]
+    run = Run.read(tmp_path)
+    assert np.isnan(run.tables["trainable_lr"]).all() and math.isnan(run.losses["loss"][1])
+
+
+def test_layers_of_other_kinds_share_a_table(tmp_path: Path) -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.first = nn.Embedding(7, 5), nn.Linear(5, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.first(self.words(ids))
+
+    model = oplora.wrap(Embedded(), oplora.OPLoRAConfig(r=2, target_modules=["words", "first"], use_dora=True))
+    oplora.Monitor(tmp_path, oplora.AdamW(model))(1.0)
+    run = Run.read(tmp_path)
+    assert all(table.shape == (1, 2) for table in run.tables.values())
+
+
+def test_each_line_is_there_as_soon_as_the_step_is_done(tmp_path: Path) -> None:
+    monitor = oplora.Monitor(tmp_path, oplora.AdamW(make_model()), every=1)
+    monitor(1.0)
+    assert lines(tmp_path)[-1]["step"] == 1  # no close()
+
+
+@every_state
+def test_stats_fetch_as_often_from_many_layers_as_from_few(
+    monkeypatch: pytest.MonkeyPatch, make_optimizer: Any
+) -> None:
+    def fetches(layers: int) -> int:
+        model = oplora.wrap(nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers))), oplora.OPLoRAConfig(r=2))
+        optimizer = make_optimizer(model)
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        calls = []
+        with monkeypatch.context() as patch:
+            for owner, name in ((Tensor, "cpu"), (oplora.statistics, "_fetched")):
+                fetch = getattr(owner, name)
+                patch.setattr(owner, name, lambda tensors, fetch=fetch: (calls.append(0), fetch(tensors))[1])
+            oplora.stats(optimizer)
+        return len(calls)
+
+    assert 0 < fetches(20) == fetches(3)
+
+
+# ---- going on ----
+
+
+def test_run_that_went_on_from_a_checkpoint_has_every_step_once(tmp_path: Path) -> None:
+    watched(tmp_path, 12, every=2)
+    watched(tmp_path, 8, every=2, first=9)  # from step 8's checkpoint
+    run = Run.read(tmp_path)
+    assert run.steps == [1, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert run.losses["loss"].keys() == set(run.steps)
+
+
+def test_new_run_in_an_old_folder_is_read_alone(tmp_path: Path) -> None:
+    watched(tmp_path, 12, every=2)
+    watched(tmp_path, 4, every=2)
+    assert Run.read(tmp_path).steps == [1, 2, 4]
+
+
+def test_line_torn_by_a_kill_is_cut_before_the_next(tmp_path: Path) -> None:
+    watched(tmp_path, 4, every=2)
+    with (tmp_path / "monitor.jsonl").open("a") as file:
+        file.write('{"step":6,"sta')
+    assert Run.read(tmp_path).steps == [1, 2, 4]
+    watched(tmp_path, 2, every=2, first=5)
+    assert Run.read(tmp_path).steps == [1, 2, 4, 6]
+
+
+# ---- transformers' Trainer ----
+
+
+def test_trainer_needs_the_callback_alone(tmp_path: Path) -> None:
+    model = test_trainer.make_model()
+    trainer = test_trainer.make_trainer(
+        tmp_path, model, test_trainer.as_optimizer(model), eval_strategy="steps", eval_steps=4
+    )
+    trainer.add_callback(oplora.Monitor(tmp_path, every=3))
+    losses = test_trainer.run(trainer)
+    run = Run.read(tmp_path)
+    assert run.steps == [1, 3, 6]
+    assert list(run.losses["loss"].values()) == pytest.approx(losses, rel=1e-5)
+    assert list(run.losses["eval_loss"]) == [4, 8]
+
+
+def test_trainer_records_the_rate_of_the_step(tmp_path: Path) -> None:
+    model = test_trainer.make_model()
+    trainer = test_trainer.make_trainer(
+        tmp_path, model, test_trainer.as_class(model), lr_scheduler_type="linear", max_steps=4
+    )
+    trainer.add_callback(oplora.Monitor(tmp_path, every=1))
+    trainer.train()
+    assert [line["lr"] for line in lines(tmp_path) if "lr" in line] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_monitor_changes_no_bit_of_the_training(tmp_path: Path) -> None:
+    losses = [watched(tmp_path / str(every), 12, every=every)[1] for every in (1, 100)]
+    assert losses[0] == losses[1]
+
+
+# ---- TensorBoard ----
+
+
+def test_tensorboard_gets_least_middle_and_greatest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars = {}
+
+    class Board:
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            scalars[name] = value
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(oplora.monitor, "_new_board", lambda _: Board())
+    optimizer, losses = watched(tmp_path, 2, every=2)
+    values = [layer["norm_g"] for layer in oplora.stats(optimizer).values()]
+    assert scalars["loss"] == losses[-1]
+    assert [scalars[f"norm_g/{what}"] for what in ("min", "median", "max")] == pytest.approx(
+        [min(values), sum(values) / 2, max(values)]
+    )
+
+
+def test_without_tensorboard_lines_are_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    watched(tmp_path, 2, every=2)
+    assert len(lines(tmp_path)) == 3
+
+
+# ---- what cannot be ----
+
+
+def test_other_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"oplora\.Monitor: expected an oplora optimizer .* got SGD"):
+        oplora.Monitor(tmp_path, torch.optim.SGD(Net().parameters()))
+
+
+def test_call_without_an_optimizer_says_how_to_give_one(tmp_path: Path) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"oplora\.Monitor\(folder, optimizer\)"):
+        oplora.Monitor(tmp_path)(1.0)
+
+
+@pytest.mark.parametrize("every", [0, -3, 2.5])
+def test_steps_between_records_are_checked(tmp_path: Path, every: Any) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=f"every is {every}"):
+        oplora.Monitor(tmp_path, every=every)
+
+
+def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(oplora.OPLoRAError, match=r"cannot write to .*run: "):
+        oplora.Monitor(tmp_path / "run")
+
+
+def test_full_disk_ends_the_watching_and_not_the_training(tmp_path: Path) -> None:
+    class Full:
+        def write(self, _: str) -> None:
+            raise OSError(28, "No space left on device")
+
+    monitor = oplora.Monitor(tmp_path, oplora.AdamW(make_model()), every=1)
+    monitor._file = Full()
+    with pytest.warns(UserWarning, match="No space left on device. The training goes on"):
+        monitor(1.0)
+    monitor(1.0)  # silently
+
+
+# ---- the picture ----
+
+
+def made_up_run(folder: Path, layers: int, steps: int) -> None:
+    names = [f"model.layers.{i}.q_proj" for i in range(layers)]
+    text = [{"format": 1, "layers": names, "numbers": ["trainable_lr", "line_search", "dropped_weight"]}]
+    for step in range(1, steps + 1):
+        columns = {name: [float(step)] * layers for name in text[0]["numbers"]}
+        text.append({"step": step, "loss": 1 / step, "stats": columns})
+    (folder / "monitor.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+
+
+@pytest.mark.parametrize(("layers", "steps"), [(1, 1), (200, 3), (3, 40)])
+def test_plot_draws_runs_of_any_size(
+    tmp_path: Path, layers: int, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up_run(tmp_path, layers, steps)
+    assert main(["plot", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "monitor.png")
+    assert min(Image.open(tmp_path / "monitor.png").size) > 500
+
+
+def test_plot_draws_a_run_that_was_not_stepped(tmp_path: Path) -> None:
+    oplora.Monitor(tmp_path, oplora.AdamW(make_model()))()
+    assert main(["plot", str(tmp_path), str(tmp_path / "picture.pdf")]) == 0
+    assert (tmp_path / "picture.pdf").stat().st_size > 1000
+
+
+def test_shares_of_the_layers_are_drawn_together(tmp_path: Path) -> None:
+    made_up_run(tmp_path, 2, 3)
+    (tmp_path / "monitor.jsonl").rename(tmp_path / "monitor-1.jsonl")
+    made_up_run(tmp_path, 3, 3)
+    run = Run.read(tmp_path)
+    assert len(run.layers) == 5 and run.tables["line_search"].shape == (3, 5)
+    assert len(run.losses["loss"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no .*monitor.jsonl. Train with oplora.Monitor"),
+        ("", "holds no step yet"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\nsomething\n', "line 2 of .*monitor.jsonl"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1, "stats": {"norm_g": [1, 2]}}\n', "line 2 of"),
+    ],
+)
+def test_plot_says_what_is_wrong(
+    tmp_path: Path, content: str | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "monitor.jsonl").write_text(content)
+    assert main(["plot", str(tmp_path)]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_plot_without_matplotlib_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made_up_run(tmp_path, 1, 1)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_layer_names_lose_what_all_have_in_common() -> None:
+    assert shortened(["model.layers.0.q.default", "model.layers.11.v.default"]) == ["0.q", "11.v"]
+    assert shortened(["model.q_proj"]) == ["q_proj"]
+    assert shortened(["a", "a.b"]) == ["a", "b"]
