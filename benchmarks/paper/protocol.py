@@ -8,8 +8,8 @@ fresh seeds on test data.
    test data, which no choice has seen either.
 
 3. Equal seconds, where the experiment asks for it. A training step of each method is timed in turns with one of the
-   baseline's, in one process; then each trains once more with the test seeds, at its best rate, for as many steps as
-   fit into the baseline's time, with the schedule stretched or shrunk to them.
+   baseline's, in one process; where they differ by more than the rounds do, the method trains once more with the test
+   seeds, at its best rate, for as many steps as fit into the baseline's time, and the schedule is fitted to them.
 
 A trial is known by task, method, rate, seed and steps; what the result's file has is not run again, so a run that was
 cut short goes on where it was. Data, their order and the adapter's start depend on the seed alone.
@@ -150,6 +150,10 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
     problem, model, optimizer = training.problem, training.model, training.optimizer
     scheduler = LambdaLR(optimizer, lambda step: task.schedule(step, trial.steps))
     losses: list[float] = []
+    on_gpu = device != "cpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     begin = time.perf_counter()
     with harness.PeakMemory() as peak:
         while len(losses) < trial.steps:
@@ -158,6 +162,7 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
                 break
             scheduler.step()
     seconds = time.perf_counter() - begin
+    peak_bytes = torch.cuda.max_memory_allocated(device) - before if on_gpu else peak.bytes
     whole = math.isfinite(losses[-1])
     split = "validation" if is_tuning(trial) else "test"
     measured = finite(problem.measure(model, split)) if whole else {"loss": math.inf}
@@ -173,7 +178,7 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
         "diverged_at": None if whole else len(losses) - 1,
         "adapter_numbers": sum(p.numel() for p in trained),
         "held_bytes": held,
-        "peak_bytes": peak.bytes if task.apart and device == "cpu" else None,
+        "peak_bytes": peak_bytes if task.apart else None,  # beside the model with its adapter
         "seconds": seconds,
         "threads": threads,
     }
@@ -323,7 +328,10 @@ class Experiment:
             }
             self.ratios[task, method] = row
             self.save()
-        return max(1, round(settings.steps / self.ratios[task, method]["ratio"]))
+        row = self.ratios[task, method]
+        if row["ratio_20"] <= 1 <= row["ratio_80"]:  # no difference to measure
+            return settings.steps
+        return max(1, round(settings.steps / row["ratio"]))
 
     def run_all(self, trials: Sequence[Trial]) -> bool:
         """Whether time was left for all."""

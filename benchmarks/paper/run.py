@@ -86,8 +86,9 @@ def factorisations() -> Plan:
 
 
 def rotations() -> Plan:
-    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
-    few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW") if name in compared}
+    scaled = oplora_method("OP-ScaledAdamW", precondition=1e-6)
+    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, START_KEPT)
+    few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW")}
     ours = methods(OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
     return {
         "mnist": (MNIST, compared),
@@ -221,9 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> Experiment:
         plan = toys(plan)
     for kind, wanted, known in (
         ("task", args.tasks, plan.keys()),
-        ("method", args.methods, {name for _, some in plan.values() for name in some}),
+        ("method", args.methods, dict.fromkeys(name for _, some in plan.values() for name in some)),
     ):
-        if wanted and (unknown := set(wanted) - known):
+        if wanted and (unknown := set(wanted) - set(known)):
             parser.error(f"no {kind} {', '.join(sorted(unknown))}; there are: {'; '.join(known)}")
     plan = {
         name: (task, {method: some[method] for method in some if not args.methods or method in args.methods})
