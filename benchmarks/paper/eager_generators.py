@@ -77,6 +77,7 @@ class EagerOPLoRA(Optimizer):
     only: None, "trainable rate" or "line search".
     keep: A and B keep the start that they have, and the generator adds to it (from 0 on).
     zero_start: W2 starts at 0 also in the rows that predict A; needs keep.
+    hidden_lr_ratio: the rate of z, W1 and c1 is lr times this; or hidden_lr, whatever lr is.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class EagerOPLoRA(Optimizer):
         keep: bool = False,
         zero_start: bool = False,
         hidden_lr_ratio: float = 1.0,
+        hidden_lr: float | None = None,
         **settings: Any,
     ) -> None:
         rng = torch.Generator().manual_seed(seed)
@@ -127,7 +129,8 @@ class EagerOPLoRA(Optimizer):
             for parameter in parameters[name]:
                 parameter.requires_grad_(False)
         groups = []
-        for names, rate in ((("z", "W1", "c1"), hidden_lr_ratio * lr), (("W2", "c2"), lr)):
+        of_hidden = hidden_lr_ratio * lr if hidden_lr is None else hidden_lr
+        for names, rate in ((("z", "W1", "c1"), of_hidden), (("W2", "c2"), lr)):
             if some := [p for name in names for p in parameters[name] if p.requires_grad]:
                 groups.append({"params": some, "lr": rate})
         self.inner = optimizer(groups, lr=lr, **settings)

@@ -12,6 +12,7 @@ them. README.md says what has to be installed, and explains the columns.
 """
 
 import argparse
+import dataclasses
 import math
 import os
 import statistics
@@ -114,11 +115,12 @@ def ablations() -> Plan:
         eager("line search only", only="line search"),
         eager("one MLP for all layers", share="model"),
         Method("LoRA, as many parameters", LORA.source, LORA.optimizer, rank_factor=33),
-        *(oplora_method(f"H = {H}", hidden_width=H) for H in (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
+        *(oplora_method(f"H = {H}", hidden_width=H) for H in (4, 32, 256, 2048)),
     )
     in_one_layer = {name: method for name, method in parts.items() if name != "one MLP for all layers"}
     in_one_layer.pop("LoRA, as many parameters")  # B A of full rank: the loss is 0
-    return {"mnist": (MNIST, parts), "small": (SMALL, parts), "factorisation": (ADAMW_FACTORISATION, in_one_layer)}
+    mnist = dataclasses.replace(MNIST, tuning_seeds=1)
+    return {"mnist": (mnist, parts), "small": (SMALL, parts), "factorisation": (ADAMW_FACTORISATION, in_one_layer)}
 
 
 def settings() -> Plan:
@@ -151,6 +153,17 @@ def settings() -> Plan:
                 latent_std=1.0,
             )
             for r in (1.0, 0.1)
+        ),
+        *(
+            eager(
+                f"keep, hidden lr {lr:g}, W2 from 0, latent_std {std:g}",
+                keep=True,
+                zero_start=True,
+                hidden_lr=lr,
+                latent_std=std,
+            )
+            for lr in (1e-4, 1e-3, 1e-2)
+            for std in (0.01, 1.0)
         ),
     )
     return {"digits": (DIGITS, compared), "small": (SMALL, compared), "factorisation": (ADAMW_FACTORISATION, compared)}

@@ -1,0 +1,334 @@
+"""benchmarks/paper: its protocol does what it says, and every experiment runs. Their figures are nobody's test."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+from torch import Tensor, nn
+
+PAPER = ROOT / "benchmarks" / "paper"
+sys.path.insert(0, str(PAPER))
+
+import eager_generators  # noqa: E402
+import factorisation  # noqa: E402
+import figures  # noqa: E402
+import images  # noqa: E402
+import methods  # noqa: E402
+import protocol  # noqa: E402
+import run  # noqa: E402
+import text  # noqa: E402
+
+EVIDENCE = ROOT / "docs" / "evidence.md"
+
+# ---- the protocol, on trials that are made up ----
+
+TASK = protocol.Task("made up", lambda seed: None, 10, ("q",), 2, 2, lowest_rate=1e-3, rates=3, growth=2, seeds=2)
+
+
+def made_up(tmp_path: Path, loss: Any, task: protocol.Task = TASK, **settings: Any) -> protocol.Experiment:
+    """An experiment whose trials say `loss` of themselves instead of training."""
+    plan = {"task": (task, run.methods(methods.LORA, methods.OP_LEAN))}
+    experiment = protocol.Experiment("made up", plan, tmp_path / "made-up.json", **settings)
+
+    def run_all(trials: list[protocol.Trial]) -> bool:
+        for trial in trials:
+            split = "validation" if protocol.is_tuning(trial) else "test"
+            numbers = {f"{split}_loss": loss(trial), "train_loss": loss(trial)}
+            experiment.rows[trial] = {"kind": "trial", **vars(trial), **numbers}
+        experiment.save()
+        return True
+
+    experiment.run_all = run_all  # type: ignore[method-assign]
+    return experiment
+
+
+def distance_from(best: float) -> Any:
+    return lambda trial: abs(math.log10(trial.lr / best))
+
+
+def test_rates_are_three_to_a_decade() -> None:
+    assert [TASK.rate(i) for i in (-1, 0, 1, 2, 3)] == [4.6e-4, 1e-3, 2.2e-3, 4.6e-3, 1e-2]
+
+
+def test_best_rate_has_the_least_validation_loss(tmp_path: Path) -> None:
+    experiment = made_up(tmp_path, distance_from(2.2e-3))
+    assert experiment.run()
+    assert [experiment.best_rate("task", m) for m in ("LoRA", "OP-LoRA, lean")] == [2.2e-3, 2.2e-3]
+
+
+@pytest.mark.parametrize(("best", "found"), [(1e-2, 1e-2), (1e-1, 2.2e-2 * 4.6 / 2.2), (1e-9, 4.6e-5)])
+def test_grid_grows_where_the_best_is_at_its_edge_and_ends_somewhere(tmp_path: Path, best: float, found: float) -> None:
+    experiment = made_up(tmp_path, distance_from(best))
+    experiment.run()
+    tuned = experiment.tuned("task", "LoRA")
+    assert len(tuned) <= 3 + 2 * 2 and experiment.best_rate("task", "LoRA") in (found, max(map(TASK.rate, tuned)))
+
+
+def test_losses_that_are_infinite_are_never_best(tmp_path: Path) -> None:
+    experiment = made_up(tmp_path, lambda trial: math.inf if trial.lr > 1e-3 else 5.0)
+    experiment.run()
+    assert experiment.best_rate("task", "LoRA") <= 1e-3
+
+
+def test_tests_have_seeds_that_tuning_has_not(tmp_path: Path) -> None:
+    experiment = made_up(tmp_path, distance_from(2.2e-3))
+    experiment.run()
+    tuning = {trial.seed for trial in experiment.rows if protocol.is_tuning(trial)}
+    tests = {trial.seed for trial in experiment.rows if not protocol.is_tuning(trial)}
+    assert tests == {1, 2} and tuning.isdisjoint(tests)
+
+
+def test_best_is_of_the_mean_over_tuning_seeds(tmp_path: Path) -> None:
+    task = protocol.dataclasses.replace(TASK, tuning_seeds=2, growth=0)
+    by_seed = {1000: {1e-3: 0.0, 2.2e-3: 1.0, 4.6e-3: 2.0}, 1001: {1e-3: 5.0, 2.2e-3: 1.0, 4.6e-3: 2.0}}
+    experiment = made_up(tmp_path, lambda trial: by_seed.get(trial.seed, {}).get(trial.lr, 0.0), task)
+    experiment.run()
+    assert experiment.best_rate("task", "LoRA") == 2.2e-3
+
+
+def test_equal_seconds_are_fewer_steps_where_a_step_is_measurably_slower(tmp_path: Path) -> None:
+    experiment = made_up(tmp_path, distance_from(2.2e-3), equal_seconds="LoRA")
+    names = {"kind": "step time", "task": "task", "method": "OP-LoRA, lean"}
+    for ratio, within, steps in ((2.0, 0.1, {10, 5}), (1.1, 0.2, {10})):
+        experiment.rows.clear()
+        row = {**names, "ratio": ratio, "ratio_20": ratio - within, "ratio_80": ratio + within}
+        experiment.ratios = {("task", "OP-LoRA, lean"): row}
+        experiment.run()
+        assert {trial.steps for trial in experiment.rows if trial.method == "OP-LoRA, lean"} == steps
+        assert {trial.steps for trial in experiment.rows if trial.method == "LoRA"} == {10}
+
+
+def test_schedule_warms_up_and_ends_at_nothing() -> None:
+    task = protocol.dataclasses.replace(TASK, warmup=0.1)
+    rates = [task.schedule(step, 40) for step in range(41)]
+    assert rates[:4] == [0.2, 0.4, 0.6, 0.8] and rates[4] == 1.0 and rates[40] == 0.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert [task.schedule(step, 1) for step in range(2)] == [0.5, 0.0]
+
+
+def test_curve_ends_at_the_last_step_and_keeps_the_mean() -> None:
+    losses = [float(i) for i in range(100)]
+    curve = protocol.curve(losses)
+    assert len(curve) == protocol.CURVE and curve[-1][0] == 100
+    ends = [0, *(end for end, _ in curve)]
+    assert sum(mean * (b - a) for (_, mean), a, b in zip(curve, ends, ends[1:], strict=False)) == pytest.approx(4950)
+
+
+# ---- every experiment runs ----
+
+FEW = {"ablations": ["LoRA", "one MLP for all layers", "line search only", "H = 4"]}
+FEW["settings"] = ["LoRA", "keep, ratio 0.1, H 8", "keep, ratio 1, W2 from 0, latent_std 1"]
+
+
+@pytest.mark.parametrize("name", run.EXPERIMENTS)
+def test_experiment_runs_and_is_not_run_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name == "language":
+        pytest.importorskip("lora_pro")
+        pytest.importorskip("pytorch_optimizer")
+    command = [name, "--quick", "--workers", "2", "--output", str(tmp_path / f"{name}.json")]
+    command += ["--methods", *FEW[name]] if name in FEW else []
+    experiment = run.main(command)
+    rows = json.loads(experiment.output.read_text())
+    assert {(row["task"], row["method"]) for row in rows if row["kind"] == "trial"} == set(experiment.pairs())
+    assert all(row["test_loss"] > 0 for row in rows if row["kind"] == "trial" and row["seed"] < 1000)
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(protocol.Experiment, "run_all", lambda *_: pytest.fail("a trial was run again"))
+    run.main(command)
+    assert capsys.readouterr().out == printed
+
+
+def test_run_that_is_out_of_time_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["images", "--quick", "--methods", "LoRA", "--output", str(tmp_path / "images.json")]
+    run.main([*command, "--minutes", "0"])
+    assert "not yet all of them" in capsys.readouterr().out
+
+
+def test_unknown_method_is_refused_with_those_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["images", "--methods", "LoRa"])
+    assert "no method LoRa; there are: LoRA; " in capsys.readouterr().err
+
+
+def test_training_that_diverges_has_infinite_losses() -> None:
+    trial = protocol.Trial("toy", "LoRA", 1e30, 1000, 6)
+    row = protocol.run(trial, run.TOYS["images"], methods.LORA, "cpu", 1)
+    assert row["validation_loss"] == row["train_loss"] == math.inf and row["diverged_at"] < 6
+
+
+# ---- what is compared ----
+
+
+def test_methods_share_data_order_and_start() -> None:
+    rows = []
+    for method in (methods.LORA, methods.START_KEPT):
+        training = protocol.Training.of(run.TOYS["images"], method, 1e-3, 3, "cpu")
+        rows.append([training.problem.loss(training.model).item(), *map(float, next(training.problem.order)[:5])])
+    assert rows[0] == rows[1]
+
+
+def test_pairs_are_in_the_order_that_lora_rite_asks_for() -> None:
+    model = make_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    ordered = [names[id(p)] for p in methods.pairs(model)]
+    assert [name.split("lora_")[1][0] for name in ordered] == ["A", "B", "A", "B"]
+    assert [name.replace("lora_A", "lora_B") for name in ordered[::2]] == ordered[1::2]
+
+
+def displacement(only: str | None, lr: float) -> Tensor:
+    """Of A and B in the second of two SGD steps, of which the first is common to all."""
+    model = make_model(torch.float64)
+    optimizer = eager_generators.EagerOPLoRA(
+        model, 0.1, optimizer=torch.optim.SGD, hidden_width=8, latent_width=5, latent_std=1.0
+    )
+    for generator, z, _ in optimizer.jobs:
+        generator.double()
+        z.data = z.data.double()
+    optimizer.write()
+    x = torch.ones(4, 13, dtype=torch.float64)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+    step()
+    before = torch.cat([p.detach().flatten() for p in optimizer.factors])
+    optimizer.only = only
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    step()
+    return torch.cat([p.detach().flatten() for p in optimizer.factors]) - before
+
+
+def test_trainable_rate_and_line_search_make_up_the_step() -> None:
+    lr = 1e-5
+    whole, rate, line = (displacement(only, lr) for only in (None, "trainable rate", "line search"))
+    assert min(rate.norm(), line.norm()) > 1e-3 * whole.norm()
+    assert (whole - rate - line).norm() < 1e-3 * line.norm()  # to first order in lr
+
+
+@pytest.mark.parametrize("frozen", [("z",), ("W2",), ("z", "W1", "c1")])
+def test_frozen_parameters_stay(frozen: tuple[str, ...]) -> None:
+    model = make_model()
+    optimizer = eager_generators.EagerOPLoRA(model, 1e-2, frozen=frozen)
+    generator, z, _ = optimizer.jobs[0]
+    parameters = {"z": z, **dict(generator.named_parameters())}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 13)).square().sum().backward()
+        optimizer.step()
+    moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}
+    assert moved == {"z", "W1", "c1", "W2", "c2"} - set(frozen)
+
+
+def test_shared_generator_serves_layers_of_every_size() -> None:
+    model = make_model()
+    optimizer = eager_generators.EagerOPLoRA(model, 1e-2, share="model")
+    assert len({id(generator) for generator, _, _ in optimizer.jobs}) == 1
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(torch.ones(4, 13)) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("zero_start", [False, True])
+def test_kept_start_stays_to_the_rounding(zero_start: bool) -> None:
+    model = make_model()
+    before = [p.detach().clone() for p in methods.trainable(model)]
+    eager_generators.EagerOPLoRA(model, 1e-2, keep=True, zero_start=zero_start, latent_std=1.0)
+    for old, new in zip(before, methods.trainable(model), strict=True):
+        assert torch.allclose(old, new, atol=1e-6)
+
+
+# ---- what they are compared on ----
+
+
+def test_factorisation_of_the_svd_is_the_optimum() -> None:
+    problem = factorisation.Factorisation(0, n=12, r=3)
+    U, S, V = torch.linalg.svd(problem.M)
+    best = U[:, :3] * S[:3] @ V[:3]
+    optimum = nn.Linear(12, 12, bias=False)
+    optimum.weight.data = best
+    assert problem.loss(optimum).item() == pytest.approx(1, abs=1e-5)
+    assert factorisation.effective_rank(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(2)
+
+
+def test_rotation_by_nothing_changes_nothing_and_rings_stay() -> None:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 29), torch.linspace(-1, 1, 29), indexing="ij")
+    rings = torch.exp(-(((x**2 + y**2).sqrt() - 0.5) ** 2) / 0.05)[None].repeat(5, 1, 1)
+    turned = images.rotated(rings, torch.Generator().manual_seed(0))
+    inner = slice(5, 24)
+    assert (turned - rings)[:, inner, inner].abs().max() < 0.04
+
+
+def test_epoch_has_every_image_at_most_once() -> None:
+    order = images.batches(1000, seed=1)
+    epoch = torch.cat([next(order) for _ in range(1000 // images.BATCH)])
+    assert len(epoch.unique()) == len(epoch) == 896
+
+
+def test_splits_of_texts_are_disjoint() -> None:
+    blocks = torch.arange(200).view(100, 2)
+    parts = text.split_blocks(blocks, 10, 20)
+    assert [len(part) for part in parts.values()] == [70, 10, 20]
+    assert len(torch.cat(list(parts.values())).unique()) == 200
+
+
+def test_splits_of_glosses_are_by_a_hash() -> None:
+    splits = [text.split_of(f"{i:08d}") for i in range(4000)]
+    shares = [splits.count(name) / 4000 for name in ("train", "validation", "test")]
+    assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
+
+
+# ---- figures and tables ----
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Of the images' toys, under the names of the real tasks."""
+    experiment = run.main(
+        ["images", "--quick", "--methods", "LoRA", "OP-LoRA, lean", "--output", str(tmp_path / "quick" / "images.json")]
+    )
+    rows = json.loads(experiment.output.read_text())
+    task = run.rotations()["digits"][0]
+    made = []
+    for row in rows:
+        seeds = range(1000, 1003) if row["seed"] >= 1000 else [row["seed"]]
+        for seed in seeds:
+            for index in range(task.rates) if row["seed"] >= 1000 else [0]:
+                lr = task.rate(index)
+                loss = {"validation_loss": row.get("validation_loss", 0) + index} if seed >= 1000 else {}
+                made.append({**row, **loss, "task": "digits", "lr": lr, "seed": seed, "steps": task.steps})
+    (tmp_path / "images.json").write_text(json.dumps(made))
+    return tmp_path
+
+
+def test_tables_and_figures_come_from_the_files_alone(results: Path) -> None:
+    made = figures.tables("images", results)
+    assert made.keys() == {"images/budget", "images/digits", "images/digits/training"}
+    (line,) = (line for line in made["images/digits"].splitlines() if line.startswith("| OP-LoRA, lean |"))
+    assert re.match(r"\| OP-LoRA, lean \| 0\.0001 \| \d\.\d{3} ± \d\.\d{3} \| ", line)
+    figures.main(["--results", str(results)])
+    assert (results / "images.png").stat().st_size > 10_000
+
+
+def test_evidence_has_the_tables_of_the_committed_results() -> None:
+    written = EVIDENCE.read_text()
+    made = {name: table for experiment in run.EXPERIMENTS for name, table in figures.tables(experiment).items()}
+    named = re.findall(r"<!-- ([\w/ ,]+):begin -->", written)
+    assert named and set(named) <= made.keys()
+    for name in named:
+        assert made[name] in written, name
