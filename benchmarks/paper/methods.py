@@ -106,7 +106,7 @@ def on_factors(
 LORA = Method("LoRA", "arXiv 2106.09685; peft, torch.optim.AdamW", adamw)
 OP_EXACT = oplora_method("OP-LoRA, exact", state="exact")
 OP_LEAN = oplora_method("OP-LoRA, lean", state="lean")
-START_KEPT = oplora_method("OP-LoRA, start kept", init="keep", hidden_lr_ratio=0.1)
+START_KEPT = oplora_method("OP-LoRA, start kept", init="keep")
 PEERS = [
     Method("rsLoRA", "arXiv 2312.03732; peft", adamw, {"use_rslora": True}),
     Method("LoRA+", "arXiv 2402.12354; peft, B's rate 16 times A's", lora_plus),

@@ -30,6 +30,7 @@ class Factors:
     device: torch.device  # where the generator is: beside the tensors, unless it was asked for elsewhere
     placed: torch.device  # where the tensors are
     bases: list[Tensor | None]
+    kept: list[bool]  # whether each keeps the value that it had; the generator then adds to it, from nothing on
     _versions: list[int] = field(default_factory=list)
     _written: list[nn.Parameter] = field(default_factory=list)
 
@@ -50,6 +51,7 @@ class Factors:
             placed if device is None else device,
             placed,
             [None] * len(parameters),
+            [False] * len(parameters),
         )
 
     def move(self, placed: torch.device, device: torch.device) -> None:
@@ -75,12 +77,14 @@ class Factors:
         return rows
 
     def is_random(self) -> list[bool]:
-        """Whether the rows of W2 that predict each tensor start at random."""
-        return [STARTS[tensor] is Start.RANDOM for tensor in self.layer.tensors]
+        """Whether the rows of W2 that predict each tensor start at random; the others start at 0."""
+        tensors = zip(self.layer.tensors, self.kept, strict=True)
+        return [STARTS[tensor] is Start.RANDOM and not kept for tensor, kept in tensors]
 
-    def is_kept(self, init: str) -> list[bool]:
-        """Whether each tensor keeps the value it has."""
-        return [init == "keep" or STARTS[tensor] is Start.KEPT for tensor in self.layer.tensors]
+    def keep(self, init: str) -> list[bool]:
+        """Settles whether each tensor keeps the value it has."""
+        self.kept = [init == "keep" or STARTS[tensor] is Start.KEPT for tensor in self.layer.tensors]
+        return self.kept
 
     def hold_a_start(self) -> bool:
         """Whether a tensor that should start at zero does not (a trained adapter, PiSSA, OLoRA), or A is EVA's."""
@@ -201,7 +205,7 @@ def _with_twin(parameter: nn.Parameter, gradient: Tensor | None, twin: nn.Parame
 
 
 def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
-    """Which tensors of each layer keep their values; with a warning where that was not asked for."""
+    """Settles which tensors of each layer keep their values, and says so; warns where that was not asked for."""
     if init not in ("paper", "keep"):
         raise OPLoRAValueError(f"oplora: init is {init!r}, expected 'paper' or 'keep'.")
     held = [init == "paper" and f.hold_a_start() for f in factors]
@@ -212,7 +216,7 @@ def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
             "PiSSA, OLoRA or EVA. They keep it, as with init='keep', until a state_dict is loaded.",
             stacklevel=3,
         )
-    return [f.is_kept("keep" if holds else init) for f, holds in zip(factors, held, strict=True)]
+    return [f.keep("keep" if holds else init) for f, holds in zip(factors, held, strict=True)]
 
 
 def warn_adopted(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (loads the ops that are called below)
+from .adapters import STARTS, Start
 from .device import DeviceLayers, Plan, PlanTensors, share_devices
 from .errors import OPLoRAValueError
 from .factors import Factors
@@ -139,18 +140,21 @@ class LeanState(State):
         return {**super().settings_saved(), **ranks, "start": self.start}
 
     def state_dict(self) -> dict[str, Any]:
-        """Also the seed and the layer's index, from which W2's and W1's start is made."""
+        """Also the seed and the layer's index, of which W1's and W2's start is made, and which rows of W2 have one."""
         self.absorb_edits(self.factors.layer.parameters())  # a model that was moved has other masters from now on
-        start = {"seed": self.seed, "layer": self.index, "latent_std": self.latent_std}
+        start = {"seed": self.seed, "layer": self.index, "latent_std": self.latent_std, "random": list(self.random)}
         return {**super().state_dict(), "masters": list(self.masters), **start}
 
     def check_state(self, saved: Any) -> None:
         if isinstance(saved, dict):
-            saved = {"latent_std": self.latent_std, **saved}  # earlier versions did not save it
+            before = {"latent_std": self.latent_std, "random": _random_before(self.factors)}
+            saved = {**before, **saved}  # earlier versions did not save them
         super().check_state(saved)
         for key, end in (("seed", 1 << 64), ("layer", 1 << 32)):
             if not isinstance(saved[key], int) or not 0 <= saved[key] < end:
                 raise OPLoRAValueError(f"oplora: the saved {key} of layer {self.name} is {saved[key]!r}.")
+        if not isinstance(saved["random"], list | tuple) or len(saved["random"]) != len(self.random):
+            raise OPLoRAValueError(f"oplora: the saved start of layer {self.name} is not one of its tensors'.")
         if not isinstance(saved["masters"], list | tuple) or len(saved["masters"]) != len(self.masters):
             raise OPLoRAValueError(f"oplora: the saved masters of layer {self.name} are not one a factor.")
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
@@ -166,14 +170,17 @@ class LeanState(State):
         super().load_state(saved)
         self.seed, self.index = saved["seed"], saved["layer"]
         self.latent_std = saved.get("latent_std", self.latent_std)
+        self.random = list(saved.get("random", _random_before(self.factors)))
         self.sizes[5] = self.index
+        if self.shared is not None:
+            self.shared.plan = None  # it knows the start
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
             if mine is not None:
                 mine.copy_(theirs)
 
     def take_over(self, old: Any) -> None:
         super().take_over(old)
-        self.seed, self.index, self.latent_std = old.seed, old.index, old.latent_std
+        self.seed, self.index, self.latent_std, self.random = old.seed, old.index, old.latent_std, old.random
         self.sizes[5] = self.index
         device = self.factors.device
         self.masters = [None if master is None else master.to(device) for master in old.masters]
@@ -286,6 +293,11 @@ class LeanDeviceLayers(DeviceLayers, LeanLayers):
 
     def launch_step(self, plan: Plan, veto: Tensor | None, measured: bool) -> None:
         torch.ops.oplora.cuda_lean_step_(*plan.arguments(), veto, measured)
+
+
+def _random_before(factors: Factors) -> list[int]:
+    """Which tensors' rows of W2 started at random in states that do not say it: those of A, also where it was kept."""
+    return [int(STARTS[tensor] is Start.RANDOM) for tensor in factors.layer.tensors]
 
 
 def _moment_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -62,8 +62,9 @@ class AdamW(torch.optim.Optimizer):
             bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells what the truncations
             drop.
         init: "paper": A starts from its generator's random numbers and B at zero. "keep": every factor keeps the value
-            it has, and the generator adds to it. Layers whose B is not zero (a trained adapter, PiSSA, OLoRA) and
-            EVA's are kept in either case, with a warning; so are, without one, all tensors that are not LoRA's A and B.
+            it has, and the generator adds to it, from nothing on: W2 starts at 0. Layers whose B is not zero (a trained
+            adapter, PiSSA, OLoRA) and EVA's are kept in either case, with a warning; so are, without one, all tensors
+            that are not LoRA's A and B.
         precondition: delta > 0 (1e-6) scales the gradients of A by (B^T B + delta I)^-1 and those of B by
             (A A^T + delta I)^-1 before they flow into the generator (OP-ScaledAdamW).
         max_grad_norm: clip_grad_norm_ to it in every step, for loops that only clip the factors' own gradients.
@@ -428,6 +429,8 @@ class AdamW(torch.optim.Optimizer):
     def _follow_moves(self) -> None:
         """The model was moved (model.to(device), accelerator.prepare): the generators go where the factors are now."""
         factors = [Factors.of(s.factors.layer, s.factors.position, self._generator_device) for s in self._states]
+        for moved, state in zip(factors, self._states, strict=True):
+            moved.kept = state.factors.kept
         states = self._make_states(factors)
         for old, new in zip(self._states, states, strict=True):
             old.factors.move(new.factors.placed, new.factors.device)
