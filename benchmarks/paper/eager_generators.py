@@ -76,7 +76,7 @@ class EagerOPLoRA(Optimizer):
     frozen: of z, W1, c1, W2, c2 what is not trained.
     only: None, "trainable rate" or "line search".
     keep: A and B keep the start that they have, and the generator adds to it (from 0 on).
-    zero_start: W2 starts at 0 also in the rows that predict A; needs keep.
+    zero_start: W2 starts at 0 also in the rows that predict A; by default where A is kept, as in oplora.AdamW.
     hidden_lr_ratio: the rate of z, W1 and c1 is lr times this; or hidden_lr, whatever lr is.
     """
 
@@ -95,11 +95,12 @@ class EagerOPLoRA(Optimizer):
         frozen: tuple[str, ...] = (),
         only: str | None = None,
         keep: bool = False,
-        zero_start: bool = False,
+        zero_start: bool | None = None,
         hidden_lr_ratio: float = 1.0,
         hidden_lr: float | None = None,
         **settings: Any,
     ) -> None:
+        zero_start = keep if zero_start is None else zero_start
         rng = torch.Generator().manual_seed(seed)
         self.only = only
         self.jobs: list[tuple[Generator, nn.Parameter, list[nn.Parameter]]] = []
