@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import test_trainer
 import torch
-from conftest import Net, batches, make_model
+from conftest import Net, batches, make_model, train
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora.__main__ import main
@@ -24,6 +26,7 @@ STATES = {
     "exact": lambda model: oplora.AdamW(model, lr=1e-2, state="exact"),
     "general": lambda model: oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=1e-2),
 }
+FULL = Path("/dev/full")  # every write to it fails as on a full disk
 every_state = pytest.mark.parametrize("make_optimizer", STATES.values(), ids=STATES)
 
 
@@ -46,6 +49,17 @@ def watched(folder: Path, steps: int, every: int = 10, first: int = 1, make_opti
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "monitor.jsonl").read_text().splitlines()]
+
+
+def write(file: Path, layers: list[str], steps: Iterable[int], processes: int = 1) -> list[str]:
+    """Lines as the Monitor appends them, with the step for every number; returns the numbers' names."""
+    names = ["trainable_lr", "line_search", "dropped_weight"]
+    text: list[dict[str, Any]] = [{"format": 1, "processes": processes, "layers": layers, "numbers": names}]
+    for step in steps:
+        text.append({"step": step, "loss": 1 / step, "stats": {name: [float(step)] * len(layers) for name in names}})
+    with file.open("a") as appended:
+        appended.writelines(json.dumps(line) + "\n" for line in text)
+    return names
 
 
 # ---- in a loop of one's own ----
@@ -127,6 +141,25 @@ def test_stats_fetch_as_often_from_many_layers_as_from_few(
     assert 0 < fetches(20) == fetches(3)
 
 
+@pytest.mark.parametrize("make_optimizer", [STATES["lean"], STATES["general"]], ids=["lean", "general"])
+def test_stats_read_no_number_alone(make_optimizer: Any) -> None:
+    """State exact does, from the report that it fetched in one piece."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten._to_copy.default)
+            return function(*args, **(kwargs or {}))
+
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 1)
+    with Reads() as reads:
+        oplora.stats(optimizer)
+    assert reads.count == 0
+
+
 # ---- going on ----
 
 
@@ -153,6 +186,31 @@ def test_line_torn_by_a_kill_is_cut_before_the_next(tmp_path: Path) -> None:
     assert Run.read(tmp_path).steps == [1, 2, 4, 6]
 
 
+def test_run_that_went_on_with_other_layers_has_both(tmp_path: Path) -> None:
+    names = write(tmp_path / "monitor.jsonl", ["a", "b"], steps=[1, 2])
+    write(tmp_path / "monitor.jsonl", ["b", "c"], steps=[2, 3])
+    run = Run.read(tmp_path)
+    assert run.layers == ["a", "b", "c"] and run.steps == [1, 2, 3]
+    for name in names:
+        assert np.array_equal(run.tables[name], [[1, 1, np.nan], [np.nan, 2, 2], [np.nan, 3, 3]], equal_nan=True)
+
+
+def test_files_of_processes_that_are_no_more_are_not_read(tmp_path: Path) -> None:
+    for rank, file in enumerate(["monitor.jsonl", "monitor-1.jsonl", "monitor-2.jsonl"]):
+        write(tmp_path / file, [f"of {rank} of 3"], steps=[1, 2, 3, 4], processes=3)
+    for rank, file in enumerate(["monitor.jsonl", "monitor-1.jsonl"]):  # from step 2's checkpoint
+        write(tmp_path / file, [f"of {rank} of 2"], steps=[3, 4], processes=2)
+    run = Run.read(tmp_path)
+    columns = zip(run.layers, run.tables["line_search"].T, strict=True)
+    known = {layer: list(~np.isnan(column)) for layer, column in columns}
+    assert known == {f"of {i} of 3": [True, True, False, False] for i in range(3)} | {
+        f"of {i} of 2": [False, False, True, True] for i in range(2)
+    }
+    write(tmp_path / "monitor.jsonl", ["whole"], steps=[1], processes=1)  # anew, undivided
+    run = Run.read(tmp_path)
+    assert run.layers == ["whole"] and run.steps == [1]
+
+
 # ---- transformers' Trainer ----
 
 
@@ -167,6 +225,21 @@ def test_trainer_needs_the_callback_alone(tmp_path: Path) -> None:
     assert run.steps == [1, 3, 6]
     assert list(run.losses["loss"].values()) == pytest.approx(losses, rel=1e-5)
     assert list(run.losses["eval_loss"]) == [4, 8]
+
+
+def test_trainer_that_resumes_has_every_step_once(tmp_path: Path) -> None:
+    def trained(steps: int, resume: bool) -> None:
+        model = test_trainer.make_model()
+        trainer = test_trainer.make_trainer(
+            tmp_path, model, test_trainer.as_optimizer(model), max_steps=steps, save_strategy="steps", save_steps=4
+        )
+        trainer.add_callback(oplora.Monitor(tmp_path, every=1))
+        trainer.train(resume_from_checkpoint=resume)
+
+    trained(4, resume=False)
+    trained(6, resume=True)
+    run = Run.read(tmp_path)
+    assert run.steps == list(run.losses["loss"]) == [1, 2, 3, 4, 5, 6]
 
 
 def test_trainer_records_the_rate_of_the_step(tmp_path: Path) -> None:
@@ -216,8 +289,8 @@ def test_without_tensorboard_lines_are_written_all_the_same(tmp_path: Path, monk
 
 
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(oplora.OPLoRAError, match=r"oplora\.Monitor: expected an oplora optimizer .* got SGD"):
-        oplora.Monitor(tmp_path, torch.optim.SGD(Net().parameters()))
+    with pytest.raises(oplora.OPLoRAError, match=r"oplora\.Monitor: expected .*\(oplora\.AdamW.* got AdamW of torch"):
+        oplora.Monitor(tmp_path, torch.optim.AdamW(Net().parameters()))
 
 
 def test_call_without_an_optimizer_says_how_to_give_one(tmp_path: Path) -> None:
@@ -238,27 +311,55 @@ def test_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_full_disk_ends_the_watching_and_not_the_training(tmp_path: Path) -> None:
-    class Full:
-        def write(self, _: str) -> None:
-            raise OSError(28, "No space left on device")
-
     monitor = oplora.Monitor(tmp_path, oplora.AdamW(make_model()), every=1)
-    monitor._file = Full()
+    monitor._drop_file()
+    monitor._file = file = FULL.open("w")
     with pytest.warns(UserWarning, match="No space left on device. The training goes on"):
         monitor(1.0)
+    assert file.closed
     monitor(1.0)  # silently
+    monitor.close()
+
+
+def test_full_disk_is_refused_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oplora.monitor, "_cut_torn_line", lambda _: None)  # it would read the device, which has no end
+    (tmp_path / "monitor.jsonl").symlink_to(FULL)
+    with pytest.raises(oplora.OPLoRAError, match=r"cannot write to .*: No space left on device\. Choose a folder"):
+        oplora.Monitor(tmp_path, oplora.AdamW(make_model()))
+
+
+def test_trainer_goes_on_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oplora.monitor, "_cut_torn_line", lambda _: None)
+    (tmp_path / "monitor.jsonl").symlink_to(FULL)
+    model = test_trainer.make_model()
+    trainer = test_trainer.make_trainer(tmp_path, model, test_trainer.as_optimizer(model), max_steps=2)
+    trainer.add_callback(oplora.Monitor(tmp_path, every=1))
+    with pytest.warns(UserWarning, match="No space left on device. The training goes on") as warned:
+        trainer.train()
+    assert sum("oplora.Monitor" in str(warning.message) for warning in warned) == 1
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("failing", ["add_scalar", "close"])
+def test_failing_tensorboard_ends_neither_training_nor_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    class Board:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: (_ for _ in ()).throw(RuntimeError("out of space")) if name == failing else None
+
+    monkeypatch.setattr(oplora.monitor, "_new_board", lambda _: Board())
+    with pytest.warns(UserWarning, match="for TensorBoard: out of space. The training goes on") as warned:
+        watched(tmp_path, 3, every=1)
+    assert sum("TensorBoard" in str(warning.message) for warning in warned) == 1
+    assert len(lines(tmp_path)) == 4
 
 
 # ---- the picture ----
 
 
 def made_up_run(folder: Path, layers: int, steps: int) -> None:
-    names = [f"model.layers.{i}.q_proj" for i in range(layers)]
-    text = [{"format": 1, "layers": names, "numbers": ["trainable_lr", "line_search", "dropped_weight"]}]
-    for step in range(1, steps + 1):
-        columns = {name: [float(step)] * layers for name in text[0]["numbers"]}
-        text.append({"step": step, "loss": 1 / step, "stats": columns})
-    (folder / "monitor.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    write(folder / "monitor.jsonl", [f"model.layers.{i}.q_proj" for i in range(layers)], range(1, steps + 1))
 
 
 @pytest.mark.parametrize(("layers", "steps"), [(1, 1), (200, 3), (3, 40)])
@@ -278,9 +379,8 @@ def test_plot_draws_a_run_that_was_not_stepped(tmp_path: Path) -> None:
 
 
 def test_shares_of_the_layers_are_drawn_together(tmp_path: Path) -> None:
-    made_up_run(tmp_path, 2, 3)
-    (tmp_path / "monitor.jsonl").rename(tmp_path / "monitor-1.jsonl")
-    made_up_run(tmp_path, 3, 3)
+    write(tmp_path / "monitor.jsonl", ["a", "b", "c"], steps=[1, 2, 3], processes=2)
+    write(tmp_path / "monitor-1.jsonl", ["d", "e"], steps=[1, 2, 3], processes=2)
     run = Run.read(tmp_path)
     assert len(run.layers) == 5 and run.tables["line_search"].shape == (3, 5)
     assert len(run.losses["loss"]) == 3
@@ -293,15 +393,32 @@ def test_shares_of_the_layers_are_drawn_together(tmp_path: Path) -> None:
         ("", "holds no step yet"),
         ('{"format": 1, "layers": ["a"], "numbers": []}\nsomething\n', "line 2 of .*monitor.jsonl"),
         ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1, "stats": {"norm_g": [1, 2]}}\n', "line 2 of"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1, "stats": {"norm_g": ["b"]}}\n', "line 2 of"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1, "stats": [1]}\n', "line 2 of"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1, "stats": {}}\n', "line 2 of"),
+        ('{"format": 1, "layers": "a", "numbers": []}\n', "line 1 of"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n\udcff\n', "line 2 of"),
+        ('{"format": 2, "layers": ["a"]}\n', "line 1 of .* begins format 2, and this oplora reads 1"),
     ],
 )
 def test_plot_says_what_is_wrong(
     tmp_path: Path, content: str | None, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if content is not None:
-        (tmp_path / "monitor.jsonl").write_text(content)
+        (tmp_path / "monitor.jsonl").write_text(content, errors="surrogateescape")
     assert main(["plot", str(tmp_path)]) == 2
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(f"^oplora: .*{said}", capsys.readouterr().err)
+
+
+def test_plot_says_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "monitor.jsonl").mkdir()
+    assert main(["plot", str(tmp_path)]) == 2
+    assert "monitor.jsonl: Is a directory" in capsys.readouterr().err
+
+
+def test_plot_of_a_file_that_is_not_there_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", str(tmp_path / "run/monitor.jsonl")]) == 2
+    assert f"there is no {tmp_path}/run/monitor.jsonl." in capsys.readouterr().err
 
 
 def test_plot_without_matplotlib_says_what_to_install(

@@ -43,7 +43,7 @@ Draw what oplora.Monitor wrote into the folder RUN: the loss, both terms of the 
 for every layer over time."""
 
 PICTURE = """\
-exit status: 0 done; 2 refused, with the reason on stderr.
+exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. It needs matplotlib.
 
 example: python -m oplora plot runs/mine"""
 
@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run_command(options)
     except OPLoRAError as error:
-        print(f"oplora: {str(error).removeprefix('oplora.save_adapter: ')}", file=sys.stderr)
+        said = str(error).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
+        print(f"oplora: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oplora: interrupted. Nothing was written.", file=sys.stderr)

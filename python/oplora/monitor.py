@@ -2,12 +2,13 @@
 
 A run's folder gets monitor.jsonl, a JSON object a line:
 
-    {"format": 1, "layers": [name, ...], "numbers": [name, ...]}     where a run begins, or goes on
+    {"format": 1, "processes": 1, "layers": [name, ...], "numbers": [name, ...]}     where a run begins, or goes on
     {"step": 10, "loss": 2.1, "lr": 1e-4, "stats": {"trainable_lr": [a number a layer], ...}}
     {"step": 10, "loss": 2.1}, {"step": 10, "eval_loss": 2.2}        what transformers' Trainer logs
 
 The numbers are those of oplora.stats, to six digits; null stands for one that is not finite, or not there. Where a run
 went on from a checkpoint, lines of steps that were done again are followed by a header and by newer lines, which count.
+"processes" is of how many processes the files hold layers: with AdamW(shard=True) of all, each its own file, else 1.
 """
 
 import json
@@ -15,6 +16,8 @@ import math
 import os
 import statistics
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,12 +28,11 @@ from transformers import TrainerCallback
 
 from .errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
 from .optim import AdamW
+from .plot import FILE, FORMAT
 from .statistics import generators_of, stats
 
-__all__ = ["FILE", "FORMAT", "Monitor"]
+__all__ = ["Monitor"]
 
-FORMAT = 1
-FILE = "monitor.jsonl"
 DIGITS = 6
 
 
@@ -55,8 +57,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         every: record each step whose number divides by it, and the first.
 
     Raises:
-        OPLoRAError: an optimizer that is not oplora's, a folder that cannot be written. Where writing fails later, on a
-            full disk, there is a warning and the training goes on, unwatched.
+        OPLoRAError: an optimizer that is not oplora's, a folder that cannot be written, a full disk. Where writing
+            fails later there is a warning and the training goes on, unwatched.
     """
 
     def __init__(self, folder: str | os.PathLike[str], optimizer: Any = None, *, every: int = 10) -> None:
@@ -72,12 +74,14 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / FILE).open("a"):
                 pass
+            if optimizer is not None:
+                self._begin(optimizer)
         except OSError as error:
+            self._drop_file()
             raise OPLoRAFileError(
-                f"oplora.Monitor: cannot write to {self.folder}: {error.strerror}. Choose a folder that can be written."
+                f"oplora.Monitor: cannot write to {self.folder}: {error.strerror or error}. Choose a folder that can "
+                "be written, on a disk with room."
             ) from error
-        if optimizer is not None:
-            self._begin(optimizer)
 
     def __call__(self, loss: float | Tensor | None = None, step: int | None = None) -> None:
         """After optimizer.step(). loss: a number or a tensor of one, which is only read on steps that are recorded.
@@ -94,22 +98,22 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     def close(self) -> None:
         """Lets go of the files; they are complete at any time."""
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
-        self._file = self._board = None
+        self._drop_file()
+        with self._unless_board_fails():
+            if self._board is not None:
+                self._board.close()
+        self._board = None
 
     # ---- transformers' Trainer ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         if self.optimizer is None and optimizer is not None:
-            self._begin(optimizer)
+            self._begin_in_training(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Between the optimizer's step and the schedule's, so that the rate is the one of the step."""
         if self.optimizer is None and optimizer is not None:  # DeepSpeed makes it late
-            self._begin(optimizer)
+            self._begin_in_training(optimizer)
         if self._is_due(state.global_step + 1):
             self._record(state.global_step + 1, None)
 
@@ -132,21 +136,25 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.optimizer = optimizer
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
-        self._writes = rank == 0 or (isinstance(generators, AdamW) and generators._shards is not None)
+        shards = generators._shards if isinstance(generators, AdamW) else None
+        self._writes = rank == 0 or shards is not None
         if not self._writes:
             return
         numbers = stats(optimizer)
         names = dict.fromkeys(name for layer in numbers.values() for name in layer)
         path = self.folder / (FILE if rank == 0 else f"monitor-{rank}.jsonl")
-        try:
-            _cut_torn_line(path)
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            self._give_up(error)
-            return
-        self._write({"format": FORMAT, "layers": list(numbers), "numbers": list(names)})
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        processes = 1 if shards is None else shards.count
+        self._append({"format": FORMAT, "processes": processes, "layers": list(numbers), "numbers": list(names)})
         if rank == 0:
             self._board = _new_board(self.folder)
+
+    def _begin_in_training(self, optimizer: Any) -> None:
+        try:
+            self._begin(optimizer)
+        except OSError as error:
+            self._give_up(error)
 
     def _is_due(self, step: int) -> bool:
         return self._file is not None and (step == 1 or step % self.every == 0)
@@ -162,31 +170,54 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self._write({"step": step, **line, "stats": {name: list(map(_rounded, c)) for name, c in columns.items()}})
         self._to_board(step, head, columns)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._file is None:
-            return
-        try:
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
             self._file.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
             self._file.flush()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._append(line)
         except OSError as error:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
         warnings.warn(
-            f"oplora.Monitor: cannot write to {self.folder}: {error.strerror}. The training goes on, unwatched.",
+            f"oplora.Monitor: cannot write to {self.folder}: {error.strerror or error}. The training goes on, "
+            "unwatched.",
             stacklevel=4,
         )
+        self._drop_file()
+
+    def _drop_file(self) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # every whole line was flushed; what is left is of the line that failed
+                self._file.close()
         self._file = None
+
+    @contextmanager
+    def _unless_board_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # with tensorflow installed its writer raises errors that are no OSErrors
+            self._board = None
+            warnings.warn(
+                f"oplora.Monitor: cannot write to {self.folder} for TensorBoard: {error}. The training goes on "
+                "without it.",
+                stacklevel=4,
+            )
 
     def _to_board(self, step: int, head: dict[str, float], columns: dict[str, list[float]] | None = None) -> None:
         if self._board is None:
             return
-        for name, value in head.items():
-            self._board.add_scalar(name, value, step)
+        scalars = dict(head)
         for name, column in (columns or {}).items():
             if known := [value for value in column if math.isfinite(value)]:
-                for what, value in (("min", min(known)), ("median", statistics.median(known)), ("max", max(known))):
-                    self._board.add_scalar(f"{name}/{what}", value, step)
+                scalars |= {f"{name}/min": min(known), f"{name}/max": max(known)}
+                scalars[f"{name}/median"] = statistics.median(known)
+        with self._unless_board_fails():
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
 
 def _rounded(value: float) -> float | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 
 from .errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
 
-__all__ = ["Run", "plot_run"]
+__all__ = ["FILE", "FORMAT", "Run", "plot_run"]
 
 FILE = "monitor.jsonl"
+FORMAT = 1
 TERMS = {"trainable_lr": "trainable learning rate, ‖h‖²", "line_search": "line search, ‖Jᵀg‖² / ‖g‖²"}
 LABELLED_LAYERS = 40
 DECADES = 6  # below the greatest value; what is smaller does not matter
@@ -24,33 +26,57 @@ DECADES = 6  # below the greatest value; what is smaller does not matter
 
 
 @dataclass
+class Line:
+    """Of one step in one file: of which layers, of how many processes together, and a number a layer by name."""
+
+    layers: list[str]
+    processes: float
+    columns: dict[str, np.ndarray]
+
+
+@dataclass
 class Part:
     """One file: of the only process, or of one that holds a share of the layers."""
 
     layers: list[str] = field(default_factory=list)
-    stats: dict[int, dict[str, list[float | None]]] = field(default_factory=dict)  # by step, by number, a layer each
+    processes: float = math.inf  # as many as there are files of, where no header says it
+    lines: dict[int, Line] = field(default_factory=dict)  # by step
     losses: dict[str, dict[int, float]] = field(default_factory=lambda: {"loss": {}, "eval_loss": {}})
 
     @classmethod
     def read(cls, file: Path) -> "Part":
         part = cls()
-        text = file.read_text(encoding="utf-8")
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace")  # its line is refused below, by number
+        except OSError as error:
+            raise OPLoRAFileError(f"oplora plot: cannot read {file}: {error.strerror}.") from error
         begun = False  # a header came: the step after it is where the run went on
-        for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):  # not what was torn
+        for number, line in enumerate(text.split("\n")[:-1], 1):  # behind the last end of a line is what was torn
             try:
                 record = json.loads(line)
                 if "layers" in record:
-                    part.layers, begun = list(record["layers"]), True
+                    if record["format"] != FORMAT:
+                        raise OPLoRAFileError(
+                            f"oplora plot: line {number} of {file} begins format {record['format']!r}, and this oplora "
+                            f"reads {FORMAT}. Draw it with the oplora that wrote it."
+                        )
+                    part.begin(record)
+                    begun = True
                     continue
                 if begun:
                     part.forget_from(record["step"])
                     begun = False
                 part.take(record)
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OPLoRAFileError(
                     f"oplora plot: line {number} of {file} is none that oplora.Monitor wrote. Was the file edited?"
                 ) from error
         return part
+
+    def begin(self, header: dict[str, Any]) -> None:
+        if not isinstance(header["layers"], list):
+            raise TypeError("layers are a list")
+        self.layers, self.processes = header["layers"], header.get("processes", math.inf)
 
     def take(self, record: dict[str, Any]) -> None:
         step = int(record["step"])
@@ -58,18 +84,15 @@ class Part:
             if name in record:
                 losses[step] = math.nan if record[name] is None else float(record[name])
         if "stats" in record:
-            if any(len(column) != len(self.layers) for column in record["stats"].values()):
-                raise ValueError("a number for every layer")
-            self.stats[step] = record["stats"]
+            columns = {name: np.array(column, dtype=np.float64) for name, column in record["stats"].items()}
+            if any(column.shape != (len(self.layers),) for column in columns.values()) or TERMS.keys() - columns.keys():
+                raise ValueError("a number for every layer, and both terms")
+            self.lines[step] = Line(self.layers, self.processes, columns)
 
     def forget_from(self, step: int) -> None:
-        self.stats = {known: line for known, line in self.stats.items() if known < step}
+        self.lines = {known: line for known, line in self.lines.items() if known < step}
         for name, losses in self.losses.items():
             self.losses[name] = {known: loss for known, loss in losses.items() if known < step}
-
-    def row(self, step: int, name: str) -> list[float]:
-        column = self.stats.get(step, {}).get(name, [None] * len(self.layers))
-        return [math.nan if value is None else float(value) for value in column]
 
 
 @dataclass
@@ -89,25 +112,45 @@ class Run:
         Raises:
             OPLoRAError: nothing there, no step recorded, a line that is not the Monitor's.
         """
-        files = [path] if path.is_file() else [path / FILE, *sorted(path.glob("monitor-*.jsonl"))]
-        if not files[0].exists():
+        named = path.is_file() or (path.suffix == ".jsonl" and not path.is_dir())
+        file = path if named else path / FILE
+        if not file.exists():
             raise OPLoRAFileError(
-                f"oplora plot: there is no {files[0]}. Train with oplora.Monitor({str(path)!r}, optimizer), or name "
+                f"oplora plot: there is no {file}. Train with oplora.Monitor({str(file.parent)!r}, optimizer), or name "
                 "the folder of a run that was."
             )
-        parts = [Part.read(file) for file in files]
-        steps = sorted(set().union(*(part.stats for part in parts)))
-        if not steps:
-            raise OPLoRAValueError(f"oplora plot: {files[0]} holds no step yet.")
-        names = dict.fromkeys(name for part in parts for line in part.stats.values() for name in line)
-        tables = {
-            name: np.array([[value for part in parts for value in part.row(step, name)] for step in steps])
-            for name in names
-        }
-        losses = {
-            name: {k: v for part in parts for k, v in part.losses[name].items()} for name in ("loss", "eval_loss")
-        }
-        return cls(steps, [name for part in parts for name in part.layers], tables, losses)
+        first = Part.read(file)
+        if not first.lines:
+            raise OPLoRAValueError(f"oplora plot: {file} holds no step yet.")
+        others = {} if named else {rank: Part.read(other) for rank, other in _other_files(path).items()}
+        steps = sorted(first.lines)
+        # a run that went on with fewer processes, or anew with one, leaves files that say nothing of its steps
+        lines = [
+            [first.lines[step]]
+            + [p.lines[step] for rank, p in others.items() if rank < first.lines[step].processes and step in p.lines]
+            for step in steps
+        ]
+        layers = list(dict.fromkeys(layer for some in lines for line in some for layer in line.layers))
+        return cls(steps, layers, _tables(lines, layers), first.losses)
+
+
+def _other_files(folder: Path) -> dict[int, Path]:
+    """Of the processes after the first, by rank."""
+    matches = ((re.fullmatch(r"monitor-(\d+)\.jsonl", file.name), file) for file in folder.iterdir())
+    return dict(sorted((int(match[1]), file) for match, file in matches if match))
+
+
+def _tables(lines: Sequence[Sequence[Line]], layers: Sequence[str]) -> dict[str, np.ndarray]:
+    """lines: those of each step, which may be of other layers than those of the step before."""
+    place = {layer: i for i, layer in enumerate(layers)}
+    names = dict.fromkeys(name for some in lines for line in some for name in line.columns)
+    tables = {name: np.full((len(lines), len(layers)), math.nan) for name in names}
+    for i, some in enumerate(lines):
+        for line in some:
+            places = [place[layer] for layer in line.layers]
+            for name, column in line.columns.items():
+                tables[name][i, places] = column
+    return tables
 
 
 # ---- drawing ----

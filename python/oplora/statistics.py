@@ -68,7 +68,11 @@ def generators_of(optimizer: Any, caller: str = "oplora.stats") -> AdamW | Gener
     generators = getattr(optimizer, "generators", optimizer)
     if isinstance(generators, AdamW | Generators):
         return generators
-    raise OPLoRATypeError(f"{caller}: expected an oplora optimizer or Generators, got {type(optimizer).__name__}.")
+    kind = type(optimizer)  # with its module: torch's own AdamW has the name of ours
+    raise OPLoRATypeError(
+        f"{caller}: expected an oplora optimizer (oplora.AdamW, or one of create_oplora_optimizer) or Generators, got "
+        f"{kind.__name__} of {kind.__module__}."
+    )
 
 
 def _reports(states: Sequence[State]) -> list[Tensor | None]:
