@@ -123,7 +123,7 @@ def test_curve_ends_at_the_last_step_and_keeps_the_mean() -> None:
 # ---- every experiment runs ----
 
 FEW = {"ablations": ["LoRA", "one MLP for all layers", "line search only", "H = 4"]}
-FEW["settings"] = ["LoRA", "keep, H 8", "keep, hidden lr 0.001, latent_std 1"]
+FEW["settings"] = ["LoRA", "keep, H 8", "keep, hidden rate 0.01, latent_std 1"]
 
 
 @pytest.mark.parametrize("name", run.EXPERIMENTS)

@@ -213,7 +213,7 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
 
 
 def draw_curves(axes: Any, comparison: Comparison, number: str, methods: Iterable[str]) -> None:
-    """Loss over the rate. What diverged is left out; the axis ends at thrice the least loss."""
+    """Loss over the rate. What diverged is left out; the axis ends at 1.6 times the least loss."""
     least = math.inf
     for i, method in enumerate(methods):
         rates, means, deviations = (np.array(values) for values in comparison.curve(method, number))
@@ -221,8 +221,9 @@ def draw_curves(axes: Any, comparison: Comparison, number: str, methods: Iterabl
         style = "k--" if method == "LoRA" else f"C{i % 10}-" if i < 10 else f"C{i % 10}:"
         axes.errorbar(rates[shown], means[shown], deviations[shown], fmt=style, marker=".", lw=1.2, label=method)
         least = min(least, means[shown].min(initial=math.inf))
-    axes.set(xscale="log", xlabel="learning rate", title=comparison.task.title)
-    axes.set_ylim(least - 0.05 * abs(least), min(axes.get_ylim()[1], 3 * least))
+    axes.set(xscale="log", xlabel="learning rate")
+    axes.set_title(comparison.task.title, fontsize="medium", wrap=True)
+    axes.set_ylim(least - 0.05 * abs(least), min(axes.get_ylim()[1], 1.6 * least))
 
 
 def draw_excess(axes: Any, comparison: Comparison) -> None:
@@ -245,7 +246,7 @@ def draw_dots(axes: Any, comparison: Comparison) -> None:
         axes.axvline(statistics.fmean(column(comparison.tests("LoRA"), "test_loss")), color="k", lw=0.6, ls="--")
     axes.set_yticks(range(len(some)), some, fontsize="small")
     axes.invert_yaxis()
-    axes.set(xlabel="test loss", title=comparison.task.title)
+    axes.set(xlabel="test loss")
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Any, Any]:

@@ -22,12 +22,12 @@ class Method:
     source: str
     optimizer: Callable[[nn.Module, float, int], Any]  # of a model with the adapter, a learning rate, a seed
     adapter: dict[str, Any] = field(default_factory=dict)  # of LoraConfig, beside r, alpha and targets
-    rank_factor: int = 1
+    rank_factor: float = 1.0
 
     def adapt(self, base: nn.Module, r: int, alpha: int, targets: Sequence[str]) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        r, alpha = self.rank_factor * r, self.rank_factor * alpha
+        r, alpha = round(self.rank_factor * r), round(self.rank_factor * alpha)
         config = {"r": r, "lora_alpha": alpha, "target_modules": list(targets), **self.adapter}
         return get_peft_model(base, LoraConfig(**config))  # type: ignore[no-any-return]
 
@@ -74,7 +74,10 @@ def pairs(model: nn.Module) -> list[nn.Parameter]:
     return ordered
 
 
-def op(model: nn.Module, lr: float, seed: int, **settings: Any) -> Optimizer:
+def op(model: nn.Module, lr: float, seed: int, hidden_lr: float | None = None, **settings: Any) -> Optimizer:
+    """hidden_lr: of the hidden path, whatever lr is."""
+    if hidden_lr is not None:
+        settings["hidden_lr_ratio"] = hidden_lr / lr
     return oplora.AdamW(model, lr=lr, seed=seed, **settings)
 
 
@@ -107,6 +110,9 @@ LORA = Method("LoRA", "arXiv 2106.09685; peft, torch.optim.AdamW", adamw)
 OP_EXACT = oplora_method("OP-LoRA, exact", state="exact")
 OP_LEAN = oplora_method("OP-LoRA, lean", state="lean")
 START_KEPT = oplora_method("OP-LoRA, start kept", init="keep")
+OWN_RATE = oplora_method("OP-LoRA, start kept, hidden rate 0.01", init="keep", hidden_lr=1e-2)
+# in bytes an entry, factor and gradient included: plain LoRA under AdamW 16; state lean with a start that is kept 28
+LORA_OF_EQUAL_MEMORY = Method("LoRA, as much memory", LORA.source, LORA.optimizer, rank_factor=28 / 16)
 PEERS = [
     Method("rsLoRA", "arXiv 2312.03732; peft", adamw, {"use_rslora": True}),
     Method("LoRA+", "arXiv 2402.12354; peft, B's rate 16 times A's", lora_plus),

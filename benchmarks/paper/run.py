@@ -27,9 +27,11 @@ import text
 import torch
 from methods import (
     LORA,
+    LORA_OF_EQUAL_MEMORY,
     OP_DORA,
     OP_EXACT,
     OP_LEAN,
+    OWN_RATE,
     PEERS,
     START_KEPT,
     Method,
@@ -82,15 +84,15 @@ def factorisations() -> Plan:
         one = eager("one generator", optimizer=optimizer, **settings)
         plain = steps_factors("factors", optimizer, **settings)
         plan[f"factorisation, {name}"] = factorisation_task(name, lowest_rate), methods(plain, two, one)
-    plan["factorisation, AdamW"] = ADAMW_FACTORISATION, methods(LORA, OP_EXACT, OP_LEAN, START_KEPT)
+    plan["factorisation, AdamW"] = ADAMW_FACTORISATION, methods(LORA, OP_EXACT, OP_LEAN, START_KEPT, OWN_RATE)
     return plan
 
 
 def rotations() -> Plan:
     scaled = oplora_method("OP-ScaledAdamW", precondition=1e-6)
-    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, START_KEPT)
+    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, START_KEPT, OWN_RATE)
     few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW")}
-    ours = methods(OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
+    ours = methods(OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE)
     return {
         "mnist": (MNIST, compared),
         "digits": (DIGITS, compared),
@@ -99,7 +101,7 @@ def rotations() -> Plan:
 
 
 def languages() -> Plan:
-    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT)
+    compared = methods(LORA, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE)
     return {"reference": (REFERENCE, compared), "glosses": (GLOSSES, compared)}
 
 
@@ -140,11 +142,9 @@ def settings() -> Plan:
             eager(f"keep, ratio {ratio:g}, W2 random", keep=True, zero_start=False, hidden_lr_ratio=ratio)
             for ratio in (1.0, 0.1)
         ),
-        *(
-            eager(f"keep, hidden lr {lr:g}, latent_std {std:g}", keep=True, hidden_lr=lr, latent_std=std)
-            for lr in (1e-3, 1e-2)
-            for std in (0.01, 1.0)
-        ),
+        *(oplora_method(f"keep, hidden rate {lr:g}", init="keep", hidden_lr=lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2)),
+        oplora_method("keep, hidden rate 0.01, latent_std 1", init="keep", hidden_lr=1e-2, latent_std=1.0),
+        oplora_method("paper, hidden rate 0.01", init="paper", hidden_lr=1e-2),
     )
     return {"digits": (DIGITS, compared), "small": (SMALL, compared), "factorisation": (ADAMW_FACTORISATION, compared)}
 
