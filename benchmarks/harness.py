@@ -234,12 +234,18 @@ def environment() -> Row:
     }
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """A JSON list. Written beside and renamed: a reader finds the old file or the new one, never half."""
+def write_rows(path: Path, rows: Sequence[Row], *, a_line_each: bool = False) -> None:
+    """A JSON list. Written beside and renamed: a reader finds the old file or the new one, never half.
+
+    a_line_each: for thousands of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(list(rows), indent=1) + "\n")
+        if a_line_each:
+            lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+            beside.write_text(f"[\n{lines}\n]\n")
+        else:
+            beside.write_text(json.dumps(list(rows), indent=1) + "\n")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -19,15 +19,12 @@ from torch.optim import AdamW, Optimizer
 
 import oplora
 
-Layer = tuple[str, list[nn.Parameter]]  # name; A (r, in), B (out, r)
 
-
-def layers_of(model: nn.Module) -> list[Layer]:
+def pairs(model: nn.Module) -> list[list[nn.Parameter]]:
+    """A (r, in) and B (out, r) of every layer."""
     parameters = dict(model.named_parameters())
     return [
-        (name.split(".lora_A.")[0], [A, parameters[name.replace(".lora_A.", ".lora_B.")]])
-        for name, A in parameters.items()
-        if ".lora_A." in name
+        [A, parameters[name.replace(".lora_A.", ".lora_B.")]] for name, A in parameters.items() if ".lora_A." in name
     ]
 
 
@@ -104,7 +101,7 @@ class EagerOPLoRA(Optimizer):
         rng = torch.Generator().manual_seed(seed)
         self.only = only
         self.jobs: list[tuple[Generator, nn.Parameter, list[nn.Parameter]]] = []
-        layers = layers_of(model)
+        layers = pairs(model)
 
         def new(tensors: list[list[nn.Parameter]], random: list[bool]) -> Generator:
             alike = zip(*tensors, strict=True)
@@ -115,8 +112,8 @@ class EagerOPLoRA(Optimizer):
         def latent() -> nn.Parameter:
             return nn.Parameter(latent_std * torch.randn(latent_width, generator=rng))
 
-        shared = new([tensors for _, tensors in layers], [True, False]) if share == "model" else None
-        for _, tensors in layers:
+        shared = new(layers, [True, False]) if share == "model" else None
+        for tensors in layers:
             if share == "factor":
                 for tensor, random in zip(tensors, (True, False), strict=True):
                     self.jobs.append((new([[tensor]], [random]), latent(), [tensor]))
@@ -137,12 +134,11 @@ class EagerOPLoRA(Optimizer):
         self.inner = optimizer(groups, lr=lr, **settings)
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        self.factors = [p for _, tensors in layers for p in tensors]
-        self.bases = [p.detach().clone() if keep else torch.zeros_like(p) for p in self.factors]
+        self.factors = [p for tensors in layers for p in tensors]
         with torch.no_grad():
-            generated = [piece for job in self.jobs for piece in self.generated(*job)]
-            if keep:
-                self.bases = [base - piece for base, piece in zip(self.bases, generated, strict=True)]
+            pieces = [piece for job in self.jobs for piece in self.generated(*job)]
+            starts = zip(self.factors, pieces, strict=True)
+            self.bases = [p - piece if keep else torch.zeros_like(p) for p, piece in starts]
         self.write()
 
     def generated(self, generator: Generator, z: Tensor, tensors: list[nn.Parameter]) -> list[Tensor]:

@@ -22,11 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from harness import Row
 from plot import markdown, replace_between
-from protocol import RESULTS, Experiment, Task, Trial, is_tuning
-from run import EXPERIMENTS
+from protocol import RESULTS, Experiment, Task
+from run import EQUAL_SECONDS, EXPERIMENTS
 
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached
-WIDTHS = "H = "  # how the methods are called that differ in H alone
 
 
 # ---- what was measured ----
@@ -65,11 +64,7 @@ class Comparison:
         return rates, means, deviations
 
     def tests(self, method: str, steps: int | None = None) -> list[Row]:
-        """At the best rate, with the test's seeds; by default after as many steps as all."""
-        lr, steps = self.experiment.best_rate(self.name, method), steps or self.task.steps
-        wanted = (self.name, method, lr, steps)
-        rows = self.experiment.rows.items()
-        return [row for trial, row in rows if not is_tuning(trial) and key(trial) == wanted]
+        return self.experiment.tested(self.name, method, steps)
 
     def good_decades(self, method: str, number: str = "validation_loss") -> float:
         """Decades of rates, of the grid that all share, that are good: within NEAR of the best of any method."""
@@ -79,13 +74,9 @@ class Comparison:
         return sum(value <= NEAR * best for rate, value in zip(rates, values, strict=True) if rate in grid) / 3
 
 
-def key(trial: Trial) -> tuple[str, str, float, int]:
-    return trial.task, trial.method, trial.lr, trial.steps
-
-
 def read(name: str, folder: Path = RESULTS) -> Experiment:
-    equal_seconds = "LoRA" if name == "language" else None
-    return Experiment(name, EXPERIMENTS[name](), folder / f"{name}.json", equal_seconds=equal_seconds)
+    output = folder / f"{name}.json"
+    return Experiment(name, EXPERIMENTS[name](), output, equal_seconds=EQUAL_SECONDS.get(name))
 
 
 def comparisons(experiment: Experiment) -> list[Comparison]:

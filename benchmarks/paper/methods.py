@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from eager_generators import EagerOPLoRA
+from eager_generators import EagerOPLoRA, pairs
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -61,17 +61,8 @@ def lora_pro(model: nn.Module, lr: float, seed: int) -> Any:
 def lora_rite(model: nn.Module, lr: float, seed: int) -> Optimizer:
     from pytorch_optimizer import LoRARite
 
-    return LoRARite(pairs(model), lr=lr)  # type: ignore[no-any-return]
-
-
-def pairs(model: nn.Module) -> list[nn.Parameter]:
-    """A, B, A, B, ... of all layers, which is the order that LoRARite asks for."""
-    parameters = dict(model.named_parameters())
-    ordered = []
-    for name, parameter in parameters.items():
-        if ".lora_A." in name:
-            ordered += [parameter, parameters[name.replace(".lora_A.", ".lora_B.")]]
-    return ordered
+    in_turn = [p for pair in pairs(model) for p in pair]  # A, B, A, B, ...: the order that it asks for
+    return LoRARite(in_turn, lr=lr)  # type: ignore[no-any-return]
 
 
 def op(model: nn.Module, lr: float, seed: int, hidden_lr: float | None = None, **settings: Any) -> Optimizer:

@@ -16,7 +16,6 @@ cut short goes on where it was. Data, their order and the adapter's start depend
 """
 
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import harness
 from harness import Row
-from methods import Method
+from methods import Method, trainable
 
 Plan = dict[str, tuple["Task", dict[str, Method]]]
 RESULTS = Path(__file__).parent / "results"
@@ -167,7 +166,7 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
     whole = math.isfinite(losses[-1])
     split = "validation" if is_tuning(trial) else "test"
     measured = finite(problem.measure(model, split)) if whole else {"loss": math.inf}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = trainable(model)
     held = harness.bytes_held((getattr(optimizer, "state_dict", dict)(), trained), ())
     return {
         "kind": "trial",
@@ -235,7 +234,9 @@ class Experiment:
         rows = harness.read_rows(self.output) if self.output.exists() else []
         self.rows = {trial_of(row): row for row in rows if row["kind"] == "trial"}
         self.ratios = {(row["task"], row["method"]): row for row in rows if row["kind"] == "step time"}
-        self.common = {"experiment": self.name, **harness.environment(), "device": device_name(self.device)}
+        self.common = {"experiment": self.name, **harness.environment()}
+        if self.device != "cpu":
+            self.common["device"] = torch.cuda.get_device_name(self.device)
 
     def run(self) -> bool:
         """Whether all of it is there; a part begins when the one before it is done."""
@@ -292,24 +293,22 @@ class Experiment:
     def best_rate(self, task: str, method: str) -> float:
         return self.plan[task][0].rate(best_index(self.tuned(task, method)))
 
+    def tests(self, task: str, method: str, steps: int | None = None) -> list[Trial]:
+        """At the best rate, with the test's seeds; by default after as many steps as all."""
+        settings, lr = self.plan[task][0], self.best_rate(task, method)
+        steps = settings.steps if steps is None else steps
+        return [Trial(task, method, lr, seed, steps) for seed in range(1, 1 + settings.seeds)]
+
+    def tested(self, task: str, method: str, steps: int | None = None) -> list[Row]:
+        """The rows of those tests that are there."""
+        return [self.rows[trial] for trial in self.tests(task, method, steps) if trial in self.rows]
+
     def missing_tests(self) -> list[Trial]:
-        trials = []
-        for task, method in self.pairs():
-            settings = self.plan[task][0]
-            lr = self.best_rate(task, method)
-            trials += [Trial(task, method, lr, seed, settings.steps) for seed in range(1, 1 + settings.seeds)]
-        return [trial for trial in trials if trial not in self.rows]
+        return [trial for pair in self.pairs() for trial in self.tests(*pair) if trial not in self.rows]
 
     def missing_of_equal_seconds(self) -> list[Trial]:
-        trials = []
-        for task, method in self.pairs():
-            settings, lr, steps = (
-                self.plan[task][0],
-                self.best_rate(task, method),
-                self.steps_in_equal_time(task, method),
-            )
-            trials += [Trial(task, method, lr, seed, steps) for seed in range(1, 1 + settings.seeds)]
-        return [trial for trial in trials if trial not in self.rows]
+        wanted = (self.tests(*pair, self.steps_in_equal_time(*pair)) for pair in self.pairs())
+        return [trial for trials in wanted for trial in trials if trial not in self.rows]
 
     def steps_in_equal_time(self, task: str, method: str) -> int:
         settings, methods = self.plan[task]
@@ -377,23 +376,8 @@ class Experiment:
                 *(row[key] for key in ("task", "method", "steps", "seed", "lr")),
             ),
         )
-        write_lines(self.output, [*rows, *self.ratios.values()])
-
-
-def write_lines(path: Path, rows: Sequence[Row]) -> None:
-    """A JSON list as harness.write_rows writes it, with a line a row: there are thousands."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-    beside.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    beside.replace(path)
+        harness.write_rows(self.output, [*rows, *self.ratios.values()], a_line_each=True)
 
 
 def best_index(losses: dict[int, float]) -> int:
     return min(losses, key=lambda index: (losses[index], index))
-
-
-def device_name(device: str) -> str:
-    if device == "cpu":
-        return str(harness.environment()["device"])
-    return torch.cuda.get_device_name(device)

@@ -39,7 +39,7 @@ from methods import (
     oplora_method,
     steps_factors,
 )
-from protocol import RESULTS, Experiment, Plan, Task, is_tuning
+from protocol import RESULTS, Experiment, Plan, Task
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TOY_STEPS = 6
@@ -156,6 +156,7 @@ EXPERIMENTS = {
     "ablations": ablations,
     "settings": settings,
 }
+EQUAL_SECONDS = {"language": "LoRA"}  # with whose time all of an experiment's methods train once more
 TOYS = {
     "factorisation": Task(
         "matrix factorisation, 12 x 12", factorisation.TOY, 14, ("product",), 2, 2, 1e-2, 2, 0, 0.1, 2
@@ -182,12 +183,7 @@ def table(experiment: Experiment) -> str:
         lines.append(f"{task.title:36} {'rate':>8} {'training':>10} {'test':>10}")
         for method in some:
             lr = experiment.best_rate(name, method)
-            tests = [
-                row
-                for trial, row in experiment.rows.items()
-                if (trial.task, trial.method, trial.lr, trial.steps) == (name, method, lr, task.steps)
-                and not is_tuning(trial)
-            ]
+            tests = experiment.tested(name, method)
             losses = [row["test_loss"] for row in tests]
             spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
             train = statistics.fmean(row["train_loss"] for row in tests)
@@ -236,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> Experiment:
         args.workers,
         args.threads,
         until,
-        "LoRA" if args.experiment == "language" else None,
+        EQUAL_SECONDS.get(args.experiment),
     )
     whole = experiment.run()
     print(table(experiment) if whole else f"{len(experiment.rows)} trials in {output}, not yet all of them")

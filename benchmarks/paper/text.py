@@ -12,7 +12,7 @@ import hashlib
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -34,10 +34,6 @@ CATEGORIES = (
 )
 MOST_TOKENS = 40  # of a gloss; longer ones are left out
 Texts = dict[str, Tensor]  # blocks (count, tokens) by split
-
-
-def in_random_order(count: int, seed: int) -> Iterator[int]:
-    return finetune_llm.block_order(count, seed)
 
 
 # ---- blocks of text ----
@@ -68,15 +64,14 @@ class Blocks:
     def __init__(self, seed: int, load: Callable[[], tuple[nn.Module, Texts]], batch: int) -> None:
         self.base, self.texts = load()
         self.batch = batch
-        self.order = in_random_order(len(self.texts["train"]), seed)
+        self.order = finetune_llm.block_order(len(self.texts["train"]), seed)
 
     def loss(self, model: nn.Module) -> Tensor:
         return mean_loss(model, self.texts["train"][list(islice(self.order, self.batch))])
 
-    @torch.no_grad()
     def measure(self, model: nn.Module, split: str) -> dict[str, float]:
-        losses = [mean_loss(model, blocks) * len(blocks) for blocks in self.texts[split].split(8)]
-        return {"loss": torch.stack(losses).sum().item() / len(self.texts[split])}
+        settings = Namespace(device=next(model.parameters()).device, batch_size=8)
+        return {"loss": finetune_llm.evaluate(model, self.texts[split], settings)}
 
 
 def mean_loss(model: nn.Module, blocks: Tensor) -> Tensor:
@@ -138,7 +133,7 @@ class Glosses:
         self.base = smollm2()
         self.items, self.answers = gloss_items(finetune_llm.packaged_model(), measured, trained)
         self.batch = batch
-        self.order = in_random_order(len(self.items["train"]), seed)
+        self.order = finetune_llm.block_order(len(self.items["train"]), seed)
 
     def loss(self, model: nn.Module) -> Tensor:
         scores, categories = self.scores(model, [self.items["train"][i] for i in islice(self.order, self.batch)])
@@ -209,7 +204,7 @@ def pretrained_llama(steps: int = 2500, batch: int = 16, length: int = 96) -> nn
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rate = lambda step: min((step + 1) / 100, (steps - step) / (steps - 100))  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    order = in_random_order(len(blocks), 0)
+    order = finetune_llm.block_order(len(blocks), 0)
     for step in range(steps):
         loss = mean_loss(model, blocks[list(islice(order, batch))])
         optimizer.zero_grad()

@@ -72,33 +72,14 @@ def _parser() -> argparse.ArgumentParser:
         prog="oplora", description="Work on OP-LoRA and LoRA adapters on disk, and look at runs."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_merge(
-        commands.add_parser(
-            "merge",
-            help="fold an adapter into its base model",
-            description=MERGE,
-            epilog=FILES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    _add_export(
-        commands.add_parser(
-            "export",
-            help="write an adapter in another format",
-            description=EXPORT,
-            epilog=FORMATS,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
-    _add_plot(
-        commands.add_parser(
-            "plot",
-            help="draw the picture of a run",
-            description=PLOT,
-            epilog=PICTURE,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-    )
+
+    def command(name: str, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
+        raw = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=raw)
+
+    _add_merge(command("merge", "fold an adapter into its base model", MERGE, FILES))
+    _add_export(command("export", "write an adapter in another format", EXPORT, FORMATS))
+    _add_plot(command("plot", "draw the picture of a run", PLOT, PICTURE))
     return parser
 
 

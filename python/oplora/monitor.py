@@ -69,7 +69,6 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self._file: TextIO | None = None
         self._board: Any = None
         self._count = 0
-        self._writes = True
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / FILE).open("a"):
@@ -107,13 +106,11 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     # ---- transformers' Trainer ----
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        if self.optimizer is None and optimizer is not None:
-            self._begin_in_training(optimizer)
+        self._begin_in_training(optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Between the optimizer's step and the schedule's, so that the rate is the one of the step."""
-        if self.optimizer is None and optimizer is not None:  # DeepSpeed makes it late
-            self._begin_in_training(optimizer)
+        self._begin_in_training(optimizer)  # DeepSpeed makes it late
         if self._is_due(state.global_step + 1):
             self._record(state.global_step + 1, None)
 
@@ -137,20 +134,21 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         shards = generators._shards if isinstance(generators, AdamW) else None
-        self._writes = rank == 0 or shards is not None
-        if not self._writes:
+        if rank > 0 and shards is None:
             return
         numbers = stats(optimizer)
-        names = dict.fromkeys(name for layer in numbers.values() for name in layer)
         path = self.folder / (FILE if rank == 0 else f"monitor-{rank}.jsonl")
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
         processes = 1 if shards is None else shards.count
-        self._append({"format": FORMAT, "processes": processes, "layers": list(numbers), "numbers": list(names)})
+        self._append({"format": FORMAT, "processes": processes, "layers": list(numbers), "numbers": _names(numbers)})
         if rank == 0:
             self._board = _new_board(self.folder)
 
     def _begin_in_training(self, optimizer: Any) -> None:
+        """Unless it has, or Trainer has no optimizer yet."""
+        if self.optimizer is not None or optimizer is None:
+            return
         try:
             self._begin(optimizer)
         except OSError as error:
@@ -160,9 +158,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         return self._file is not None and (step == 1 or step % self.every == 0)
 
     def _record(self, step: int, loss: float | None) -> None:
-        layers = list(stats(self.optimizer).values())
-        names = dict.fromkeys(name for layer in layers for name in layer)
-        columns = {name: [layer.get(name, math.nan) for layer in layers] for name in names}
+        numbers = stats(self.optimizer)
+        columns = {name: [layer.get(name, math.nan) for layer in numbers.values()] for name in _names(numbers)}
         head: dict[str, float] = {} if loss is None else {"loss": loss}
         if (groups := getattr(self.optimizer, "param_groups", None)) is not None:
             head["lr"] = float(groups[0]["lr"])
@@ -218,6 +215,11 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         with self._unless_board_fails():
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
+
+
+def _names(numbers: dict[str, dict[str, float]]) -> list[str]:
+    """Of what oplora.stats tells of any layer."""
+    return list(dict.fromkeys(name for layer in numbers.values() for name in layer))
 
 
 def _rounded(value: float) -> float | None:

@@ -429,8 +429,6 @@ class AdamW(torch.optim.Optimizer):
     def _follow_moves(self) -> None:
         """The model was moved (model.to(device), accelerator.prepare): the generators go where the factors are now."""
         factors = [Factors.of(s.factors.layer, s.factors.position, self._generator_device) for s in self._states]
-        for moved, state in zip(factors, self._states, strict=True):
-            moved.kept = state.factors.kept
         states = self._make_states(factors)
         for old, new in zip(self._states, states, strict=True):
             old.factors.move(new.factors.placed, new.factors.device)

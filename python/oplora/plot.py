@@ -182,17 +182,16 @@ def plot_run(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
 def _draw(run: Run) -> Any:
     from matplotlib.figure import Figure
 
-    terms = [name for name in TERMS if name in run.tables]
     dropped = [name for name in run.tables if name.startswith("dropped_") and not np.isnan(run.tables[name]).all()]
     tall = min(8.0, 1.2 + 0.14 * min(len(run.layers), LABELLED_LAYERS))
-    heights = [2.2, 2.2, *([1.8] if dropped else []), *([tall] * len(terms))]
+    heights = [2.2, 2.2, *([1.8] if dropped else []), *([tall] * len(TERMS))]
     figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _draw_losses(axes[0], run)
     _draw_bands(axes[1], run, TERMS)
     if dropped:
         _draw_bands(axes[2], run, {name: name.replace("_", " ") for name in dropped}, ylabel="share dropped")
-    for axis, name in zip(axes[-len(terms) :], terms, strict=True):
+    for axis, name in zip(axes[-len(TERMS) :], TERMS, strict=True):
         _draw_map(figure, axis, run, name)
     axes[-1].set_xlabel("step")
     return figure
@@ -213,8 +212,6 @@ def _draw_bands(axes: Any, run: Run, names: dict[str, str], ylabel: str = "over 
     """The middle of all layers as a line, 10% to 90% of them as a band."""
     greatest = 0.0
     for i, (name, label) in enumerate(names.items()):
-        if name not in run.tables:
-            continue
         low, middle, high = _quantiles(run.tables[name])
         axes.plot(run.steps, middle, marker="." if len(run.steps) < 3 else None, color=f"C{i}", label=label)
         axes.fill_between(run.steps, low, high, color=f"C{i}", alpha=0.2, lw=0)
