@@ -14,6 +14,7 @@ from .adapters import find_layers, other_parameters, refuse_to_step
 from .device import has_kernels
 from .errors import OPLoRAValueError
 from .factors import Factors, keep_starts, warn_adopted
+from .presets import settle
 from .start import Settings, allocate, count_parameters, start_parameters, views
 
 __all__ = ["Generators", "create_oplora_optimizer"]
@@ -185,8 +186,9 @@ def create_oplora_optimizer(
     hidden_width: int = 32,
     latent_width: int = 128,
     latent_std: float = 0.01,
-    hidden_lr_ratio: float = 1.0,
-    init: str = "paper",
+    preset: str = "paper",
+    hidden_lr_ratio: float | None = None,
+    init: str | None = None,
     adapter_name: str | None = None,
     seed: int = 0,
     **optimizer_kwargs: Any,
@@ -200,12 +202,14 @@ def create_oplora_optimizer(
         model: as for oplora.AdamW.
         optimizer_cls: for instance torch.optim.SGD; its other arguments are passed on by name.
         lr: learning rate of W2, c2 and of the other trainable parameters; z, W1 and c1 get lr * hidden_lr_ratio.
-        hidden_width, latent_width, latent_std, hidden_lr_ratio, init, adapter_name, seed: as in oplora.AdamW. The rate
-            of W2 is lr at every width: 32 / hidden_width is right for Adam's kind only, and weight decay would follow.
+        hidden_width, latent_width, latent_std, preset, hidden_lr_ratio, init, adapter_name, seed: as in oplora.AdamW.
+            The rate of W2 is lr at every width: 32 / hidden_width is right for Adam's kind only, and weight decay would
+            follow. Preset "flat" is for Adam's kind too.
 
     Gradients are clipped where they are: those of A and B before step(), or those of the generators between
     optimizer.generators.backward() and step().
     """
+    init, hidden_lr_ratio = settle(preset, init, hidden_lr_ratio, lr)
     generators = Generators(
         model,
         hidden_width=hidden_width,

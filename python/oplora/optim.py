@@ -23,6 +23,7 @@ from .factors import Factors, keep_starts, warn_adopted
 from .lean import LeanState
 from .precondition import precondition as precondition_gradients
 from .precondition import require_pairs
+from .presets import settle
 from .sharding import Shards
 from .start import Settings, weight_rate
 from .state import Layers, State, kind_of
@@ -52,8 +53,10 @@ class AdamW(torch.optim.Optimizer):
             whatever H is. W2's rate is 32 lr / H, so that one lr serves every width.
         latent_width: Z, the length of z.
         latent_std: standard deviation of z's start.
-        hidden_lr_ratio: the learning rate of z, W1 and c1 is lr times this. They move all of A and B together, and
-            below 1 they stay stable at rates at which W2 learns best.
+        preset: of init and hidden_lr_ratio, where they are not given. "paper": init="paper", ratio 1. "flat":
+            init="keep", and for z, W1 and c1 a rate of 0.01 whatever lr is, at most 5e-6 / lr (schedules scale both),
+            with which lr matters little: docs/evidence.md.
+        hidden_lr_ratio: the learning rate of z, W1 and c1 is lr times this. They move all of A and B together.
         state: how the generators are kept. "lean": W2 as its seeded start and a change of rank weight_rank, its
             moments as factors; "exact": all of W2 and both its moments. docs/lean.md compares them.
         start: of W2's random rows. "sign": +-1/sqrt(3 H), one random bit each; "uniform": the paper's. By default
@@ -94,12 +97,13 @@ class AdamW(torch.optim.Optimizer):
         hidden_width: int = 32,
         latent_width: int = 128,
         latent_std: float = 0.01,
-        hidden_lr_ratio: float = 1.0,
+        preset: str = "paper",
+        hidden_lr_ratio: float | None = None,
         state: str = "lean",
         start: str | None = None,
         weight_rank: int = 2,
         moment_rank: int = 1,
-        init: str = "paper",
+        init: str | None = None,
         precondition: float | None = None,
         max_grad_norm: float | None = None,
         shard: bool = False,
@@ -108,6 +112,7 @@ class AdamW(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         generator_device: str | torch.device | None = None,
     ) -> None:
+        init, hidden_lr_ratio = settle(preset, init, hidden_lr_ratio, lr)
         check_arguments(lr, betas, eps, weight_decay, hidden_lr_ratio, state, weight_rank, moment_rank)
         check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
         self._generator_device = check_generator_device(generator_device, state)
