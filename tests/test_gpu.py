@@ -1,6 +1,7 @@
 """oplora on a real GPU, against the C core and float64. Skipped where there is none; `make gpu` runs it."""
 
 import copy
+import warnings
 
 import adapter_types
 import pytest
@@ -104,6 +105,29 @@ def test_a_step_neither_waits_nor_allocates(state):
     torch.cuda.synchronize()
     after = torch.cuda.memory_stats()["num_alloc_retries"], torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     assert after == held
+
+
+def test_monitor_waits_for_the_gpu_on_recorded_steps_alone(tmp_path):
+    """There for the loss, the generators' report and the factors' norms, however many layers there are; after the first
+    the GPU has nothing left to do."""
+    model = make_model().cuda()
+    optimizer = oplora.AdamW(model, lr=1e-3)
+    monitor = oplora.Monitor(tmp_path, optimizer, every=10)
+    train(model, optimizer, 10)
+    loss = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as between:
+            warnings.simplefilter("always")
+            for step in range(11, 20):
+                monitor(loss, step)
+        with warnings.catch_warnings(record=True) as recorded:
+            warnings.simplefilter("always")
+            monitor(loss, 20)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        monitor.close()
+    assert not between and 1 <= len(recorded) <= 3, [str(warning.message) for warning in recorded]
 
 
 @pytest.mark.parametrize("state", STATES)
