@@ -84,9 +84,8 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Op
         model,
         **shared,
         hidden_width=args.hidden_width,
-        hidden_lr_ratio=args.hidden_lr_ratio,
+        preset=args.preset,
         state=args.oplora_state,
-        init=args.init,
         seed=args.seed,
     )
 
@@ -1136,9 +1135,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("OP-LoRA").add_argument
     add("--hidden-width", type=size, default=32, help="units of a generator")
-    add("--hidden-lr-ratio", type=number(float, 0), default=1.0, help="rate of the hidden path over --lr")
+    add(
+        "--preset",
+        choices=("paper", "flat"),
+        default="paper",
+        help="flat: from LoRA's own A and B, with less regard to the rate",
+    )
     add("--oplora-state", choices=("lean", "exact"), default="lean", help="how the generators are kept")
-    add("--init", choices=("paper", "keep"), default="paper", help="A and B from the generators' start, or from LoRA's")
 
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=size, default=1000, help="steps of the optimizer")

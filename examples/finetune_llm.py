@@ -5,7 +5,7 @@
 
 Both methods train the same adapter: same base model, rank, alpha and target modules, same batches in the same
 order, same number of steps, rate, warm-up, decay and clipping. They differ in one line, the optimizer
-(make_optimizer below); with --init keep also the start of A and B is the same. The defaults belong to the demo,
+(make_optimizer below); with --preset flat also the start of A and B is the same. The defaults belong to the demo,
 SmolLM2-135M-Instruct on Python's reference documentation at a rate that nobody tuned. With the rate tuned for
 each (5e-3 here) neither is ahead of the other by more than chance: examples/README.md has the figures. A few
 dozen steps are a demonstration, not a benchmark: try a few rates for both.
@@ -64,8 +64,7 @@ def make_optimizer(method: str, model: PeftModel, args: argparse.Namespace) -> t
         lr=args.oplora_lr,
         weight_decay=args.weight_decay,
         hidden_width=args.hidden_width,
-        hidden_lr_ratio=args.hidden_lr_ratio,
-        init=args.init,
+        preset=args.preset,
         seed=args.seed,
     )
 
@@ -481,12 +480,11 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("OP-LoRA").add_argument
     add("--hidden-width", type=at_least(1), default=32, help="units of a generator")
-    add("--hidden-lr-ratio", type=float, default=1.0, help="hidden path's rate over --oplora-lr")
     add(
-        "--init",
-        choices=("paper", "keep"),
+        "--preset",
+        choices=("paper", "flat"),
         default="paper",
-        help="paper: A and B from the generators' own start; keep: from LoRA's",
+        help="flat: from LoRA's own A and B, with less regard to the rate",
     )
 
     add = parser.add_argument_group("training").add_argument

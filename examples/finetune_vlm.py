@@ -82,8 +82,7 @@ def make_optimizer(model: PeftModel, args: argparse.Namespace) -> torch.optim.Op
         lr=args.lr,
         weight_decay=args.weight_decay,
         hidden_width=args.hidden_width,
-        hidden_lr_ratio=args.hidden_lr_ratio,
-        init=args.init,
+        preset=args.preset,
         max_grad_norm=args.max_grad_norm or None,  # it trains the generators, so their gradients' norm counts
         seed=args.seed,
     )
@@ -834,12 +833,11 @@ def parse_arguments() -> argparse.Namespace:
 
     add = parser.add_argument_group("OP-LoRA").add_argument
     add("--hidden-width", type=at_least(1), help="units of a generator (default: 768 for --targets projector, else 32)")
-    add("--hidden-lr-ratio", type=float, default=1.0, help="hidden path's rate over --lr")
     add(
-        "--init",
-        choices=("paper", "keep"),
+        "--preset",
+        choices=("paper", "flat"),
         default="paper",
-        help="paper: A and B from the generators' own start; keep: from LoRA's",
+        help="flat: from LoRA's own A and B, with less regard to the rate",
     )
 
     add = parser.add_argument_group("training").add_argument

@@ -169,7 +169,7 @@ assert "oplora" not in sys.modules
 """
 TRAININGS = {
     "sd": ("sd", "--train-text-encoder"),
-    "sdxl": ("sdxl", "--train-text-encoder", "--dora", "--init", "keep"),
+    "sdxl": ("sdxl", "--train-text-encoder", "--dora", "--preset", "flat"),
     "flux": ("flux", "--train-text-encoder", "--lora-alpha", 3),
 }
 

@@ -228,7 +228,7 @@ def test_gradient_accumulation_gives_the_losses_of_the_whole_batch(
 
 
 def test_kept_start_in_bfloat16_without_clipping(run_here: Callable[..., dict], tmp_path: Path) -> None:
-    other = ("--init", "keep", "--dtype", "bfloat16", "--max-grad-norm", "0", "--save-every", "0")
+    other = ("--preset", "flat", "--dtype", "bfloat16", "--max-grad-norm", "0", "--save-every", "0")
     record = run_here("--method", "oplora", *other)
     assert record["summary"].keys() == {"oplora"}
     assert not list(tmp_path.rglob("checkpoint-*"))
