@@ -24,8 +24,6 @@ import protocol  # noqa: E402
 import run  # noqa: E402
 import text  # noqa: E402
 
-EVIDENCE = ROOT / "docs" / "evidence.md"
-
 # ---- the protocol, on trials that are made up ----
 
 TASK = protocol.Task("made up", lambda seed: None, 10, ("q",), 2, 2, lowest_rate=1e-3, rates=3, growth=2, seeds=2)
@@ -102,6 +100,25 @@ def test_equal_seconds_are_fewer_steps_where_a_step_is_measurably_slower(tmp_pat
         experiment.run()
         assert {trial.steps for trial in experiment.rows if trial.method == "OP-LoRA, lean"} == steps
         assert {trial.steps for trial in experiment.rows if trial.method == "LoRA"} == {10}
+
+
+def test_steps_are_timed_once_and_all_methods_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def in_own_process(function: Any, task: protocol.Task, some: list[methods.Method], *_: Any) -> dict[str, Any]:
+        timed.append([method.name for method in some])
+        return {name: {"ratio": 2.0, "ratio_20": 1.9, "ratio_80": 2.1} for name in timed[-1]}
+
+    monkeypatch.setattr(protocol.harness, "in_own_process", in_own_process)
+    for _ in range(2):
+        assert made_up(tmp_path, distance_from(2.2e-3), equal_seconds="LoRA").run()
+    assert timed == [["OP-LoRA, lean"]]
+
+
+def test_diverged_trainings_are_counted_and_not_averaged() -> None:
+    assert protocol.spread([1.0, 3.0]) == "2.000 ± 1.414"
+    assert protocol.spread([1.0, math.inf, math.inf]) == "2 of 3 diverged"
+    assert protocol.spread([1.0]) == "1.000" and protocol.spread([]) == ""
 
 
 def test_schedule_warms_up_and_ends_at_nothing() -> None:
@@ -319,17 +336,29 @@ def results(tmp_path: Path) -> Path:
 
 def test_tables_and_figures_come_from_the_files_alone(results: Path) -> None:
     made = figures.tables("images", results)
-    assert made.keys() == {"images/budget", "images/digits", "images/digits/training"}
+    assert made.keys() == {f"images/{key}" for key in ("budget", "digits", "digits/rates", "digits/training")}
     (line,) = (line for line in made["images/digits"].splitlines() if line.startswith("| OP-LoRA, lean |"))
     assert re.match(r"\| OP-LoRA, lean \| 0\.0001 \| \d\.\d{3} ± \d\.\d{3} \| ", line)
     figures.main(["--results", str(results)])
     assert (results / "images.png").stat().st_size > 10_000
 
 
-def test_evidence_has_the_tables_of_the_committed_results() -> None:
-    written = EVIDENCE.read_text()
+MARKER = re.compile(rf"<!-- ((?:{'|'.join(run.EXPERIMENTS)})/[\w/ ,]+):begin -->")
+
+
+@pytest.mark.parametrize("page", ["docs/evidence.md", "README.md"])
+def test_page_has_the_tables_of_the_committed_results(page: str) -> None:
+    written = (ROOT / page).read_text()
     made = {name: table for experiment in run.EXPERIMENTS for name, table in figures.tables(experiment).items()}
-    named = re.findall(r"<!-- ([\w/ ,]+):begin -->", written)
+    named = MARKER.findall(written)
     assert named and set(named) <= made.keys()
     for name in named:
         assert made[name] in written, name
+
+
+def test_numbers_of_the_claims_are_those_of_the_tables() -> None:
+    _, claims, after = re.split(r"\n## ", (ROOT / "docs/evidence.md").read_text(), maxsplit=2)
+    ours = [line.split(" | ")[2] for line in claims.splitlines() if line.startswith("| ")][2:]
+    numbers = re.findall(r"\d+\.\d{3,}|\d\.\de-\d+", " ".join(ours))
+    assert len(numbers) > 20
+    assert not [number for number in numbers if number not in after]

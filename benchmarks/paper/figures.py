@@ -1,9 +1,9 @@
 """Figures and tables of the experiments, from their files alone.
 
 python benchmarks/paper/figures.py                                results/*.json -> results/*.png
-python benchmarks/paper/figures.py --evidence docs/evidence.md    the tables, between the markers in that file that name
-                                                                  an experiment and a table
-python benchmarks/paper/figures.py --table language/comparison    one of them, for the terminal
+python benchmarks/paper/figures.py --pages docs/evidence.md README.md    the tables, between the markers in those files
+                                                                  that name an experiment and a table
+python benchmarks/paper/figures.py --table language/reference     one of them, for the terminal
 
 A task is drawn when all methods were tuned on it; tables have what was tested.
 """
@@ -21,10 +21,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from harness import Row
+from methods import FLAT, LORA, OP_LEAN
 from plot import markdown, replace_between
-from protocol import RESULTS, Experiment, Task
-from run import EQUAL_SECONDS, EXPERIMENTS
+from protocol import RESULTS, Experiment, Task, spread
+from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 
+BOLD = {FLAT.name, "flat"}
+IN_RATE_TABLES = {LORA.name, "LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
+FLOAT32 = 1e-7  # what is less than its precision
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached
 
 
@@ -56,12 +60,15 @@ class Comparison:
         """Rates, and over the tuning seeds mean and standard deviation of a column."""
         rates, means, deviations = [], [], []
         for index in sorted(self.experiment.tuned(self.name, method)):
-            trials = self.experiment.tuning(self.name, method, index)
-            values = [self.experiment.rows[trial][number] for trial in trials]
+            values = self.tuning(method, index, number)
             rates.append(self.task.rate(index))
             means.append(statistics.fmean(values))
             deviations.append(statistics.stdev(values) if len(values) > 1 and math.isfinite(means[-1]) else 0.0)
         return rates, means, deviations
+
+    def tuning(self, method: str, index: int, number: str) -> list[float]:
+        """Of a column, the tuning seeds' values at a rate of the grid."""
+        return [self.experiment.rows[trial][number] for trial in self.experiment.tuning(self.name, method, index)]
 
     def tests(self, method: str, steps: int | None = None) -> list[Row]:
         return self.experiment.tested(self.name, method, steps)
@@ -82,14 +89,6 @@ def read(name: str, folder: Path = RESULTS) -> Experiment:
 def comparisons(experiment: Experiment) -> list[Comparison]:
     found = [Comparison(experiment, name) for name in experiment.plan]
     return [comparison for comparison in found if comparison.methods]
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation."""
-    if not values or not all(map(math.isfinite, values)):
-        return "diverged" if values else ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def column(rows: Iterable[Row], name: str) -> list[float]:
@@ -121,12 +120,30 @@ def training_table(comparison: Comparison) -> str:
     header = [comparison.task.title, "rate", "training loss", "decades of good rates"]
 
     def cells(method: str) -> list[str]:
-        rates, means, deviations = comparison.curve(method, "train_loss")
-        least = int(np.argmin(means))
+        _, means, _ = comparison.curve(method, "train_loss")
+        least = sorted(comparison.experiment.tuned(comparison.name, method))[int(np.argmin(means))]
+        losses = spread(comparison.tuning(method, least, "train_loss"))
         decades = comparison.good_decades(method, "train_loss")
-        return [method, f"{rates[least]:.2g}", f"{means[least]:.3f} ± {deviations[least]:.3f}", f"{decades:.1f}"]
+        return [method, f"{comparison.task.rate(least):.2g}", losses, f"{decades:.1f}"]
 
     return markdown(header, map(cells, comparison.methods))
+
+
+def rate_table(comparison: Comparison) -> str:
+    """The validation loss at every rate of the grid that all share, of a few methods."""
+    rates = [comparison.task.rate(index) for index in range(comparison.task.rates)]
+    header = [comparison.task.title, *(f"{rate:g}" for rate in rates)]
+
+    def cells(method: str) -> list[str]:
+        found, means, _ = comparison.curve(method)
+        by_rate = dict(zip(found, means, strict=True))
+        return [method, *(shortened(by_rate[rate]) for rate in rates)]
+
+    return markdown(header, [cells(method) for method in comparison.methods if method in IN_RATE_TABLES])
+
+
+def shortened(loss: float) -> str:
+    return f"{loss:.2f}" if loss < 100 else "> 100"
 
 
 def factorisation_table(experiment: Experiment) -> str:
@@ -146,32 +163,39 @@ def factorisation_table(experiment: Experiment) -> str:
 
 
 def scientific(values: Sequence[float]) -> str:
-    if not values or not all(map(math.isfinite, values)):
-        return "diverged"
+    if not all(map(math.isfinite, values)):
+        return spread(values)
     return f"{statistics.fmean(values):.1e} ± {statistics.stdev(values):.0e}"
 
 
 def cost_table(comparison: Comparison) -> str:
-    """Equal steps, equal seconds, and memory."""
+    """Equal steps, equal seconds, and memory: the bytes that are kept, and what a training adds to the model at its
+    peak on each device; of all trainings the least, as the first of a process sets up libraries."""
     experiment = comparison.experiment
+    rows_of = {
+        m: [r for r in experiment.rows.values() if (r["task"], r["method"]) == (comparison.name, m)]
+        for m in comparison.methods
+    }
+    devices = sorted({row["device"] for rows in rows_of.values() for row in rows})
     header = [comparison.task.title, "step over LoRA's", "test loss, equal steps", "test loss, equal seconds"]
-    header += ["MB at the peak", "bytes an adapter's number"]
+    header += ["bytes an adapter's number", *(f"MB at the peak, {device}" for device in devices)]
 
     def cells(method: str) -> list[str]:
-        ratio = 1.0 if method == "LoRA" else experiment.ratios[comparison.name, method]["ratio"]
-        rows = comparison.tests(method)
+        ratio = 1.0 if method == LORA.name else experiment.ratios[comparison.name, method]["ratio"]
+        rows = rows_of[method]
         in_time = comparison.tests(method, experiment.steps_in_equal_time(comparison.name, method))
-        held = statistics.fmean(row["held_bytes"] / row["adapter_numbers"] for row in rows)
+        held = statistics.median(row["held_bytes"] / row["adapter_numbers"] for row in rows)
+        peaks = [[row["peak_bytes"] / 1e6 for row in rows if row["device"] == device] for device in devices]
         return [
             method,
             f"{ratio:.2f}",
-            spread(column(rows, "test_loss")),
+            spread(column(comparison.tests(method), "test_loss")),
             spread(column(in_time, "test_loss")),
-            f"{statistics.median(row['peak_bytes'] for row in rows) / 1e6:.0f}",
             f"{held:.0f}",
+            *(f"{min(some):.0f}" if some else "" for some in peaks),
         ]
 
-    timed = [m for m in comparison.methods if m == "LoRA" or (comparison.name, m) in experiment.ratios]
+    timed = [m for m in comparison.methods if m == LORA.name or (comparison.name, m) in experiment.ratios]
     return markdown(header, map(cells, timed))
 
 
@@ -193,7 +217,8 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
         return made | {f"{name}/terms": factorisation_table(experiment)}
     for comparison in comparisons(experiment):
         made[f"{name}/{comparison.name}"] = test_table(comparison)
-        if name == "images":
+        made[f"{name}/{comparison.name}/rates"] = rate_table(comparison)
+        if TOY_OF.get(comparison.name) == "images":
             made[f"{name}/{comparison.name}/training"] = training_table(comparison)
         if any(task == comparison.name for task, _ in experiment.ratios):
             made[f"{name}/{comparison.name}/cost"] = cost_table(comparison)
@@ -203,25 +228,40 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
 # ---- figures ----
 
 
-def draw_curves(axes: Any, comparison: Comparison, number: str, methods: Iterable[str]) -> None:
-    """Loss over the rate. What diverged is left out; the axis ends at 1.6 times the least loss."""
-    least = math.inf
-    for i, method in enumerate(methods):
+def style(experiment: Experiment, method: str) -> dict[str, Any]:
+    """The same in every panel: of a line. Plain LoRA is black, the preset "flat" red, both thick."""
+    if method == LORA.name:
+        return {"color": "black", "ls": "--", "lw": 1.8, "zorder": 3}
+    if method in BOLD:
+        return {"color": "crimson", "ls": "-", "lw": 1.8, "zorder": 3}
+    every = dict.fromkeys(name for _, methods in experiment.plan.values() for name in methods)
+    place = [name for name in every if name != LORA.name and name not in BOLD].index(method)
+    return {"color": f"C{[0, 1, 2, 4, 5, 6, 7, 8, 9][place % 9]}", "ls": "-:"[place // 9 % 2], "lw": 1.0}
+
+
+def draw_curves(axes: Any, comparison: Comparison, number: str) -> None:
+    """Loss over the rate, its standard deviation where a rate has several seeds. Diverged trainings are left out, and
+    the axis ends where a third of the rest lies above."""
+    every = []
+    for method in comparison.methods:
         rates, means, deviations = (np.array(values) for values in comparison.curve(method, number))
         shown = np.isfinite(means)
-        style = "k--" if method == "LoRA" else f"C{i % 10}-" if i < 10 else f"C{i % 10}:"
-        axes.errorbar(rates[shown], means[shown], deviations[shown], fmt=style, marker=".", lw=1.2, label=method)
-        least = min(least, means[shown].min(initial=math.inf))
-    axes.set(xscale="log", xlabel="learning rate")
+        error = deviations[shown] if deviations.any() else None
+        line = style(comparison.experiment, method)
+        axes.errorbar(rates[shown], means[shown], error, marker=".", elinewidth=0.4, label=method, **line)
+        every += means[shown].tolist()
+    least, high = min(every), np.quantile(every, 0.67)
+    high = min(max(high, 1.05 * least), 2 * least)
+    axes.set(xscale="log", xlabel="learning rate", ylim=(least - 0.1 * (high - least), high))
     axes.set_title(comparison.task.title, fontsize="medium", wrap=True)
-    axes.set_ylim(least - 0.05 * abs(least), min(axes.get_ylim()[1], 1.6 * least))
 
 
 def draw_excess(axes: Any, comparison: Comparison) -> None:
-    for i, method in enumerate(comparison.methods):
+    for method in comparison.methods:
         rates, means, _ = (np.array(values) for values in comparison.curve(method))
         shown = np.isfinite(means) & (means < 10)
-        axes.plot(rates[shown], means[shown] - 1, f"C{i}.-", label=method)
+        excess = np.maximum(means[shown] - 1, FLOAT32)
+        axes.plot(rates[shown], excess, marker=".", label=method, **style(comparison.experiment, method))
     axes.set(xscale="log", yscale="log", xlabel="learning rate", title=comparison.task.title)
     axes.legend(frameon=False, fontsize="small")
 
@@ -229,15 +269,23 @@ def draw_excess(axes: Any, comparison: Comparison) -> None:
 def draw_dots(axes: Any, comparison: Comparison) -> None:
     """Test loss of every method at its best rate, a dot a seed; the line is plain LoRA."""
     some = [method for method in comparison.methods if comparison.tests(method)]
+    axes.set_visible(bool(some))
     for place, method in enumerate(some):
         losses = column(comparison.tests(method), "test_loss")
-        axes.plot(losses, [place] * len(losses), "C0.", alpha=0.5)
+        color = style(comparison.experiment, method)["color"]
+        axes.plot(losses, [place] * len(losses), ".", color=color, alpha=0.6)
         axes.plot([statistics.fmean(losses)], [place], "k|", ms=10)
     if "LoRA" in some:
         axes.axvline(statistics.fmean(column(comparison.tests("LoRA"), "test_loss")), color="k", lw=0.6, ls="--")
     axes.set_yticks(range(len(some)), some, fontsize="small")
     axes.invert_yaxis()
     axes.set(xlabel="test loss")
+
+
+def draw_legend(figure: Any, axes: Any) -> None:
+    """Of all panels, beneath them."""
+    lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Any, Any]:
@@ -257,27 +305,26 @@ def draw_factorisation(experiment: Experiment) -> Any:
 
 
 def draw_images(experiment: Experiment) -> Any:
-    found = comparisons(experiment)
-    figure, axes = new_figure(len(found), 2)
-    for column_of_axes, comparison in zip(axes.T, found, strict=True):
-        draw_curves(column_of_axes[0], comparison, "train_loss", comparison.methods)
-        draw_curves(column_of_axes[1], comparison, "validation_loss", comparison.methods)
-    axes[0, 0].set_ylabel("training loss")
-    axes[1, 0].set_ylabel("validation loss")
-    axes[0, 0].legend(frameon=False, fontsize="x-small", ncols=2)
-    return figure
+    """The paper's measure, held-out loss, and the tests."""
+    return draw_rows(experiment, ["train_loss", "validation_loss"])
 
 
 def draw_methods(experiment: Experiment) -> Any:
-    """Rates above, test losses below."""
+    return draw_rows(experiment, ["validation_loss"])
+
+
+def draw_rows(experiment: Experiment, numbers: Sequence[str]) -> Any:
+    """A row of panels for each number over the rate, below them the tests; a column for each task."""
     found = comparisons(experiment)
     tallest = max(len(comparison.methods) for comparison in found)
-    figure, axes = new_figure(len(found), 2, max(4.0, 0.22 * tallest + 1))
+    figure, axes = new_figure(len(found), len(numbers) + 1, max(3.6, 0.2 * tallest + 1))
     for column_of_axes, comparison in zip(axes.T, found, strict=True):
-        draw_curves(column_of_axes[0], comparison, "validation_loss", comparison.methods)
-        draw_dots(column_of_axes[1], comparison)
-    axes[0, 0].set_ylabel("validation loss")
-    axes[0, 0].legend(frameon=False, fontsize="xx-small", ncols=2)
+        for axis, number in zip(column_of_axes, numbers, strict=False):
+            draw_curves(axis, comparison, number)
+        draw_dots(column_of_axes[-1], comparison)
+    for axis, number in zip(axes[:, 0], numbers, strict=False):
+        axis.set_ylabel({"train_loss": "training loss", "validation_loss": "validation loss"}[number])
+    draw_legend(figure, axes[0])
     return figure
 
 
@@ -293,19 +340,20 @@ FIGURES: dict[str, Callable[[Experiment], Any]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--evidence", type=Path)
+    parser.add_argument("--pages", nargs="+", type=Path)
     parser.add_argument("--table")
     args = parser.parse_args(arguments)
-    if args.evidence or args.table:
+    if args.pages or args.table:
         made = {key: text for name in EXPERIMENTS for key, text in tables(name, args.results).items()}
         if args.table:
             print(made[args.table] if args.table in made else f"there are: {', '.join(made)}")
             return
-        text = args.evidence.read_text(encoding="utf-8")
-        for name, table in made.items():
-            if f"<!-- {name}:begin -->" in text:
-                text = replace_between(text, name, table)
-        args.evidence.write_text(text, encoding="utf-8")
+        for page in args.pages:
+            text = page.read_text(encoding="utf-8")
+            for name, table in made.items():
+                if f"<!-- {name}:begin -->" in text:
+                    text = replace_between(text, name, table)
+            page.write_text(text, encoding="utf-8")
         return
     for name, draw in FIGURES.items():
         if (args.results / f"{name}.json").exists() and comparisons(experiment := read(name, args.results)):

@@ -102,6 +102,7 @@ OP_EXACT = oplora_method("OP-LoRA, exact", state="exact")
 OP_LEAN = oplora_method("OP-LoRA, lean", state="lean")
 START_KEPT = oplora_method("OP-LoRA, start kept", init="keep")
 OWN_RATE = oplora_method("OP-LoRA, start kept, hidden rate 0.01", init="keep", hidden_lr=1e-2)
+FLAT = Method("OP-LoRA, flat", OP_LORA, partial(op, preset="flat"))
 # in bytes an entry, factor and gradient included: plain LoRA under AdamW 16; state lean with a start that is kept 28
 LORA_OF_EQUAL_MEMORY = Method("LoRA, as much memory", LORA.source, LORA.optimizer, rank_factor=28 / 16)
 PEERS = [

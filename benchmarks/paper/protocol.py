@@ -7,9 +7,9 @@ fresh seeds on test data.
 2. Test. At its best rate each method trains with the seeds 1, 2, 3, ..., which no choice has seen, and is measured on
    test data, which no choice has seen either.
 
-3. Equal seconds, where the experiment asks for it. A training step of each method is timed in turns with one of the
-   baseline's, in one process; where they differ by more than the rounds do, the method trains once more with the test
-   seeds, at its best rate, for as many steps as fit into the baseline's time, and the schedule is fitted to them.
+3. Equal seconds, where the experiment asks for it. Training steps of all methods are timed in turns in one process;
+   where a method's differ from the baseline's by more than the rounds do, it trains once more with the test seeds, at
+   its best rate, for as many steps as fit into the baseline's time, and the schedule is fitted to them.
 
 A trial is known by task, method, rate, seed and steps; what the result's file has is not run again, so a run that was
 cut short goes on where it was. Data, their order and the adapter's start depend on the seed alone.
@@ -75,7 +75,7 @@ class Task:
     warmup: float | None = None  # share of the steps; then linear to 0 at the end. None: a constant rate
     seeds: int = 3  # of the test
     tuning_seeds: int = 1
-    apart: bool = False  # every trial in a process of its own, whose memory is measured
+    apart: bool = False  # the memory is measured; on the CPU with every trial in a process of its own
 
     def schedule(self, step: int, steps: int) -> float:
         if self.warmup is None:
@@ -184,12 +184,14 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
     }
 
 
-def step_ratio(task: Task, method: Method, baseline: Method, device: str, threads: int, rounds: int = 7) -> Row:
-    """A training step's time over the baseline's in the same round: median, 20% and 80% quantiles."""
+def step_ratios(
+    task: Task, methods: Sequence[Method], baseline: Method, device: str, threads: int, rounds: int = 7
+) -> dict[str, Row]:
+    """By method, a training step's time over the baseline's in the same round: median, 20% and 80% quantiles."""
     torch.set_num_threads(threads)
     contenders = {}
-    for name, some in (("method", method), ("baseline", baseline)):
-        training = Training.of(task, some, task.lowest_rate, 1, device)
+    for method in (baseline, *methods):
+        training = Training.of(task, method, task.lowest_rate, 1, device)
         training.step()  # makes the optimizer's state
 
         def turn(training: Training = training) -> None:
@@ -197,14 +199,22 @@ def step_ratio(task: Task, method: Method, baseline: Method, device: str, thread
             if device != "cpu":
                 torch.cuda.synchronize(device)
 
-        contenders[name] = harness.Contender(turn)
-    seconds = harness.in_turns(contenders, rounds, limit_s=60)
-    return harness.ratio_columns(seconds["method"], over=seconds["baseline"])
+        contenders[method.name] = harness.Contender(turn)
+    seconds = harness.in_turns(contenders, rounds, limit_s=300)
+    return {m.name: harness.ratio_columns(seconds[m.name], over=seconds[baseline.name]) for m in methods}
 
 
 def finite(measured: dict[str, float]) -> dict[str, float]:
     """Infinity for a loss that is not a number: it must not be the least."""
     return {name: value if math.isfinite(value) else math.inf for name, value in measured.items()}
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation; how many of the trainings diverged, if any."""
+    if diverged := sum(not math.isfinite(value) for value in values):
+        return f"{diverged} of {len(values)} diverged"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}" if values else ""
 
 
 def curve(losses: Sequence[float]) -> list[list[float]]:
@@ -307,27 +317,29 @@ class Experiment:
         return [trial for pair in self.pairs() for trial in self.tests(*pair) if trial not in self.rows]
 
     def missing_of_equal_seconds(self) -> list[Trial]:
+        for task in self.plan:
+            self.time_steps(task)
         wanted = (self.tests(*pair, self.steps_in_equal_time(*pair)) for pair in self.pairs())
         return [trial for trials in wanted for trial in trials if trial not in self.rows]
 
-    def steps_in_equal_time(self, task: str, method: str) -> int:
+    def time_steps(self, task: str) -> None:
+        """All methods that were not timed yet, in one process."""
         settings, methods = self.plan[task]
+        baseline = self.equal_seconds
+        assert baseline is not None
+        untimed = [m for name, m in methods.items() if name != baseline and (task, name) not in self.ratios]
+        if not untimed:
+            return
+        ratios = harness.in_own_process(step_ratios, settings, untimed, methods[baseline], self.device, self.threads)
+        for method, ratio in ratios.items():
+            names = {"kind": "step time", "task": task, "method": method, "over": baseline}
+            self.ratios[task, method] = {**self.common, **names, **ratio}
+        self.save()
+
+    def steps_in_equal_time(self, task: str, method: str) -> int:
+        settings = self.plan[task][0]
         if method == self.equal_seconds:
             return settings.steps
-        if (task, method) not in self.ratios:
-            assert self.equal_seconds is not None
-            pair = methods[method], methods[self.equal_seconds]
-            ratio = harness.in_own_process(step_ratio, settings, *pair, self.device, self.threads)
-            row = {
-                **self.common,
-                "kind": "step time",
-                "task": task,
-                "method": method,
-                "over": self.equal_seconds,
-                **ratio,
-            }
-            self.ratios[task, method] = row
-            self.save()
         row = self.ratios[task, method]
         if row["ratio_20"] <= 1 <= row["ratio_80"]:  # no difference to measure
             return settings.steps
@@ -335,7 +347,7 @@ class Experiment:
 
     def run_all(self, trials: Sequence[Trial]) -> bool:
         """Whether time was left for all."""
-        apart = any(self.plan[trial.task][0].apart for trial in trials)
+        apart = self.device == "cpu" and any(self.plan[trial.task][0].apart for trial in trials)
         context = get_context("forkserver" if self.device == "cpu" else "spawn")
         if self.device == "cpu":
             context.set_forkserver_preload(["peft"])
