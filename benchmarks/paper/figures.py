@@ -170,29 +170,26 @@ def scientific(values: Sequence[float]) -> str:
 
 def cost_table(comparison: Comparison) -> str:
     """Equal steps, equal seconds, and memory: the bytes that are kept, and what a training adds to the model at its
-    peak on each device; of all trainings the least, as the first of a process sets up libraries."""
+    peak, the median of all."""
     experiment = comparison.experiment
-    rows_of = {
-        m: [r for r in experiment.rows.values() if (r["task"], r["method"]) == (comparison.name, m)]
-        for m in comparison.methods
-    }
-    devices = sorted({row["device"] for rows in rows_of.values() for row in rows})
+    every = [row for row in experiment.rows.values() if row["task"] == comparison.name]
     header = [comparison.task.title, "step over LoRA's", "test loss, equal steps", "test loss, equal seconds"]
-    header += ["bytes an adapter's number", *(f"MB at the peak, {device}" for device in devices)]
+    header += ["bytes an adapter's number", "MB at the peak"]
 
     def cells(method: str) -> list[str]:
         ratio = 1.0 if method == LORA.name else experiment.ratios[comparison.name, method]["ratio"]
-        rows = rows_of[method]
+        rows = [row for row in every if row["method"] == method]
         in_time = comparison.tests(method, experiment.steps_in_equal_time(comparison.name, method))
+        in_time = in_time if len(in_time) == comparison.task.seeds else []
         held = statistics.median(row["held_bytes"] / row["adapter_numbers"] for row in rows)
-        peaks = [[row["peak_bytes"] / 1e6 for row in rows if row["device"] == device] for device in devices]
+        peaks = [row["peak_bytes"] / 1e6 for row in rows if row["peak_bytes"] is not None]
         return [
             method,
             f"{ratio:.2f}",
             spread(column(comparison.tests(method), "test_loss")),
             spread(column(in_time, "test_loss")),
             f"{held:.0f}",
-            *(f"{min(some):.0f}" if some else "" for some in peaks),
+            f"{statistics.median(peaks):.0f}" if peaks else "",
         ]
 
     timed = [m for m in comparison.methods if m == LORA.name or (comparison.name, m) in experiment.ratios]

@@ -75,7 +75,7 @@ class Task:
     warmup: float | None = None  # share of the steps; then linear to 0 at the end. None: a constant rate
     seeds: int = 3  # of the test
     tuning_seeds: int = 1
-    apart: bool = False  # the memory is measured; on the CPU with every trial in a process of its own
+    apart: bool = False  # on the CPU every trial in a process of its own, whose memory is measured
 
     def schedule(self, step: int, steps: int) -> float:
         if self.warmup is None:
@@ -150,10 +150,6 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
     problem, model, optimizer = training.problem, training.model, training.optimizer
     scheduler = LambdaLR(optimizer, lambda step: task.schedule(step, trial.steps))
     losses: list[float] = []
-    on_gpu = device != "cpu"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
     begin = time.perf_counter()
     with harness.PeakMemory() as peak:
         while len(losses) < trial.steps:
@@ -162,7 +158,6 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
                 break
             scheduler.step()
     seconds = time.perf_counter() - begin
-    peak_bytes = torch.cuda.max_memory_allocated(device) - before if on_gpu else peak.bytes
     whole = math.isfinite(losses[-1])
     split = "validation" if is_tuning(trial) else "test"
     measured = finite(problem.measure(model, split)) if whole else {"loss": math.inf}
@@ -178,7 +173,7 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
         "diverged_at": None if whole else len(losses) - 1,
         "adapter_numbers": sum(p.numel() for p in trained),
         "held_bytes": held,
-        "peak_bytes": peak_bytes if task.apart else None,  # beside the model with its adapter
+        "peak_bytes": peak.bytes if task.apart and device == "cpu" else None,  # beside the model with its adapter
         "seconds": seconds,
         "threads": threads,
     }
