@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import factors, make_model
+from conftest import assert_same_bits, factors, make_model, train
 
 import oplora
 
@@ -15,11 +15,7 @@ def flat(lr: float) -> dict[str, object]:
 
 def trained(state: str, **settings: object) -> dict[str, torch.Tensor]:
     model = make_model()
-    optimizer = oplora.AdamW(model, state=state, **settings)
-    for step in range(4):
-        optimizer.zero_grad()
-        model(torch.full((3, 13), 1.0 + step)).square().mean().backward()
-        optimizer.step()
+    train(model, oplora.AdamW(model, state=state, **settings), 4)
     return factors(model)
 
 
@@ -29,15 +25,15 @@ def trained(state: str, **settings: object) -> dict[str, torch.Tensor]:
 def test_preset_is_its_settings(state: str, lr: float, preset: str) -> None:
     by_name = trained(state, lr=lr, preset=preset)
     spelt_out = trained(state, lr=lr, **(PAPER if preset == "paper" else flat(lr)))
-    assert all(torch.equal(by_name[name], spelt_out[name]) for name in by_name)
+    assert_same_bits(by_name, spelt_out)
 
 
 @pytest.mark.parametrize("lr", [1e-4, 3e-2, torch.tensor(3e-2)])
 def test_flat_keeps_loras_start(lr: float) -> None:
     model = make_model()
-    before = {name: value.clone() for name, value in factors(model).items()}
+    before = factors(model)
     oplora.AdamW(model, lr=lr, preset="flat")
-    assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
+    assert_same_bits(factors(model), before)
 
 
 @pytest.mark.parametrize(("lr", "hidden_lr"), [(1e-6, 0.01), (1e-4, 0.01), (5e-4, 0.01), (1e-3, 5e-3), (1e-2, 5e-4)])
@@ -58,7 +54,7 @@ def test_schedule_scales_the_hidden_rate_of_flat() -> None:
 def test_argument_that_is_given_wins(given: dict[str, object]) -> None:
     settings = {"lr": 1e-2, **flat(1e-2), **given}
     by_name, spelt_out = trained("lean", lr=1e-2, preset="flat", **given), trained("lean", **settings)
-    assert all(torch.equal(by_name[name], spelt_out[name]) for name in by_name)
+    assert_same_bits(by_name, spelt_out)
 
 
 def test_any_optimizer_class_has_the_presets() -> None:

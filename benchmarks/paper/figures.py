@@ -131,13 +131,12 @@ def training_table(comparison: Comparison) -> str:
 
 def rate_table(comparison: Comparison) -> str:
     """The validation loss at every rate of the grid that all share, of a few methods."""
-    rates = [comparison.task.rate(index) for index in range(comparison.task.rates)]
-    header = [comparison.task.title, *(f"{rate:g}" for rate in rates)]
+    grid = range(comparison.task.rates)
+    header = [comparison.task.title, *(f"{comparison.task.rate(index):g}" for index in grid)]
 
     def cells(method: str) -> list[str]:
-        found, means, _ = comparison.curve(method)
-        by_rate = dict(zip(found, means, strict=True))
-        return [method, *(shortened(by_rate[rate]) for rate in rates)]
+        losses = comparison.experiment.tuned(comparison.name, method)
+        return [method, *(shortened(losses[index]) for index in grid)]
 
     return markdown(header, [cells(method) for method in comparison.methods if method in IN_RATE_TABLES])
 

@@ -22,6 +22,11 @@ def paper_ratio(lr: float) -> float:
 def flat_ratio(lr: float) -> float:
     """A step moves the factors by about lr times the sum of h, which grows with the hidden path's rate. A rate that
     does not depend on lr lets h make up for a low lr; the product is bounded so that h does not add to a high one."""
+    if not lr > 0:
+        raise OPLoRAValueError(
+            f"oplora: lr is {lr!r}, of which preset='flat' makes the hidden path's rate a multiple. Give the highest "
+            "rate of the schedule, or hidden_lr_ratio."
+        )
     return min(HIDDEN_LR, LR_TIMES_HIDDEN_LR / lr) / lr
 
 
@@ -40,10 +45,5 @@ def settle(preset: str, init: str | None, hidden_lr_ratio: float | None, lr: flo
         raise OPLoRAValueError(f"oplora: preset is {preset!r}, expected {' or '.join(map(repr, PRESETS))}.")
     chosen = PRESETS[preset]
     if hidden_lr_ratio is None:
-        if preset == "flat" and not float(lr) > 0:
-            raise OPLoRAValueError(
-                f"oplora: lr is {lr!r}, of which preset='flat' makes the hidden path's rate a multiple. Give the "
-                "highest rate of the schedule, or hidden_lr_ratio."
-            )
         hidden_lr_ratio = chosen.hidden_lr_ratio(float(lr))
     return chosen.init if init is None else init, hidden_lr_ratio
