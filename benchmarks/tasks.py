@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any, Protocol
 
 import harness
 import numpy as np
+import pictures
 import torch
 from harness import Row
 from torch import Tensor, nn
@@ -215,34 +215,8 @@ class Factorisation:
         return None
 
 
-def upright_digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1797 digits, (count, 8, 8) from 0 to 1, and their labels; read without importing it."""
-    spec = find_spec("sklearn")
-    if spec is None or spec.submodule_search_locations is None:
-        sys.exit("error: the digits are not installed. Run\n    pip install --no-deps scikit-learn")
-    path = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
-    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))
-    return table[:, :-1].view(-1, 8, 8) / 16, table[:, -1].long()
-
-
-def toy_digits() -> tuple[Tensor, Tensor]:
-    """Ten random pictures with noise."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(200) % 10
-    pictures = torch.rand(10, 8, 8, generator=generator)
-    return pictures[labels] + 0.1 * torch.randn(200, 8, 8, generator=generator), labels
-
-
-def rotated(images: Tensor, radians: Tensor) -> Tensor:
-    """Each image (8, 8) by its angle about the centre, between the pixels linear, outside 0."""
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    turn = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    grid = F.affine_grid(turn, [len(images), 1, 8, 8], align_corners=False)
-    return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
-
-
 @lru_cache(1)
-def pretrained_on(load: Callable[[], tuple[Tensor, Tensor]]) -> tuple[nn.Module, Tensor, Tensor]:
+def pretrained_on(load: Callable[[], pictures.Pictures]) -> tuple[nn.Module, Tensor, Tensor]:
     """An MLP 64-128-10 that has learnt the upright images; the rotated ones, (count, 64); their labels."""
     upright, labels = load()
     generator = torch.Generator().manual_seed(0)
@@ -256,14 +230,14 @@ def pretrained_on(load: Callable[[], tuple[Tensor, Tensor]]) -> tuple[nn.Module,
         optimizer.zero_grad()
         F.cross_entropy(model(upright[some].flatten(1)), labels[some]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    radians = (2 * torch.rand(len(labels), generator=generator) - 1) * math.pi
-    return model, rotated(upright, radians).flatten(1), labels
+    radians = pictures.random_angles(len(labels), generator)
+    return model, pictures.rotated(upright, radians).flatten(1), labels
 
 
 class Digits:
     """The cross entropy of a batch of rotated digits; every image has one angle, drawn once."""
 
-    def __init__(self, seed: int, load: Callable[[], tuple[Tensor, Tensor]], r: int) -> None:
+    def __init__(self, seed: int, load: Callable[[], pictures.Pictures], r: int) -> None:
         model, self.images, self.labels = pretrained_on(load)
         self.model = with_lora(copy.deepcopy(model), r, r, ["first", "second"])
         self.order = finetune_llm.block_order(len(self.labels), seed)
@@ -355,7 +329,7 @@ def rates(*values: float) -> tuple[Rate, ...]:
 
 
 FACTORISATION = partial(Factorisation, n=100, r=8)
-DIGITS = partial(Digits, load=upright_digits, r=4)
+DIGITS = partial(Digits, load=pictures.digits, r=4)
 EPOCH = 28  # steps of BATCH digits
 TASKS = {
     "factorisation": Task(
@@ -397,7 +371,7 @@ TOYS = {
         "matrix factorisation, 12 x 12, rank 2", partial(Factorisation, n=12, r=2), 2, 24, rates(3e-3, 1e-2), 4, tail=1
     ),
     "toy digits": Task(
-        "noisy pictures, rotated", partial(Digits, load=toy_digits, r=2), 2, 12, rates(3e-3), None, tail=4
+        "noisy pictures, rotated", partial(Digits, load=pictures.toy, r=2), 2, 12, rates(3e-3), None, tail=4
     ),
     "toy text": Task(
         "a random LLaMA on counting",

@@ -24,6 +24,7 @@ import bench_lean  # noqa: E402
 import bench_step  # noqa: E402
 import bench_width  # noqa: E402
 import harness  # noqa: E402
+import pictures  # noqa: E402
 import plot  # noqa: E402
 import small_diffusion  # noqa: E402
 import tasks  # noqa: E402
@@ -208,13 +209,21 @@ def test_factorisation_starts_at_m_over_its_rank_r_optimum():
 def test_rotated_by_a_quarter_turn_and_back():
     images = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     quarter = torch.full((3,), math.pi / 2)
-    torch.testing.assert_close(tasks.rotated(images, quarter), images.rot90(1, (1, 2)))
-    torch.testing.assert_close(tasks.rotated(tasks.rotated(images, quarter), -quarter), images)
+    torch.testing.assert_close(pictures.rotated(images, quarter), images.rot90(1, (1, 2)))
+    torch.testing.assert_close(pictures.rotated(pictures.rotated(images, quarter), -quarter), images)
+
+
+def test_rings_look_alike_at_any_angle():
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 29), torch.linspace(-1, 1, 29), indexing="ij")
+    rings = torch.exp(-(((x**2 + y**2).sqrt() - 0.5) ** 2) / 0.05)[None].repeat(5, 1, 1)
+    turned = pictures.rotated(rings, pictures.random_angles(5, torch.Generator().manual_seed(0)))
+    inner = slice(5, 24)
+    assert (turned - rings)[:, inner, inner].abs().max() < 0.04
 
 
 def test_pretrained_digits_are_known_upright_and_not_rotated():
-    model, images, labels = tasks.pretrained_on(tasks.toy_digits)
-    upright, _ = tasks.toy_digits()
+    model, images, labels = tasks.pretrained_on(pictures.toy)
+    upright, _ = pictures.toy()
     hits = [(model(x.flatten(1)).argmax(1) == labels).float().mean() for x in (upright, images)]
     assert hits[0] > 0.95
     assert hits[1] < 0.8
@@ -554,7 +563,7 @@ def test_bench_gpu_leaves_out_what_does_not_fit(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `small_diffusion.py pictures` leaves it, with noise for pictures."""
     folder = tmp_path_factory.mktemp("diffusion")
     noise = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
@@ -570,17 +579,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_small_diffusion_is_a_pipeline_whose_latents_have_no_variance(pictures):
+def test_small_diffusion_is_a_pipeline_whose_latents_have_no_variance(diffusion_folder):
     """Its U-Net knows the means alone: a training on samples would learn to undo their noise."""
-    pipeline = StableDiffusionPipeline.from_pretrained(pictures / "model", dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(diffusion_folder / "model", dtype=torch.float32)
     latents = pipeline.vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1).latent_dist
     torch.testing.assert_close(latents.sample(), latents.mode(), rtol=0, atol=1e-5)
     assert pipeline.tokenizer("Emoji of 7!").input_ids[0] == pipeline.tokenizer.bos_token_id
 
 
-def test_loss_of_the_example_and_of_the_benchmark_are_of_the_same_thing(pictures, tmp_path):
+def test_loss_of_the_example_and_of_the_benchmark_are_of_the_same_thing(diffusion_folder, tmp_path):
     """On the same pictures, each with noise of its own."""
-    args = bench_diffusion.parse_arguments(["--model", str(pictures / "model"), "--emoji", str(pictures / "emoji")])
+    model, emoji = str(diffusion_folder / "model"), str(diffusion_folder / "emoji")
+    args = bench_diffusion.parse_arguments(["--model", model, "--emoji", emoji])
     args.device = "cpu"
     pipeline = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
     theirs = bench_diffusion.test_loss(pipeline, *bench_diffusion.test_pictures(args), args)

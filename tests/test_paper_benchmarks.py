@@ -284,14 +284,6 @@ def test_factorisation_of_the_svd_is_the_optimum() -> None:
     assert factorisation.effective_rank(torch.tensor([2.0, 2.0, 0.0])) == pytest.approx(2)
 
 
-def test_rotation_by_nothing_changes_nothing_and_rings_stay() -> None:
-    y, x = torch.meshgrid(torch.linspace(-1, 1, 29), torch.linspace(-1, 1, 29), indexing="ij")
-    rings = torch.exp(-(((x**2 + y**2).sqrt() - 0.5) ** 2) / 0.05)[None].repeat(5, 1, 1)
-    turned = images.rotated(rings, torch.Generator().manual_seed(0))
-    inner = slice(5, 24)
-    assert (turned - rings)[:, inner, inner].abs().max() < 0.04
-
-
 def test_epoch_has_every_image_at_most_once() -> None:
     order = images.batches(1000, seed=1)
     epoch = torch.cat([next(order) for _ in range(1000 // images.BATCH)])
