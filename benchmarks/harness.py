@@ -14,8 +14,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 Row = dict[str, Any]
 
@@ -234,23 +236,49 @@ def environment() -> Row:
     }
 
 
-def write_rows(path: Path, rows: Sequence[Row], *, a_line_each: bool = False) -> None:
-    """A JSON list. Written beside and renamed: a reader finds the old file or the new one, never half.
-
-    a_line_each: for thousands of rows."""
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """A file of this process's own, renamed at the end: a reader finds the old file or the new one, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if a_line_each:
-            lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-            beside.write_text(f"[\n{lines}\n]\n")
-        else:
-            beside.write_text(json.dumps(list(rows), indent=1) + "\n")
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
+def write_rows(path: Path, rows: Sequence[Row], *, a_line_each: bool = False) -> None:
+    """A JSON list.
+
+    a_line_each: for thousands of rows."""
+    if a_line_each:
+        lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
+        text = f"[\n{lines}\n]\n"
+    else:
+        text = json.dumps(list(rows), indent=1) + "\n"
+    with written_beside(path) as beside:
+        beside.write_text(text)
+
+
 def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = json.loads(path.read_text())
     return rows
+
+
+# ---- models that are pretrained here ----
+
+
+def pretrained(model: nn.Module, train: Callable[[], object], name: str | None) -> nn.Module:
+    """The model, frozen: its parameters are read from runs/paper, or `train` makes and the file keeps them.
+
+    name: the file's; None: nothing is kept."""
+    path = Path("runs/paper") / f"{name}.pt"
+    if name is not None and path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.requires_grad_(False)
+    train()
+    if name is not None:
+        with written_beside(path) as beside:
+            torch.save(model.state_dict(), beside)
+    return model.requires_grad_(False)

@@ -8,16 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import bench_diffusion  # noqa: E402
 import bench_fidelity  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lean  # noqa: E402
@@ -26,7 +22,6 @@ import bench_width  # noqa: E402
 import harness  # noqa: E402
 import pictures  # noqa: E402
 import plot  # noqa: E402
-import small_diffusion  # noqa: E402
 import tasks  # noqa: E402
 
 # ---- harness ----
@@ -89,6 +84,23 @@ def test_write_rows_leaves_one_whole_file(tmp_path):
     harness.write_rows(path, [{"ms": 2.5}, {"ms": 3.5}])
     assert harness.read_rows(path) == [{"ms": 2.5}, {"ms": 3.5}]
     assert os.listdir(path.parent) == ["rows.json"]
+
+
+def test_model_is_pretrained_once_and_then_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = torch.nn.Linear(3, 2)
+    harness.pretrained(trained, lambda: torch.nn.init.ones_(trained.weight), "it")
+    again = torch.nn.Linear(3, 2)
+    harness.pretrained(again, lambda: pytest.fail("trained again"), "it")
+    assert torch.equal(again.weight, trained.weight) and torch.equal(again.bias, trained.bias)
+    assert not any(p.requires_grad for p in again.parameters())
+    assert [path.name for path in (tmp_path / "runs/paper").iterdir()] == ["it.pt"]
+
+
+def test_model_without_a_name_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    harness.pretrained(torch.nn.Linear(3, 2), lambda: None, None)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- bench_step ----
@@ -557,63 +569,3 @@ def test_bench_gpu_leaves_out_what_does_not_fit(monkeypatch):
     monkeypatch.setattr(bench_gpu, "free_bytes", lambda _: room)
     left_out = [row["contender"] for row in bench_gpu.rows_of(TOY, "cpu", 3, 1.0) if row["kind"] == "left out"]
     assert left_out == [bench_gpu.EXACT, bench_gpu.EAGER]
-
-
-# ---- the diffusion model ----
-
-
-@pytest.fixture(scope="module")
-def diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `small_diffusion.py pictures` leaves it, with noise for pictures."""
-    folder = tmp_path_factory.mktemp("diffusion")
-    noise = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
-    captions = np.array([f"drawing {n}" for n in range(200)])
-    np.savez_compressed(folder / "cliparts.npz", pictures=noise, captions=captions)
-    for split in small_diffusion.SPLITS:
-        (folder / "emoji" / split).mkdir(parents=True)
-        for n in range(3):
-            Image.fromarray(noise[n]).save(folder / "emoji" / split / f"{n}.png")
-        lines = [json.dumps({"file_name": f"{n}.png", "text": f"emoji of {n}"}) for n in range(3)]
-        (folder / "emoji" / split / "metadata.jsonl").write_text("\n".join(lines))
-    small_diffusion.main(["pretrain", "--quick", "--folder", str(folder), "--device", "cpu"])
-    return folder
-
-
-def test_small_diffusion_is_a_pipeline_whose_latents_have_no_variance(diffusion_folder):
-    """Its U-Net knows the means alone: a training on samples would learn to undo their noise."""
-    pipeline = StableDiffusionPipeline.from_pretrained(diffusion_folder / "model", dtype=torch.float32)
-    latents = pipeline.vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1).latent_dist
-    torch.testing.assert_close(latents.sample(), latents.mode(), rtol=0, atol=1e-5)
-    assert pipeline.tokenizer("Emoji of 7!").input_ids[0] == pipeline.tokenizer.bos_token_id
-
-
-def test_loss_of_the_example_and_of_the_benchmark_are_of_the_same_thing(diffusion_folder, tmp_path):
-    """On the same pictures, each with noise of its own."""
-    model, emoji = str(diffusion_folder / "model"), str(diffusion_folder / "emoji")
-    args = bench_diffusion.parse_arguments(["--model", model, "--emoji", emoji])
-    args.device = "cpu"
-    pipeline = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
-    theirs = bench_diffusion.test_loss(pipeline, *bench_diffusion.test_pictures(args), args)
-    sys.path.insert(0, str(bench_diffusion.EXAMPLES))
-    import finetune_diffusion
-
-    flags = "--method lora --lr 1e-9 --steps 1 --held-out-fraction 0.6 --held-out-draws 16 --checkpointing-steps 0"
-    where = ["--model", str(args.model), "--data", str(args.emoji / "test"), "--output", str(tmp_path)]
-    ours, _ = finetune_diffusion.train(finetune_diffusion.parse_arguments(where + flags.split()))
-    assert ours["held_out_loss"][0][1] == pytest.approx(theirs, rel=0.1)
-
-
-def test_best_rate_is_chosen_by_the_seed_that_tunes_alone():
-    def row(lr: float, seed: int, loss: float) -> dict:
-        return {"method": "LoRA", "lr": lr, "seed": seed, "held_out_loss": loss}
-
-    rows = [row(1e-3, 0, 0.2), row(1e-2, 0, 0.1), row(1e-1, 0, math.inf), row(1e-3, 1, 0.01)]
-    rows += [{**one, "method": "OP-LoRA", "held_out_loss": -one["lr"]} for one in rows[:3]]
-    assert bench_diffusion.best_rates(rows) == {"LoRA": 1e-2, "OP-LoRA": 1e-1}
-
-
-def test_each_method_is_tuned_on_three_rates_a_decade_over_two_and_a_third():
-    plan = list(bench_diffusion.plan(None))
-    for method in bench_diffusion.METHODS:
-        rates = [lr for name, lr, seed in plan if name == method and seed == bench_diffusion.TUNING_SEED]
-        assert len(rates) == 8 and rates[-1] / rates[0] == pytest.approx(10 ** (7 / 3), rel=0.05)

@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_model
+from diffusers import StableDiffusionPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 PAPER = ROOT / "benchmarks" / "paper"
 sys.path.insert(0, str(PAPER))
 
+import diffusion  # noqa: E402
 import eager_generators  # noqa: E402
 import factorisation  # noqa: E402
 import figures  # noqa: E402
@@ -22,6 +26,7 @@ import images  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
 import run  # noqa: E402
+import small_diffusion  # noqa: E402
 import text  # noqa: E402
 
 # ---- the protocol, on trials that are made up ----
@@ -303,6 +308,79 @@ def test_splits_of_glosses_are_by_a_hash() -> None:
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
 
 
+# ---- the diffusion model ----
+
+
+@pytest.fixture(scope="module")
+def diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `small_diffusion.py pictures` leaves it, with noise for pictures."""
+    folder = tmp_path_factory.mktemp("diffusion")
+    noise = np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
+    captions = np.array([f"drawing {n}" for n in range(200)])
+    np.savez_compressed(folder / "cliparts.npz", pictures=noise, captions=captions)
+    for split, count in {"train": 12, "test": 3}.items():
+        (folder / "emoji" / split).mkdir(parents=True)
+        for n in range(count):
+            Image.fromarray(noise[n]).save(folder / "emoji" / split / f"{n}.png")
+        lines = [json.dumps({"file_name": f"{n}.png", "text": f"emoji of {n}"}) for n in range(count)]
+        (folder / "emoji" / split / "metadata.jsonl").write_text("\n".join(lines))
+    small_diffusion.main(["pretrain", "--quick", "--folder", str(folder), "--device", "cpu"])
+    return folder
+
+
+def test_small_diffusion_is_a_pipeline_whose_latents_have_no_variance(diffusion_folder: Path) -> None:
+    """Its U-Net knows the means alone: a training on samples would learn to undo their noise."""
+    pipeline = StableDiffusionPipeline.from_pretrained(diffusion_folder / "model", dtype=torch.float32)
+    latents = pipeline.vae.encode(torch.rand(1, 3, 64, 64) * 2 - 1).latent_dist
+    torch.testing.assert_close(latents.sample(), latents.mode(), rtol=0, atol=1e-5)
+    assert pipeline.tokenizer("Emoji of 7!").input_ids[0] == pipeline.tokenizer.bos_token_id
+
+
+def test_loss_of_the_example_and_of_the_benchmark_are_of_the_same_thing(diffusion_folder: Path, tmp_path: Path) -> None:
+    """On the same pictures, each with noise of its own."""
+    model, emoji = str(diffusion_folder / "model"), str(diffusion_folder / "emoji")
+    args = diffusion.parse_arguments(["--model", model, "--emoji", emoji])
+    args.device = "cpu"
+    pipeline = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32)
+    theirs = diffusion.test_loss(pipeline, *diffusion.test_pictures(args), args)
+    sys.path.insert(0, str(diffusion.EXAMPLES))
+    import finetune_diffusion
+
+    flags = "--method lora --lr 1e-9 --steps 1 --held-out-fraction 0.6 --held-out-draws 16 --checkpointing-steps 0"
+    where = ["--model", str(args.model), "--data", str(args.emoji / "test"), "--output", str(tmp_path)]
+    ours, _ = finetune_diffusion.train(finetune_diffusion.parse_arguments(where + flags.split()))
+    assert ours["held_out_loss"][0][1] == pytest.approx(theirs, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["LoRA", "OP-DoRA"])
+def test_training_of_diffusion_is_measured_from_the_file_that_it_saved(
+    method: str, diffusion_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusion, "features", lambda pictures, device: pictures.float().flatten(1))
+    where = ["--model", str(diffusion_folder / "model"), "--emoji", str(diffusion_folder / "emoji")]
+    args = diffusion.parse_arguments(["--quick", *where, "--output", str(tmp_path / "it.json"), "--device", "cpu"])
+    row = diffusion.train(method, 1e-2, 1, args)
+    assert row.keys() >= {"train_loss", "held_out_loss", "test_loss", "mmd"} and math.isfinite(row["mmd"])
+    assert row["test_loss"] != diffusion.measure(None, args)["test_loss"]
+
+
+def test_best_rate_of_diffusion_is_chosen_by_the_seed_that_tunes_alone() -> None:
+    def row(lr: float, seed: int, loss: float) -> dict:
+        return {"method": "LoRA", "lr": lr, "seed": seed, "held_out_loss": loss}
+
+    rows = [row(1e-3, 0, 0.2), row(1e-2, 0, 0.1), row(1e-1, 0, math.inf), row(1e-3, 1, 0.01)]
+    others = [method for method in diffusion.METHODS if method != "LoRA"]
+    rows += [{**one, "method": method, "held_out_loss": -one["lr"]} for one in rows[:3] for method in others]
+    assert diffusion.best_rates(rows) == {"LoRA": 1e-2} | dict.fromkeys(others, 1e-1)
+
+
+def test_diffusion_is_tuned_on_three_rates_a_decade_over_two_and_two_thirds() -> None:
+    plan = list(diffusion.plan(None))
+    for method in diffusion.METHODS:
+        rates = [lr for name, lr, seed in plan if name == method and seed == diffusion.TUNING_SEED]
+        assert len(rates) == 9 and rates[-1] / rates[0] == pytest.approx(10 ** (8 / 3), rel=0.05)
+
+
 # ---- figures and tables ----
 
 
@@ -335,13 +413,13 @@ def test_tables_and_figures_come_from_the_files_alone(results: Path) -> None:
     assert (results / "images.png").stat().st_size > 10_000
 
 
-MARKER = re.compile(rf"<!-- ((?:{'|'.join(run.EXPERIMENTS)})/[\w/ ,]+):begin -->")
+MARKER = re.compile(rf"<!-- ((?:{'|'.join(figures.FIGURES)})/[\w/ ,]+):begin -->")
 
 
-@pytest.mark.parametrize("page", ["docs/evidence.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/evidence.md", "docs/diffusion.md", "README.md"])
 def test_page_has_the_tables_of_the_committed_results(page: str) -> None:
     written = (ROOT / page).read_text()
-    made = {name: table for experiment in run.EXPERIMENTS for name, table in figures.tables(experiment).items()}
+    made = {name: table for experiment in figures.FIGURES for name, table in figures.tables(experiment).items()}
     named = MARKER.findall(written)
     assert named and set(named) <= made.keys()
     for name in named:

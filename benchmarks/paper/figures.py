@@ -1,14 +1,16 @@
 """Figures and tables of the experiments, from their files alone.
 
 python benchmarks/paper/figures.py                                results/*.json -> results/*.png
-python benchmarks/paper/figures.py --pages docs/evidence.md README.md    the tables, between the markers in those files
-                                                                  that name an experiment and a table
+python benchmarks/paper/figures.py --pages docs/evidence.md docs/diffusion.md README.md
+    the tables, between the markers in those files that name an experiment and a table
 python benchmarks/paper/figures.py --table language/reference     one of them, for the terminal
 
 A task is drawn when all methods were tuned on it; tables have what was tested.
 """
 
 import argparse
+import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -21,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from harness import Row
-from methods import FLAT, LORA, OP_LEAN
+from methods import FLAT, LORA, OP_LEAN, Method
 from plot import markdown, replace_between
-from protocol import RESULTS, Experiment, Task, spread
+from protocol import RESULTS, TUNING_SEEDS, Experiment, Task, Trial, spread
 from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 
 BOLD = {FLAT.name, "flat"}
 IN_RATE_TABLES = {LORA.name, "LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
+DIFFUSION = "diffusion"  # diffusion.py's own file, of trainings that an example makes
 FLOAT32 = 1e-7  # what is less than its precision
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached
 
@@ -83,7 +86,26 @@ class Comparison:
 
 def read(name: str, folder: Path = RESULTS) -> Experiment:
     output = folder / f"{name}.json"
+    if name == DIFFUSION:
+        return read_diffusion(output)
     return Experiment(name, EXPERIMENTS[name](), output, equal_seconds=EQUAL_SECONDS.get(name))
+
+
+def read_diffusion(path: Path) -> Experiment:
+    """The trainings of diffusion.py as an experiment of one task."""
+    result = json.loads(path.read_text())
+    rows = result["rows"]
+    tuned = {row["lr"] for row in rows if row["seed"] == 0}
+    seeds = len({row["seed"] for row in rows}) - 1
+    methods = {name: Method(name, "examples/finetune_diffusion.py", lambda *_: None) for name in result["summary"]}
+    task = Task("a small Stable Diffusion, emoji", lambda _: None, rows[0]["steps"], (), 4, 4, min(tuned), len(tuned))  # type: ignore[arg-type, return-value]
+    plan = {"emoji": (dataclasses.replace(task, seeds=seeds), methods)}
+    experiment = Experiment(DIFFUSION, plan, path.with_suffix(".none"))
+    for row in rows:
+        seed = row["seed"] or TUNING_SEEDS
+        numbers = {"validation_loss": row["held_out_loss"], "threads": 1, "device": rows[0]["device"]}
+        experiment.rows[Trial("emoji", row["method"], row["lr"], seed, row["steps"])] = {**row, **numbers}
+    return experiment
 
 
 def comparisons(experiment: Experiment) -> list[Comparison]:
@@ -129,7 +151,7 @@ def training_table(comparison: Comparison) -> str:
     return markdown(header, map(cells, comparison.methods))
 
 
-def rate_table(comparison: Comparison) -> str:
+def rate_table(comparison: Comparison, some: Iterable[str] = IN_RATE_TABLES) -> str:
     """The validation loss at every rate of the grid that all share, of a few methods."""
     grid = range(comparison.task.rates)
     header = [comparison.task.title, *(f"{comparison.task.rate(index):g}" for index in grid)]
@@ -138,11 +160,30 @@ def rate_table(comparison: Comparison) -> str:
         losses = comparison.experiment.tuned(comparison.name, method)
         return [method, *(shortened(losses[index]) for index in grid)]
 
-    return markdown(header, [cells(method) for method in comparison.methods if method in IN_RATE_TABLES])
+    return markdown(header, [cells(method) for method in comparison.methods if method in some])
 
 
 def shortened(loss: float) -> str:
-    return f"{loss:.2f}" if loss < 100 else "> 100"
+    if not math.isfinite(loss):
+        return "diverged"
+    return f"{loss:#.3g}" if loss < 100 else "> 100"
+
+
+def diffusion_table(comparison: Comparison, path: Path) -> str:
+    """Test loss and MMD, and by how much the loss is below LoRA's with the same seed."""
+    lora = column(comparison.tests(LORA.name), "test_loss")
+
+    def cells(method: str) -> list[str]:
+        losses, mmd = (column(comparison.tests(method), name) for name in ("test_loss", "mmd"))
+        less = [theirs - ours for theirs, ours in zip(lora, losses, strict=True)]
+        rate = f"{comparison.experiment.best_rate(comparison.name, method):.2g}"
+        return [method, rate, spread(losses, 5), "" if method == LORA.name else spread(less, 5), spread(mmd, 2)]
+
+    result = json.loads(path.read_text())
+    base = ["no adapter", "", f"{result['base']['test_loss']:.5f}", "", f"{result['base']['mmd']:.2f}"]
+    real = ["training pictures in place of drawn ones", "", "", "", f"{result['real']['mmd']:.2f}"]
+    header = [comparison.task.title, "best rate", "test loss", "less than LoRA's, by seed", "MMD"]
+    return markdown(header, [*map(cells, comparison.methods), base, real])
 
 
 def factorisation_table(experiment: Experiment) -> str:
@@ -211,6 +252,10 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
     made = {f"{name}/budget": budget(experiment)}
     if name == "factorisation":
         return made | {f"{name}/terms": factorisation_table(experiment)}
+    if name == DIFFUSION:
+        (comparison,) = comparisons(experiment)
+        made[f"{name}/emoji"] = diffusion_table(comparison, folder / f"{name}.json")
+        return made | {f"{name}/emoji/rates": rate_table(comparison, comparison.methods)}
     for comparison in comparisons(experiment):
         made[f"{name}/{comparison.name}"] = test_table(comparison)
         made[f"{name}/{comparison.name}/rates"] = rate_table(comparison)
@@ -330,6 +375,7 @@ FIGURES: dict[str, Callable[[Experiment], Any]] = {
     "language": draw_methods,
     "ablations": draw_methods,
     "settings": draw_methods,
+    DIFFUSION: draw_methods,
 }
 
 
@@ -340,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table")
     args = parser.parse_args(arguments)
     if args.pages or args.table:
-        made = {key: text for name in EXPERIMENTS for key, text in tables(name, args.results).items()}
+        made = {key: text for name in FIGURES for key, text in tables(name, args.results).items()}
         if args.table:
             print(made[args.table] if args.table in made else f"there are: {', '.join(made)}")
             return

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import harness
 import pictures
 from pictures import Pictures
 
-FOLDER = Path("runs/paper")
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 HIDDEN, EPOCHS, BATCH = 512, 30, 128
 
@@ -79,19 +79,21 @@ def batches(count: int, seed: int) -> Iterator[Tensor]:
         yield from torch.randperm(count, generator=generator)[: count // BATCH * BATCH or None].split(BATCH)
 
 
-def pretrained(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
+def new_mlp(inputs: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = OrderedDict(first=nn.Linear(images[0].numel(), HIDDEN), relu=nn.ReLU(), second=nn.Linear(HIDDEN, 10))
-        model = nn.Sequential(layers)
+        layers = OrderedDict(first=nn.Linear(inputs, HIDDEN), relu=nn.ReLU(), second=nn.Linear(HIDDEN, 10))
+        return nn.Sequential(layers)
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     order = batches(len(labels), 0)
-    for _ in range(epochs * max(1, len(labels) // BATCH)):
+    for _ in range(EPOCHS * max(1, len(labels) // BATCH)):
         some = next(order)
         optimizer.zero_grad()
         F.cross_entropy(model(images[some].flatten(1)), labels[some]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return model.requires_grad_(False)
 
 
 @dataclass
@@ -101,31 +103,25 @@ class Prepared:
 
 
 @lru_cache(1)
-def prepared(name: str, load: Callable[[], list[Pictures]], epochs: int) -> Prepared:
-    """The pretrained model, which is kept in FOLDER as 30 epochs of Fashion-MNIST take minutes; the rotated images."""
-    file = FOLDER / f"{name}.pt"
+def prepared(load: Callable[[], list[Pictures]], keep: bool) -> Prepared:
+    """The pretrained model, kept under load's name as 30 epochs of Fashion-MNIST take minutes; the rotated images."""
     splits = dict(zip(("train", "validation", "test"), load(), strict=True))
     generator = torch.Generator().manual_seed(0)
     turned = {}
     for part, (images, labels) in splits.items():
         radians = pictures.random_angles(len(images), generator)
         turned[part] = pictures.rotated(images, radians).flatten(1), labels
-    if epochs == EPOCHS and file.exists():
-        model = torch.load(file, weights_only=False)
-    else:
-        model = pretrained(*splits["train"], epochs)
-        if epochs == EPOCHS:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model, file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
-    return Prepared(model, turned)
+    images, labels = splits["train"]
+    model = new_mlp(images[0].numel())
+    learn = partial(train, model, images, labels)
+    return Prepared(harness.pretrained(model, learn, load.__name__ if keep else None), turned)
 
 
 class RotatedImages:
     """The cross entropy of batches of rotated images, and on the other splits loss and accuracy."""
 
-    def __init__(self, seed: int, name: str, load: Callable[[], list[Pictures]], epochs: int = EPOCHS) -> None:
-        there = prepared(name, load, epochs)
+    def __init__(self, seed: int, load: Callable[[], list[Pictures]], keep: bool = True) -> None:
+        there = prepared(load, keep)
         self.base, self.splits = copy.deepcopy(there.model), there.splits
         self.order = batches(len(self.splits["train"][1]), seed)
 
@@ -144,7 +140,7 @@ class RotatedImages:
         }
 
 
-FASHION_MNIST = partial(RotatedImages, name="fashion", load=fashion)
-MNIST = partial(RotatedImages, name="mnist", load=mnist)
-DIGITS = partial(RotatedImages, name="digits", load=digits)
-TOY = partial(RotatedImages, name="toy", load=toy, epochs=1)
+FASHION_MNIST = partial(RotatedImages, load=fashion)
+MNIST = partial(RotatedImages, load=mnist)
+DIGITS = partial(RotatedImages, load=digits)
+TOY = partial(RotatedImages, load=toy, keep=False)

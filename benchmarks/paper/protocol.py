@@ -347,6 +347,9 @@ class Experiment:
         if self.device == "cpu":
             context.set_forkserver_preload(["peft"])
         whole = True
+        if time.monotonic() <= self.until:
+            for name in {trial.task for trial in trials}:
+                self.plan[name][0].make(0)  # what is pretrained, is so before the trials want it side by side
         pool = ProcessPoolExecutor(self.workers, mp_context=context, max_tasks_per_child=1 if apart else None)
         with pool, tqdm(total=len(trials), desc=self.name, smoothing=0) as bar:
             waiting = iter(trials)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
 import finetune_llm
+import harness
 
-FOLDER = Path("runs/paper")
 WORDNET = Path("/usr/share/wordnet/data.noun")
 CATEGORIES = (
     *("act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food"),
@@ -193,13 +194,8 @@ def new_llama(layers: int, hidden: int) -> nn.Module:
         return LlamaForCausalLM(config)
 
 
-def pretrained_llama(steps: int = 2500, batch: int = 16, length: int = 96) -> nn.Module:
-    """Read from FOLDER, or pretrained (about ten minutes of a core)."""
-    file = FOLDER / "small-llama.pt"
-    model = new_llama(4, 128)
-    if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
-        return model.requires_grad_(False)
+def read_bible(model: nn.Module, steps: int = 2500, batch: int = 16, length: int = 96) -> None:
+    """About ten minutes of a core."""
     blocks = in_bytes(bible(), length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rate = lambda step: min((step + 1) / 100, (steps - step) / (steps - 100))  # noqa: E731
@@ -214,10 +210,6 @@ def pretrained_llama(steps: int = 2500, batch: int = 16, length: int = 96) -> nn
         scheduler.step()
         if step % 100 == 0:
             print(f"small LLaMA, step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), file.with_suffix(".part"))
-    file.with_suffix(".part").replace(file)
-    return model.requires_grad_(False)
 
 
 @lru_cache(1)
@@ -226,7 +218,8 @@ def small_texts() -> Texts:
 
 
 def small_on_reference() -> tuple[nn.Module, Texts]:
-    return pretrained_llama(), small_texts()
+    model = new_llama(4, 128)
+    return harness.pretrained(model, partial(read_bible, model), "small-llama"), small_texts()
 
 
 def toy_on_counting() -> tuple[nn.Module, Texts]:

@@ -1,16 +1,16 @@
-"""LoRA and OP-LoRA on a small Stable Diffusion, from clip-arts to the style of emoji, each at its best rate.
+"""LoRA, DoRA and OP-LoRA on a small Stable Diffusion, from clip-arts to the style of emoji, each at its best rate.
 
-    python benchmarks/small_diffusion.py pictures && python benchmarks/small_diffusion.py pretrain
-    python benchmarks/bench_diffusion.py                all of it, to benchmarks/results/bench_diffusion.json and .png
-    python benchmarks/bench_diffusion.py --workers 8    trainings side by side
-    python benchmarks/bench_diffusion.py --quick        shows that it runs
+    python benchmarks/paper/small_diffusion.py pictures && python benchmarks/paper/small_diffusion.py pretrain
+    python benchmarks/paper/diffusion.py                all of it, to results/diffusion.json and diffusion_pictures.png
+    python benchmarks/paper/diffusion.py --workers 8    trainings side by side
+    python benchmarks/paper/diffusion.py --quick --output /tmp/diffusion.json       shows that it runs
 
 The trainings are those of examples/finetune_diffusion.py: r = 4 and alpha = 4 on to_q, to_k, to_v and to_out.0 of the
 U-Net, AdamW at a constant rate, as the paper has it for SDXL (arXiv 2412.10362, section 4); 200 steps of 16 pictures.
 
-1. Every method is tuned alike: eight rates, three to a decade, seed 0; the best by the loss on a tenth of the training
+1. Every method is tuned alike: nine rates, three to a decade, seed 0; the best by the loss on a tenth of the training
    pictures, which are kept back.
-2. At its best rate every method trains with three other seeds. The file that the example saved is loaded into a new
+2. At its best rate every method trains with five other seeds. The file that the example saved is loaded into a new
    pipeline by diffusers, and measured on the test pictures, by which nothing was chosen:
        loss    mean squared error of the predicted noise, the same noise and timesteps for all
        mmd     oplora.cmmd between pictures drawn from the test captions and the test pictures, in features of
@@ -51,15 +51,18 @@ from tqdm import tqdm
 
 import oplora
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-RESULT = Path(__file__).parent / "results" / "bench_diffusion.json"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RESULT = Path(__file__).parent / "results" / "diffusion.json"
 METHODS = {
     "LoRA": ["--method", "lora"],
+    "DoRA": ["--method", "lora", "--dora"],
     "OP-LoRA": ["--method", "oplora"],
+    "OP-DoRA": ["--method", "oplora", "--dora"],
+    "OP-LoRA, flat": ["--method", "oplora", "--preset", "flat"],
 }
-RATES = [float(f"{10 ** (k / 3 - 4):.2g}") for k in range(8)]
+RATES = [float(f"{10 ** (k / 3 - 4):.2g}") for k in range(9)]
 TUNING_SEED = 0
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
 DRAWN = 8  # captions in the picture
 Row = dict[str, Any]
 
@@ -86,10 +89,11 @@ def train(method: str, lr: float, seed: int, args: argparse.Namespace) -> Row:
             )
             losses = run["train_loss"]
             record["train_loss"] = statistics.fmean(losses[len(losses) * 2 // 3 :])
-            record["held_out_loss"] = run["held_out_loss"][-1][1]
+            held_out = run["held_out_loss"][-1][1]
+            record["held_out_loss"] = held_out if math.isfinite(held_out) else math.inf
             record |= {"device": run["device"], "precision": run["precision"], "versions": run["versions"]}
         except SystemExit as error:
-            if not re.match(r"error: (the loss is|step \d+: .* NaN)", str(error)):  # the rate was too high
+            if not re.match(r"error: (the loss is|.* NaN)", str(error)):  # the rate was too high
                 raise
             record |= {"train_loss": math.inf, "held_out_loss": math.inf, "error": str(error)}
         record |= {"method": method, "lr": lr, "seed": seed, "steps": args.steps, "batch_size": args.batch_size}
@@ -314,6 +318,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="run again what the file has")
     parser.add_argument("--quick", action="store_true", help="two steps, two rates: shows that it runs")
     args = parser.parse_args(arguments)
+    if args.quick and args.output == RESULT:
+        parser.error("--quick needs --output: its rows don't belong among the results")
     if args.quick:
         args.steps, args.batch_size, args.test_pictures, args.sampling_steps = 2, 2, 3, 2
     return args
@@ -324,7 +330,6 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         del RATES[2:]
     result = load(args)
-    began = time.perf_counter()
     run_all(list(plan(None)), result, args)
     best = best_rates(result["rows"])
     run_all(list(plan(best)), result, args)
@@ -334,11 +339,11 @@ def main(arguments: list[str] | None = None) -> None:
     result |= measured
     result["grid"] = ["real", "base", *METHODS]
     result["summary"] = summary(result)
-    result["seconds"] = result.get("seconds", 0) + time.perf_counter() - began
+    result["seconds"] = sum(row["seconds"] for row in result["rows"])  # of processes, side by side
     result["workers"] = args.workers
     result["pretraining"] = json.loads((args.model / "pretraining.json").read_text())
     save(result, args)
-    draw_grid(result, args.output.with_suffix(".png"))
+    draw_grid(result, args.output.with_name(f"{args.output.stem}_pictures.png"))
     print_table(result)
 
 

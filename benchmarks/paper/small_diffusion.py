@@ -1,13 +1,13 @@
 """A small Stable Diffusion, pretrained from nothing on packaged clip-arts, and the pictures to adapt it to.
 
-    python benchmarks/small_diffusion.py pictures     from Debian's packages: clip-arts and emoji of 64 x 64 pixels
-    python benchmarks/small_diffusion.py pretrain     a StableDiffusionPipeline, in runs/diffusion/model
-    python benchmarks/small_diffusion.py --quick pretrain          a minute on a CPU: it learns nothing, all runs
+    python benchmarks/paper/small_diffusion.py pictures    of Debian's packages: clip-arts and emoji of 64 x 64 pixels
+    python benchmarks/paper/small_diffusion.py pretrain    a StableDiffusionPipeline, in runs/diffusion/model
+    python benchmarks/paper/small_diffusion.py pretrain --quick      a minute on a CPU: it learns nothing, all runs
 
 The real classes of diffusers and transformers, small: an AutoencoderKL (64 x 64 pixels to 16 x 16 x 4), a CLIPTextModel
 with a tokenizer of these captions, and a UNet2DConditionModel, the last two trained together on noise. The clip-arts
 (openclipart-png, public domain) have their names as captions; the emoji (fonts-noto-color-emoji, unicode-data) have
-Unicode's, and are the style that bench_diffusion.py adapts the model to. They are divided by a hash of the name into
+Unicode's, and are the style that diffusion.py adapts the model to. They are divided by a hash of the name into
 80% to train on and 20% that nothing is chosen by.
 
     apt-get install openclipart-png fonts-noto-color-emoji unicode-data
@@ -51,11 +51,7 @@ SPLITS = {"train": 0.8, "test": 1.0}
 
 
 def make_pictures(folder: Path) -> None:
-    for path, package in (
-        (CLIPARTS, "openclipart-png"),
-        (EMOJI_FONT, "fonts-noto-color-emoji"),
-        (EMOJI_NAMES, "unicode-data"),
-    ):
+    for path, package in SOURCES.items():
         if not path.exists():
             sys.exit(f"error: {path} is not there. Run: apt-get install {package}")
     folder.mkdir(parents=True, exist_ok=True)
