@@ -94,8 +94,10 @@ def rotations() -> Plan:
     compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, START_KEPT, OWN_RATE, FLAT)
     few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW")}
     ours = methods(OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE, FLAT)
+    decaying = dataclasses.replace(MNIST, title=f"{MNIST.title}, decaying rate", warmup=0.1)
     return {
         "mnist": (MNIST, compared),
+        "mnist decaying": (decaying, methods(LORA, OP_LEAN, START_KEPT, OWN_RATE, FLAT)),
         "digits": (DIGITS, compared),
         "fashion": (FASHION, {**few, **ours}),
     }
@@ -166,7 +168,7 @@ TOYS = {
     "images": Task("noisy pictures, rotated", images.TOY, TOY_STEPS, ("first", "second"), 2, 2, 1e-3, 2, 0, seeds=2),
     "text": Task("a random LLaMA on counting", text.TOY, TOY_STEPS, ATTENTION, 2, 4, 1e-3, 2, 0, 0.1, seeds=2),
 }
-TOY_OF = {"mnist": "images", "digits": "images", "fashion": "images"}
+TOY_OF = dict.fromkeys(("mnist", "mnist decaying", "digits", "fashion"), "images")
 
 
 def toys(plan: Plan) -> Plan:
