@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from harness import Row
-from methods import FLAT, LORA, OP_LEAN, Method
+from methods import FALLING, FLAT, LORA, OP_LEAN, Method
 from plot import markdown, replace_between
 from protocol import RESULTS, TUNING_SEEDS, Experiment, Task, Trial, spread
 from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 
 BOLD = {FLAT.name, "flat"}
-IN_RATE_TABLES = {LORA.name, "LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
+IN_RATE_TABLES = {LORA.name, "LoRA+", OP_LEAN.name, FALLING.name, *BOLD}  # and of the settings:
+IN_RATE_TABLES |= {"paper, ratio 1", "keep, hidden rate 1e-12 / lr^3"}
 DIFFUSION = "diffusion"  # diffusion.py's own file, of trainings that an example makes
 FLOAT32 = 1e-7  # what is less than its precision
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached

@@ -4,6 +4,7 @@ All train with AdamW at torch's defaults (betas 0.9 and 0.999, weight decay 0.01
 otherwise. Each of the others is its own authors' or maintainers' code at its documented defaults; none is ours.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -65,10 +66,17 @@ def lora_rite(model: nn.Module, lr: float, seed: int) -> Optimizer:
     return LoRARite(in_turn, lr=lr)  # type: ignore[no-any-return]
 
 
-def op(model: nn.Module, lr: float, seed: int, hidden_lr: float | None = None, **settings: Any) -> Optimizer:
-    """hidden_lr: of the hidden path, whatever lr is."""
+def op(
+    model: nn.Module,
+    lr: float,
+    seed: int,
+    hidden_lr: float | None = None,
+    bound: tuple[float, int] = (math.inf, 1),
+    **settings: Any,
+) -> Optimizer:
+    """The hidden path's rate is hidden_lr, whatever lr is, but at most bound[0] / lr ** bound[1]."""
     if hidden_lr is not None:
-        settings["hidden_lr_ratio"] = hidden_lr / lr
+        settings["hidden_lr_ratio"] = min(hidden_lr, bound[0] / lr ** bound[1]) / lr
     return oplora.AdamW(model, lr=lr, seed=seed, **settings)
 
 
@@ -102,6 +110,7 @@ OP_EXACT = oplora_method("OP-LoRA, exact", state="exact")
 OP_LEAN = oplora_method("OP-LoRA, lean", state="lean")
 START_KEPT = oplora_method("OP-LoRA, start kept", init="keep")
 OWN_RATE = oplora_method("OP-LoRA, start kept, hidden rate 0.01", init="keep", hidden_lr=1e-2)
+FALLING = oplora_method("OP-LoRA, start kept, hidden rate 1e-12 / lr^3", init="keep", hidden_lr=1e-2, bound=(1e-12, 3))
 FLAT = Method("OP-LoRA, flat", OP_LORA, partial(op, preset="flat"))
 # in bytes an entry, factor and gradient included: plain LoRA under AdamW 16; state lean with a start that is kept 28
 LORA_OF_EQUAL_MEMORY = Method("LoRA, as much memory", LORA.source, LORA.optimizer, rank_factor=28 / 16)

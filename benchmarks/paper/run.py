@@ -25,6 +25,7 @@ import images
 import text
 import torch
 from methods import (
+    FALLING,
     FLAT,
     LORA,
     LORA_OF_EQUAL_MEMORY,
@@ -41,6 +42,7 @@ from methods import (
 )
 from protocol import RESULTS, Experiment, Plan, Task, spread
 
+SETTINGS = (START_KEPT, OWN_RATE, FALLING, FLAT)  # of OP-LoRA, beside the paper's
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TOY_STEPS = 6
 
@@ -84,27 +86,32 @@ def factorisations() -> Plan:
         one = eager("one generator", optimizer=optimizer, **settings)
         plain = steps_factors("factors", optimizer, **settings)
         plan[f"factorisation, {name}"] = factorisation_task(name, lowest_rate), methods(plain, two, one)
-    plan["factorisation, AdamW"] = ADAMW_FACTORISATION, methods(LORA, OP_EXACT, OP_LEAN, START_KEPT, OWN_RATE, FLAT)
+    plan["factorisation, AdamW"] = (
+        ADAMW_FACTORISATION,
+        methods(LORA, OP_EXACT, OP_LEAN, *SETTINGS),
+    )
     # of the rates at the edge of stability, a seed's luck would be the choice
     return {name: (dataclasses.replace(task, tuning_seeds=3), some) for name, (task, some) in plan.items()}
 
 
 def rotations() -> Plan:
     scaled = oplora_method("OP-ScaledAdamW", precondition=1e-6)
-    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, START_KEPT, OWN_RATE, FLAT)
+    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, *SETTINGS)
     few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW")}
-    ours = methods(OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE, FLAT)
+    ours = methods(OP_EXACT, OP_LEAN, OP_DORA, *SETTINGS)
     decaying = dataclasses.replace(MNIST, title=f"{MNIST.title}, decaying rate", warmup=0.1)
     return {
         "mnist": (MNIST, compared),
-        "mnist decaying": (decaying, methods(LORA, OP_LEAN, START_KEPT, OWN_RATE, FLAT)),
+        "mnist decaying": (decaying, methods(LORA, OP_LEAN, *SETTINGS)),
         "digits": (DIGITS, compared),
         "fashion": (FASHION, {**few, **ours}),
     }
 
 
 def languages() -> Plan:
-    compared = methods(LORA, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE, FLAT)
+    compared = methods(
+        LORA, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE, FALLING, FLAT
+    )
     return {"reference": (REFERENCE, compared), "glosses": (GLOSSES, compared), "small": (SMALL, compared)}
 
 
@@ -149,6 +156,10 @@ def settings() -> Plan:
         dataclasses.replace(FLAT, name="flat"),
         oplora_method("keep, hidden rate 0.01, latent_std 1", init="keep", hidden_lr=1e-2, latent_std=1.0),
         oplora_method("paper, hidden rate 0.01", init="paper", hidden_lr=1e-2),
+        *(
+            oplora_method(f"keep, hidden rate {c:g} / lr^{p}", init="keep", hidden_lr=1e-2, bound=(c, p))
+            for c, p in ((1e-7, 1), (3e-8, 1), (1e-10, 2), (1e-11, 2), (1e-12, 3), (3e-13, 3))
+        ),
     )
     return {"digits": (DIGITS, compared), "small": (SMALL, compared), "factorisation": (ADAMW_FACTORISATION, compared)}
 
