@@ -28,10 +28,11 @@ from plot import markdown, replace_between
 from protocol import RESULTS, TUNING_SEEDS, Experiment, Task, Trial, spread
 from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 
-BOLD = {FLAT.name, "flat"}
-IN_RATE_TABLES = {LORA.name, "LoRA+", OP_LEAN.name, FALLING.name, *BOLD}  # and of the settings:
-IN_RATE_TABLES |= {"paper, ratio 1", "keep, hidden rate 1e-12 / lr^3"}
+BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  # and of the settings:
+BOLD |= {"flat": BOLD[FLAT.name], "keep, hidden rate 1e-12 / lr^3": BOLD[FALLING.name]}
+IN_RATE_TABLES = {"LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
 DIFFUSION = "diffusion"  # diffusion.py's own file, of trainings that an example makes
+COLOURS = 20
 FLOAT32 = 1e-7  # what is less than its precision
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached
 
@@ -271,13 +272,13 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
 
 
 def style(experiment: Experiment, method: str) -> dict[str, Any]:
-    """The same in every panel: of a line. Plain LoRA is black, the preset "flat" red, both thick."""
-    if method == LORA.name:
-        return {"color": "black", "ls": "--", "lw": 1.8, "zorder": 3}
+    """Of a line, the same in every panel; of more than COLOURS methods those that no table of rates has are grey."""
     if method in BOLD:
-        return {"color": "crimson", "ls": "-", "lw": 1.8, "zorder": 3}
+        return {"color": BOLD[method], "ls": "--" if method == LORA.name else "-", "lw": 1.8, "zorder": 3}
     every = dict.fromkeys(name for _, methods in experiment.plan.values() for name in methods)
-    place = [name for name in every if name != LORA.name and name not in BOLD].index(method)
+    if len(every) > COLOURS and method not in IN_RATE_TABLES:
+        return {"color": "0.75", "ls": "-", "lw": 0.6, "zorder": 1}
+    place = [name for name in every if name not in BOLD].index(method)
     return {"color": f"C{[0, 1, 2, 4, 5, 6, 7, 8, 9][place % 9]}", "ls": "-:"[place // 9 % 2], "lw": 1.0}
 
 
@@ -290,7 +291,8 @@ def draw_curves(axes: Any, comparison: Comparison, number: str) -> None:
         shown = np.isfinite(means)
         error = deviations[shown] if deviations.any() else None
         line = style(comparison.experiment, method)
-        axes.errorbar(rates[shown], means[shown], error, marker=".", elinewidth=0.4, label=method, **line)
+        label = "the others" if line["color"] == "0.75" else method
+        axes.errorbar(rates[shown], means[shown], error, marker=".", elinewidth=0.4, label=label, **line)
         every += means[shown].tolist()
     least, high = min(every), np.quantile(every, 0.67)
     high = min(max(high, 1.05 * least), 2 * least)
