@@ -37,7 +37,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +49,10 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import oplora
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from harness import Row, written_beside
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RESULT = Path(__file__).parent / "results" / "diffusion.json"
@@ -64,7 +67,6 @@ RATES = [float(f"{10 ** (k / 3 - 4):.2g}") for k in range(9)]
 TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 DRAWN = 8  # captions in the picture
-Row = dict[str, Any]
 
 
 # ---- trainings ----
@@ -253,13 +255,11 @@ def run_all(wanted: list[tuple[str, float, int]], result: Row, args: argparse.Na
 def save(result: Row, args: argparse.Namespace) -> None:
     """The figures go to the JSON, the pictures beside it, and from there into the grid."""
     result["rows"].sort(key=lambda row: (list(METHODS).index(row["method"]), row["lr"], row["seed"]))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     pictures = {name: np.array(drawn, np.uint8) for name, drawn in result["pictures"].items()}
-    np.savez_compressed(args.output.with_suffix(".npz"), **pictures)
     text = json.dumps({key: value for key, value in result.items() if key != "pictures"}, indent=1)
-    part = args.output.with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(args.output)
+    with written_beside(args.output) as beside:
+        np.savez_compressed(args.output.with_suffix(".npz"), **pictures)
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def load(args: argparse.Namespace) -> Row:

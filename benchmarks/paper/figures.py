@@ -9,7 +9,6 @@ A task is drawn when all methods were tuned on it; tables have what was tested.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
@@ -32,7 +31,7 @@ BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  
 BOLD |= {"flat": BOLD[FLAT.name], "keep, hidden rate 1e-12 / lr^3": BOLD[FALLING.name]}
 IN_RATE_TABLES = {"LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
 DIFFUSION = "diffusion"  # diffusion.py's own file, of trainings that an example makes
-COLOURS = 20
+COLOURS, GREY = 20, "0.75"
 FLOAT32 = 1e-7  # what is less than its precision
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached
 
@@ -100,9 +99,9 @@ def read_diffusion(path: Path) -> Experiment:
     tuned = {row["lr"] for row in rows if row["seed"] == 0}
     seeds = len({row["seed"] for row in rows}) - 1
     methods = {name: Method(name, "examples/finetune_diffusion.py", lambda *_: None) for name in result["summary"]}
-    task = Task("a small Stable Diffusion, emoji", lambda _: None, rows[0]["steps"], (), 4, 4, min(tuned), len(tuned))  # type: ignore[arg-type, return-value]
-    plan = {"emoji": (dataclasses.replace(task, seeds=seeds), methods)}
-    experiment = Experiment(DIFFUSION, plan, path.with_suffix(".none"))
+    grid = {"lowest_rate": min(tuned), "rates": len(tuned), "seeds": seeds}
+    task = Task("a small Stable Diffusion, emoji", lambda _: None, rows[0]["steps"], (), r=4, alpha=4, **grid)  # type: ignore[arg-type, return-value]
+    experiment = Experiment(DIFFUSION, {"emoji": (task, methods)}, path.with_suffix(".none"))
     for row in rows:
         seed = row["seed"] or TUNING_SEEDS
         numbers = {"validation_loss": row["held_out_loss"], "threads": 1, "device": rows[0]["device"]}
@@ -277,7 +276,7 @@ def style(experiment: Experiment, method: str) -> dict[str, Any]:
         return {"color": BOLD[method], "ls": "--" if method == LORA.name else "-", "lw": 1.8, "zorder": 3}
     every = dict.fromkeys(name for _, methods in experiment.plan.values() for name in methods)
     if len(every) > COLOURS and method not in IN_RATE_TABLES:
-        return {"color": "0.75", "ls": "-", "lw": 0.6, "zorder": 1}
+        return {"color": GREY, "ls": "-", "lw": 0.6, "zorder": 1}
     place = [name for name in every if name not in BOLD].index(method)
     return {"color": f"C{[0, 1, 2, 4, 5, 6, 7, 8, 9][place % 9]}", "ls": "-:"[place // 9 % 2], "lw": 1.0}
 
@@ -291,7 +290,7 @@ def draw_curves(axes: Any, comparison: Comparison, number: str) -> None:
         shown = np.isfinite(means)
         error = deviations[shown] if deviations.any() else None
         line = style(comparison.experiment, method)
-        label = "the others" if line["color"] == "0.75" else method
+        label = "the others" if line["color"] == GREY else method
         axes.errorbar(rates[shown], means[shown], error, marker=".", elinewidth=0.4, label=label, **line)
         every += means[shown].tolist()
     least, high = min(every), np.quantile(every, 0.67)

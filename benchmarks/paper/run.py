@@ -86,10 +86,7 @@ def factorisations() -> Plan:
         one = eager("one generator", optimizer=optimizer, **settings)
         plain = steps_factors("factors", optimizer, **settings)
         plan[f"factorisation, {name}"] = factorisation_task(name, lowest_rate), methods(plain, two, one)
-    plan["factorisation, AdamW"] = (
-        ADAMW_FACTORISATION,
-        methods(LORA, OP_EXACT, OP_LEAN, *SETTINGS),
-    )
+    plan["factorisation, AdamW"] = ADAMW_FACTORISATION, methods(LORA, OP_EXACT, OP_LEAN, *SETTINGS)
     # of the rates at the edge of stability, a seed's luck would be the choice
     return {name: (dataclasses.replace(task, tuning_seeds=3), some) for name, (task, some) in plan.items()}
 
@@ -109,9 +106,7 @@ def rotations() -> Plan:
 
 
 def languages() -> Plan:
-    compared = methods(
-        LORA, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, START_KEPT, OWN_RATE, FALLING, FLAT
-    )
+    compared = methods(LORA, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, *SETTINGS)
     return {"reference": (REFERENCE, compared), "glosses": (GLOSSES, compared), "small": (SMALL, compared)}
 
 
