@@ -30,7 +30,11 @@ from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  # and of the settings:
 BOLD |= {"flat": BOLD[FLAT.name], "keep, hidden rate 1e-12 / lr^3": BOLD[FALLING.name]}
 IN_RATE_TABLES = {"LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
-DIFFUSION = "diffusion"  # diffusion.py's own file, of trainings that an example makes
+# diffusion.py's own files, of trainings that an example makes, and their titles
+DIFFUSIONS = {
+    "diffusion": "a small Stable Diffusion, emoji",
+    "diffusion_repeated": "the same, from another pretraining",
+}
 COLOURS, GREY = 20, "0.75"
 FLOAT32 = 1e-7  # what is less than its precision
 NEAR = 1.1  # a rate is good if its validation loss is at most so many times the best that any method reached
@@ -87,21 +91,21 @@ class Comparison:
 
 def read(name: str, folder: Path = RESULTS) -> Experiment:
     output = folder / f"{name}.json"
-    if name == DIFFUSION:
-        return read_diffusion(output)
+    if name in DIFFUSIONS:
+        return read_diffusion(name, output)
     return Experiment(name, EXPERIMENTS[name](), output, equal_seconds=EQUAL_SECONDS.get(name))
 
 
-def read_diffusion(path: Path) -> Experiment:
+def read_diffusion(name: str, path: Path) -> Experiment:
     """The trainings of diffusion.py as an experiment of one task."""
     result = json.loads(path.read_text())
     rows = result["rows"]
     tuned = {row["lr"] for row in rows if row["seed"] == 0}
     seeds = len({row["seed"] for row in rows}) - 1
-    methods = {name: Method(name, "examples/finetune_diffusion.py", lambda *_: None) for name in result["summary"]}
+    methods = {method: Method(method, "examples/finetune_diffusion.py", lambda *_: None) for method in result["summary"]}
     grid = {"lowest_rate": min(tuned), "rates": len(tuned), "seeds": seeds}
-    task = Task("a small Stable Diffusion, emoji", lambda _: None, rows[0]["steps"], (), r=4, alpha=4, **grid)  # type: ignore[arg-type, return-value]
-    experiment = Experiment(DIFFUSION, {"emoji": (task, methods)}, path.with_suffix(".none"))
+    task = Task(DIFFUSIONS[name], lambda _: None, rows[0]["steps"], (), r=4, alpha=4, **grid)  # type: ignore[arg-type, return-value]
+    experiment = Experiment(name, {"emoji": (task, methods)}, path.with_suffix(".none"))
     for row in rows:
         seed = row["seed"] or TUNING_SEEDS
         numbers = {"validation_loss": row["held_out_loss"], "threads": 1, "device": rows[0]["device"]}
@@ -176,7 +180,7 @@ def diffusion_table(comparison: Comparison, path: Path) -> str:
 
     def cells(method: str) -> list[str]:
         losses, mmd = (column(comparison.tests(method), name) for name in ("test_loss", "mmd"))
-        less = [theirs - ours for theirs, ours in zip(lora, losses, strict=True)]
+        less = [theirs - ours for theirs, ours in zip(lora, losses, strict=True)] if losses else []
         rate = f"{comparison.experiment.best_rate(comparison.name, method):.2g}"
         return [method, rate, spread(losses, 5), "" if method == LORA.name else spread(less, 5), spread(mmd, 2)]
 
@@ -253,7 +257,7 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
     made = {f"{name}/budget": budget(experiment)}
     if name == "factorisation":
         return made | {f"{name}/terms": factorisation_table(experiment)}
-    if name == DIFFUSION:
+    if name in DIFFUSIONS:
         (comparison,) = comparisons(experiment)
         made[f"{name}/emoji"] = diffusion_table(comparison, folder / f"{name}.json")
         return made | {f"{name}/emoji/rates": rate_table(comparison, comparison.methods)}
@@ -377,7 +381,7 @@ FIGURES: dict[str, Callable[[Experiment], Any]] = {
     "language": draw_methods,
     "ablations": draw_methods,
     "settings": draw_methods,
-    DIFFUSION: draw_methods,
+    **dict.fromkeys(DIFFUSIONS, draw_methods),
 }
 
 

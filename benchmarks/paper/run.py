@@ -28,6 +28,7 @@ from methods import (
     FALLING,
     FLAT,
     LORA,
+    LORA_FASTER,
     LORA_OF_EQUAL_MEMORY,
     OP_DORA,
     OP_EXACT,
@@ -93,20 +94,20 @@ def factorisations() -> Plan:
 
 def rotations() -> Plan:
     scaled = oplora_method("OP-ScaledAdamW", precondition=1e-6)
-    compared = methods(LORA, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, *SETTINGS)
-    few = {name: compared[name] for name in ("LoRA", "LoRA+", "DoRA", "ScaledAdamW")}
+    compared = methods(LORA, LORA_FASTER, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, scaled, *SETTINGS)
+    few = {name: compared[name] for name in (LORA.name, LORA_FASTER.name, "LoRA+", "DoRA", "ScaledAdamW")}
     ours = methods(OP_EXACT, OP_LEAN, OP_DORA, *SETTINGS)
     decaying = dataclasses.replace(MNIST, title=f"{MNIST.title}, decaying rate", warmup=0.1)
     return {
         "mnist": (MNIST, compared),
-        "mnist decaying": (decaying, methods(LORA, OP_LEAN, *SETTINGS)),
+        "mnist decaying": (decaying, methods(LORA, LORA_FASTER, OP_LEAN, *SETTINGS)),
         "digits": (DIGITS, compared),
         "fashion": (FASHION, {**few, **ours}),
     }
 
 
 def languages() -> Plan:
-    compared = methods(LORA, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, *SETTINGS)
+    compared = methods(LORA, LORA_FASTER, LORA_OF_EQUAL_MEMORY, *PEERS, OP_EXACT, OP_LEAN, OP_DORA, *SETTINGS)
     return {"reference": (REFERENCE, compared), "glosses": (GLOSSES, compared), "small": (SMALL, compared)}
 
 
