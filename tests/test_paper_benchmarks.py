@@ -15,6 +15,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
+from oplora import Generators
+
 PAPER = ROOT / "benchmarks" / "paper"
 sys.path.insert(0, str(PAPER))
 
@@ -196,6 +198,17 @@ def test_methods_share_data_order_and_start() -> None:
     assert rows[0] == rows[1]
 
 
+def test_lora_between_the_rates_of_the_grid_takes_the_first_steps_of_a_generator() -> None:
+    sums = []
+    for seed in range(40):
+        generators = dict(Generators(make_model(), seed=seed).named_parameters())
+        for name in ("first", "second"):
+            z, W1, c1 = (generators[f"base_model.model.{name}.default.{part}"] for part in ("z", "W1", "c1"))
+            sums.append((W1 @ z + c1).relu().sum().item())
+    optimizer = methods.LORA_FASTER.optimizer(make_model(), 1e-3, 0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (1 + float(np.mean(sums))), rel=0.03)
+
+
 def test_pairs_are_in_the_order_that_lora_rite_asks_for() -> None:
     model = make_model()
     names = {id(p): name for name, p in model.named_parameters()}
@@ -364,6 +377,14 @@ def test_training_of_diffusion_is_measured_from_the_file_that_it_saved(
     assert row["test_loss"] != diffusion.measure(None, args)["test_loss"]
 
 
+def test_diffusions_lora_between_the_rates_is_lora_at_another(diffusion_folder: Path, tmp_path: Path) -> None:
+    where = ["--model", str(diffusion_folder / "model"), "--emoji", str(diffusion_folder / "emoji")]
+    args = diffusion.parse_arguments(["--quick", *where, "--output", str(tmp_path / "it.json"), "--device", "cpu"])
+    between = diffusion.train(methods.LORA_FASTER.name, 1e-2, diffusion.TUNING_SEED, args)
+    at_that_rate = diffusion.train("LoRA", 1.7e-2, diffusion.TUNING_SEED, args)
+    assert between["lr"] == 1e-2 and between["held_out_loss"] == at_that_rate["held_out_loss"]
+
+
 def test_best_rate_of_diffusion_is_chosen_by_the_seed_that_tunes_alone() -> None:
     def row(lr: float, seed: int, loss: float) -> dict:
         return {"method": "LoRA", "lr": lr, "seed": seed, "held_out_loss": loss}
@@ -406,7 +427,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_tables_and_figures_come_from_the_files_alone(results: Path) -> None:
     made = figures.tables("images", results)
-    assert made.keys() == {f"images/{key}" for key in ("budget", "digits", "digits/rates", "digits/training")}
+    assert made.keys() == {f"images/{key}" for key in ("budget", "tuned", "digits", "digits/rates", "digits/training")}
     (line,) = (line for line in made["images/digits"].splitlines() if line.startswith("| OP-LoRA, lean |"))
     assert re.match(r"\| OP-LoRA, lean \| 0\.0001 \| \d\.\d{3} ± \d\.\d{3} \| ", line)
     figures.main(["--results", str(results)])

@@ -22,18 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 from harness import Row
-from methods import FALLING, FLAT, LORA, OP_LEAN, Method
+from methods import FALLING, FLAT, LORA, LORA_FASTER, OP_LEAN, START_KEPT, Method
 from plot import markdown, replace_between
 from protocol import RESULTS, TUNING_SEEDS, Experiment, Task, Trial, spread
 from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 
 BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  # and of the settings:
 BOLD |= {"flat": BOLD[FLAT.name], "keep, hidden rate 1e-12 / lr^3": BOLD[FALLING.name]}
-IN_RATE_TABLES = {"LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD}
+IN_RATE_TABLES = {"LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD} - {FALLING.name}
 # diffusion.py's own files, of trainings that an example makes, and their titles
 DIFFUSIONS = {
     "diffusion": "a small Stable Diffusion, emoji",
-    "diffusion_repeated": "the same, from another pretraining",
+    "diffusion_repeated": "a small Stable Diffusion, pretrained anew, emoji",
 }
 COLOURS, GREY = 20, "0.75"
 FLOAT32 = 1e-7  # what is less than its precision
@@ -102,7 +102,9 @@ def read_diffusion(name: str, path: Path) -> Experiment:
     rows = result["rows"]
     tuned = {row["lr"] for row in rows if row["seed"] == 0}
     seeds = len({row["seed"] for row in rows}) - 1
-    methods = {method: Method(method, "examples/finetune_diffusion.py", lambda *_: None) for method in result["summary"]}
+    methods = {
+        method: Method(method, "examples/finetune_diffusion.py", lambda *_: None) for method in result["summary"]
+    }
     grid = {"lowest_rate": min(tuned), "rates": len(tuned), "seeds": seeds}
     task = Task(DIFFUSIONS[name], lambda _: None, rows[0]["steps"], (), r=4, alpha=4, **grid)  # type: ignore[arg-type, return-value]
     experiment = Experiment(name, {"emoji": (task, methods)}, path.with_suffix(".none"))
@@ -140,6 +142,17 @@ def test_table(comparison: Comparison) -> str:
         return [*cells, f"{comparison.good_decades(method):.1f}"]
 
     return markdown(header, map(cells, some))
+
+
+def tuned_table(some: Sequence[Comparison]) -> str:
+    """Test losses at the best rate: of LoRA on the grid and between its rates, and of OP-LoRA's settings."""
+    shown = [method.name for method in (LORA, LORA_FASTER, OP_LEAN, START_KEPT, FALLING, FLAT)]
+
+    def cells(comparison: Comparison) -> list[str]:
+        losses = (column(comparison.tests(method), "test_loss") for method in shown)
+        return [comparison.task.title, *map(spread, losses)]
+
+    return markdown(["test loss", *shown], (cells(c) for c in some if set(shown) <= set(c.methods)))
 
 
 def training_table(comparison: Comparison) -> str:
@@ -261,6 +274,8 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
         (comparison,) = comparisons(experiment)
         made[f"{name}/emoji"] = diffusion_table(comparison, folder / f"{name}.json")
         return made | {f"{name}/emoji/rates": rate_table(comparison, comparison.methods)}
+    if LORA_FASTER.name in {method for _, methods in experiment.plan.values() for method in methods}:
+        made[f"{name}/tuned"] = tuned_table(comparisons(experiment))
     for comparison in comparisons(experiment):
         made[f"{name}/{comparison.name}"] = test_table(comparison)
         made[f"{name}/{comparison.name}/rates"] = rate_table(comparison)
@@ -314,14 +329,20 @@ def draw_excess(axes: Any, comparison: Comparison) -> None:
 
 
 def draw_dots(axes: Any, comparison: Comparison) -> None:
-    """Test loss of every method at its best rate, a dot a seed; the line is plain LoRA."""
+    """Test loss of every method at its best rate, a dot a seed; the line is plain LoRA. What is more than twice the
+    least is an arrow at that edge."""
     some = [method for method in comparison.methods if comparison.tests(method)]
     axes.set_visible(bool(some))
-    for place, method in enumerate(some):
-        losses = column(comparison.tests(method), "test_loss")
+    tests = [column(comparison.tests(method), "test_loss") for method in some]
+    edge = 2 * min(map(min, tests), default=1)
+    for place, (method, losses) in enumerate(zip(some, tests, strict=True)):
         color = style(comparison.experiment, method)["color"]
-        axes.plot(losses, [place] * len(losses), ".", color=color, alpha=0.6)
-        axes.plot([statistics.fmean(losses)], [place], "k|", ms=10)
+        seen = [loss for loss in losses if loss <= edge]
+        axes.plot(seen, [place] * len(seen), ".", color=color, alpha=0.6)
+        if len(seen) < len(losses):
+            axes.plot([edge], [place], ">", color=color)
+        elif losses:
+            axes.plot([statistics.fmean(losses)], [place], "k|", ms=10)
     if "LoRA" in some:
         axes.axvline(statistics.fmean(column(comparison.tests("LoRA"), "test_loss")), color="k", lw=0.6, ls="--")
     axes.set_yticks(range(len(some)), some, fontsize="small")
@@ -332,7 +353,8 @@ def draw_dots(axes: Any, comparison: Comparison) -> None:
 def draw_legend(figure: Any, axes: Any) -> None:
     """Of all panels, beneath them."""
     lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    place = {"loc": "outside lower center", "ncols": min(4, 2 * len(axes))}
+    figure.legend(lines.values(), lines, **place, frameon=False, fontsize="small")
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Any, Any]:
@@ -369,6 +391,9 @@ def draw_rows(experiment: Experiment, numbers: Sequence[str]) -> Any:
         for axis, number in zip(column_of_axes, numbers, strict=False):
             draw_curves(axis, comparison, number)
         draw_dots(column_of_axes[-1], comparison)
+    names = [[label.get_text() for label in axis.get_yticklabels()] for axis in axes[-1]]
+    for axis, here, left in zip(axes[-1][1:], names[1:], names, strict=False):
+        axis.tick_params(labelleft=here != left)
     for axis, number in zip(axes[:, 0], numbers, strict=False):
         axis.set_ylabel({"train_loss": "training loss", "validation_loss": "validation loss"}[number])
     draw_legend(figure, axes[0])
