@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import make_image_grid
-from methods import LORA_FASTER
+from methods import BETWEEN, LORA_FASTER
 from PIL import Image
 from small_diffusion import FOLDER, tokenize
 from torch import Tensor
@@ -65,7 +65,7 @@ METHODS = {
     "OP-DoRA": ["--method", "oplora", "--dora"],
     "OP-LoRA, flat": ["--method", "oplora", "--preset", "flat"],
 }
-TIMES_THE_RATE = {LORA_FASTER.name: 1.7}
+TIMES_THE_RATE = {LORA_FASTER.name: BETWEEN}
 RATES = [float(f"{10 ** (k / 3 - 4):.2g}") for k in range(9)]
 TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)

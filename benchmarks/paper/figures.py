@@ -341,7 +341,7 @@ def draw_dots(axes: Any, comparison: Comparison) -> None:
         axes.plot(seen, [place] * len(seen), ".", color=color, alpha=0.6)
         if len(seen) < len(losses):
             axes.plot([edge], [place], ">", color=color)
-        elif losses:
+        else:
             axes.plot([statistics.fmean(losses)], [place], "k|", ms=10)
     if "LoRA" in some:
         axes.axvline(statistics.fmean(column(comparison.tests("LoRA"), "test_loss")), color="k", lw=0.6, ls="--")

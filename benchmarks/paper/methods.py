@@ -112,7 +112,8 @@ def on_factors(
 LORA = Method("LoRA", "arXiv 2106.09685; peft, torch.optim.AdamW", adamw)
 # OP-LoRA steps by lr (1 + the sum of h): LoRA between the rates of the grid, which are 2.2 apart, tells what the
 # generator does from what another rate does
-LORA_FASTER = Method("LoRA, 1.7 times the rate", LORA.source, partial(at_another_rate, factor=1.7))
+BETWEEN = 1.7
+LORA_FASTER = Method(f"LoRA, {BETWEEN} times the rate", LORA.source, partial(at_another_rate, factor=BETWEEN))
 OP_EXACT = oplora_method("OP-LoRA, exact", state="exact")
 OP_LEAN = oplora_method("OP-LoRA, lean", state="lean")
 START_KEPT = oplora_method("OP-LoRA, start kept", init="keep")
