@@ -157,7 +157,14 @@ def settings() -> Plan:
             for c, p in ((1e-7, 1), (3e-8, 1), (1e-10, 2), (1e-11, 2), (1e-12, 3), (3e-13, 3))
         ),
     )
-    return {"digits": (DIGITS, compared), "small": (SMALL, compared), "factorisation": (ADAMW_FACTORISATION, compared)}
+    long = dataclasses.replace(SMALL, title="the small LLaMA, ten times as many steps", steps=10 * SMALL.steps)
+    few = ("LoRA", "flat", "keep, hidden rate 1e-12 / lr^3", "keep, hidden rate 0.001", "paper, ratio 1")
+    return {
+        "digits": (DIGITS, compared),
+        "small": (SMALL, compared),
+        "small long": (long, {name: compared[name] for name in few}),
+        "factorisation": (ADAMW_FACTORISATION, compared),
+    }
 
 
 EXPERIMENTS = {
@@ -179,11 +186,12 @@ TOY_OF = dict.fromkeys(("mnist", "mnist decaying", "digits", "fashion"), "images
 
 
 def toys(plan: Plan) -> Plan:
-    """The same methods on a toy for every kind of task."""
+    """On a toy for every kind of task all methods that are run on one of that kind."""
     small: Plan = {}
     for task, (_, some) in plan.items():
         kind = TOY_OF.get(task, "factorisation" if task.startswith("factorisation") else "text")
-        small[f"toy {task}" if kind == "factorisation" else f"toy {kind}"] = TOYS[kind], some
+        _, every = small.setdefault(f"toy {task}" if kind == "factorisation" else f"toy {kind}", (TOYS[kind], {}))
+        every.update(some)
     return small
 
 
