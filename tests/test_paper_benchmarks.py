@@ -419,7 +419,7 @@ def results(tmp_path: Path) -> Path:
 
 def test_tables_and_figures_come_from_the_files_alone(results: Path) -> None:
     made = figures.tables("images", results)
-    assert made.keys() == {f"images/{key}" for key in ("budget", "tuned", "digits", "digits/rates", "digits/training")}
+    assert made.keys() == {f"images/{key}" for key in ("budget", "digits", "digits/rates", "digits/training")}
     (line,) = (line for line in made["images/digits"].splitlines() if line.startswith("| OP-LoRA, lean |"))
     assert re.match(r"\| OP-LoRA, lean \| 0\.0001 \| \d\.\d{3} ± \d\.\d{3} \| ", line)
     figures.main(["--results", str(results)])

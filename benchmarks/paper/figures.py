@@ -30,6 +30,8 @@ from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
 BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  # and of the settings:
 BOLD |= {"flat": BOLD[FLAT.name], "keep, hidden rate 1e-12 / lr^3": BOLD[FALLING.name]}
 IN_RATE_TABLES = {"LoRA+", OP_LEAN.name, "paper, ratio 1", *BOLD} - {FALLING.name}
+# LoRA on the grid and between its rates, and OP-LoRA's settings
+IN_TUNED_TABLE = [method.name for method in (LORA, LORA_FASTER, OP_LEAN, START_KEPT, FALLING, FLAT)]
 # diffusion.py's own files, of trainings that an example makes, and their titles
 DIFFUSIONS = {
     "diffusion": "a small Stable Diffusion, emoji",
@@ -145,14 +147,13 @@ def test_table(comparison: Comparison) -> str:
 
 
 def tuned_table(some: Sequence[Comparison]) -> str:
-    """Test losses at the best rate: of LoRA on the grid and between its rates, and of OP-LoRA's settings."""
-    shown = [method.name for method in (LORA, LORA_FASTER, OP_LEAN, START_KEPT, FALLING, FLAT)]
+    """Test losses at the best rate, of IN_TUNED_TABLE."""
 
     def cells(comparison: Comparison) -> list[str]:
-        losses = (column(comparison.tests(method), "test_loss") for method in shown)
+        losses = (column(comparison.tests(method), "test_loss") for method in IN_TUNED_TABLE)
         return [comparison.task.title, *map(spread, losses)]
 
-    return markdown(["test loss", *shown], (cells(c) for c in some if set(shown) <= set(c.methods)))
+    return markdown(["test loss", *IN_TUNED_TABLE], map(cells, some))
 
 
 def training_table(comparison: Comparison) -> str:
@@ -274,8 +275,8 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
         (comparison,) = comparisons(experiment)
         made[f"{name}/emoji"] = diffusion_table(comparison, folder / f"{name}.json")
         return made | {f"{name}/emoji/rates": rate_table(comparison, comparison.methods)}
-    if LORA_FASTER.name in {method for _, methods in experiment.plan.values() for method in methods}:
-        made[f"{name}/tuned"] = tuned_table(comparisons(experiment))
+    if some := [c for c in comparisons(experiment) if set(IN_TUNED_TABLE) <= set(c.methods)]:
+        made[f"{name}/tuned"] = tuned_table(some)
     for comparison in comparisons(experiment):
         made[f"{name}/{comparison.name}"] = test_table(comparison)
         made[f"{name}/{comparison.name}/rates"] = rate_table(comparison)

@@ -158,11 +158,11 @@ def settings() -> Plan:
         ),
     )
     long = dataclasses.replace(SMALL, title="the small LLaMA, ten times as many steps", steps=10 * SMALL.steps)
-    few = ("LoRA", "flat", "keep, hidden rate 1e-12 / lr^3", "keep, hidden rate 0.001", "paper, ratio 1")
+    few = ("paper, ratio 1", "keep, hidden rate 0.001", "flat", "keep, hidden rate 1e-12 / lr^3")
     return {
         "digits": (DIGITS, compared),
         "small": (SMALL, compared),
-        "small long": (long, {name: compared[name] for name in few}),
+        "small long": (long, methods(LORA, LORA_FASTER) | {name: compared[name] for name in few}),
         "factorisation": (ADAMW_FACTORISATION, compared),
     }
 
