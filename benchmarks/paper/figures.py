@@ -269,15 +269,16 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
         return {}
     experiment = read(name, folder)
     made = {f"{name}/budget": budget(experiment)}
+    found = comparisons(experiment)
     if name == "factorisation":
         return made | {f"{name}/terms": factorisation_table(experiment)}
     if name in DIFFUSIONS:
-        (comparison,) = comparisons(experiment)
+        (comparison,) = found
         made[f"{name}/emoji"] = diffusion_table(comparison, folder / f"{name}.json")
         return made | {f"{name}/emoji/rates": rate_table(comparison, comparison.methods)}
-    if some := [c for c in comparisons(experiment) if set(IN_TUNED_TABLE) <= set(c.methods)]:
+    if some := [c for c in found if set(IN_TUNED_TABLE) <= set(c.methods)]:
         made[f"{name}/tuned"] = tuned_table(some)
-    for comparison in comparisons(experiment):
+    for comparison in found:
         made[f"{name}/{comparison.name}"] = test_table(comparison)
         made[f"{name}/{comparison.name}/rates"] = rate_table(comparison)
         if TOY_OF.get(comparison.name) == "images":
@@ -332,11 +333,11 @@ def draw_excess(axes: Any, comparison: Comparison) -> None:
 def draw_dots(axes: Any, comparison: Comparison) -> None:
     """Test loss of every method at its best rate, a dot a seed; the line is plain LoRA. What is more than twice the
     least is an arrow at that edge."""
-    some = [method for method in comparison.methods if comparison.tests(method)]
-    axes.set_visible(bool(some))
-    tests = [column(comparison.tests(method), "test_loss") for method in some]
-    edge = 2 * min(map(min, tests), default=1)
-    for place, (method, losses) in enumerate(zip(some, tests, strict=True)):
+    every = {method: column(comparison.tests(method), "test_loss") for method in comparison.methods}
+    tests = {method: losses for method, losses in every.items() if losses}
+    axes.set_visible(bool(tests))
+    edge = 2 * min(map(min, tests.values()), default=1)
+    for place, (method, losses) in enumerate(tests.items()):
         color = style(comparison.experiment, method)["color"]
         seen = [loss for loss in losses if loss <= edge]
         axes.plot(seen, [place] * len(seen), ".", color=color, alpha=0.6)
@@ -344,9 +345,9 @@ def draw_dots(axes: Any, comparison: Comparison) -> None:
             axes.plot([edge], [place], ">", color=color)
         else:
             axes.plot([statistics.fmean(losses)], [place], "k|", ms=10)
-    if "LoRA" in some:
-        axes.axvline(statistics.fmean(column(comparison.tests("LoRA"), "test_loss")), color="k", lw=0.6, ls="--")
-    axes.set_yticks(range(len(some)), some, fontsize="small")
+    if LORA.name in tests:
+        axes.axvline(statistics.fmean(tests[LORA.name]), color="k", lw=0.6, ls="--")
+    axes.set_yticks(range(len(tests)), list(tests), fontsize="small")
     axes.invert_yaxis()
     axes.set(xlabel="test loss")
 
@@ -354,8 +355,8 @@ def draw_dots(axes: Any, comparison: Comparison) -> None:
 def draw_legend(figure: Any, axes: Any) -> None:
     """Of all panels, beneath them."""
     lines = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    place = {"loc": "outside lower center", "ncols": min(4, 2 * len(axes))}
-    figure.legend(lines.values(), lines, **place, frameon=False, fontsize="small")
+    ncols = min(4, 2 * len(axes))
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=ncols, frameon=False, fontsize="small")
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 4.0) -> tuple[Any, Any]:

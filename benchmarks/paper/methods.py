@@ -37,12 +37,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def adamw(model: nn.Module, lr: float, seed: int) -> Optimizer:
-    return AdamW(trainable(model), lr=lr)
-
-
-def at_another_rate(model: nn.Module, lr: float, seed: int, factor: float) -> Optimizer:
-    return adamw(model, factor * lr, seed)
+def adamw(model: nn.Module, lr: float, seed: int, factor: float = 1.0) -> Optimizer:
+    return AdamW(trainable(model), lr=factor * lr)
 
 
 def lora_plus(model: nn.Module, lr: float, seed: int) -> Optimizer:
@@ -113,7 +109,7 @@ LORA = Method("LoRA", "arXiv 2106.09685; peft, torch.optim.AdamW", adamw)
 # OP-LoRA steps by lr (1 + the sum of h): LoRA between the rates of the grid, which are 2.2 apart, tells what the
 # generator does from what another rate does
 BETWEEN = 1.7
-LORA_FASTER = Method(f"LoRA, {BETWEEN} times the rate", LORA.source, partial(at_another_rate, factor=BETWEEN))
+LORA_FASTER = Method(f"LoRA, {BETWEEN} times the rate", LORA.source, partial(adamw, factor=BETWEEN))
 OP_EXACT = oplora_method("OP-LoRA, exact", state="exact")
 OP_LEAN = oplora_method("OP-LoRA, lean", state="lean")
 START_KEPT = oplora_method("OP-LoRA, start kept", init="keep")
