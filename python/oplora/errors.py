@@ -1,5 +1,9 @@
 """The package's errors: each says what, where and how to mend it, and is also the built-in that it resembles."""
 
+import os
+import sys
+import warnings
+
 __all__ = [
     "OPLoRAError",
     "OPLoRAFileError",
@@ -7,7 +11,10 @@ __all__ = [
     "OPLoRARuntimeError",
     "OPLoRATypeError",
     "OPLoRAValueError",
+    "warn",
 ]
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class OPLoRAError(Exception):
@@ -32,3 +39,16 @@ class OPLoRAMemoryError(OPLoRAError, MemoryError):
 
 class OPLoRAFileError(OPLoRAError, OSError):
     """A file that is missing, damaged, of another model, or cannot be written; no half-written output is left."""
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points at the line outside the package from which it came."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_inside(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level - 1)
+
+
+def _is_inside(filename: str) -> bool:
+    """Of this package, or of torch, which calls optimizers by way of wrappers of its own."""
+    return filename.startswith(_PACKAGE) or f"{os.sep}torch{os.sep}" in filename

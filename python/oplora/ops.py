@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .device import require_kernels
 from .errors import OPLoRAError, OPLoRATypeError, OPLoRAValueError
+from .kernels import require_kernels
 
 __all__ = ["generate"]
 

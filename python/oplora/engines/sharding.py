@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import OPLoRAError, OPLoRARuntimeError
+from ..errors import OPLoRAError, OPLoRARuntimeError
 
 __all__ = ["Shards"]
 

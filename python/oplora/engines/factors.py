@@ -1,16 +1,15 @@
 """The tie between a generator's output and the tensors of its layer: who wrote them last, and what they start from."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import STARTS, AdaptedLayer, Start
-from .errors import OPLoRATypeError, OPLoRAValueError
+from ..adapters import STARTS, AdaptedLayer, Start
+from ..errors import OPLoRATypeError, OPLoRAValueError, warn
+from .written import Written
 
 __all__ = ["Factors", "keep_starts", "warn_adopted"]
 
@@ -20,8 +19,7 @@ class Factors:
     """The tie between one generator's output v and its layer's tensors: what they hold, and who wrote it.
 
     The tensors are base + v. A base (None stands for zeros) appears where they keep a start of their own, and where
-    somebody else has changed them between two steps. Edits are noticed by the tensors' version counters, so what goes
-    around autograd (`tensor.data`) is not.
+    somebody else has changed them between two steps.
     """
 
     layer: AdaptedLayer
@@ -31,8 +29,7 @@ class Factors:
     placed: torch.device  # where the tensors are
     bases: list[Tensor | None]
     kept: list[bool]  # whether each keeps the value that it had; the generator then adds to it, from nothing on
-    _versions: list[int] = field(default_factory=list)
-    _written: list[nn.Parameter] = field(default_factory=list)
+    _written: Written = field(default_factory=Written)
 
     @classmethod
     def of(cls, layer: AdaptedLayer, position: int, device: torch.device | None = None) -> "Factors":
@@ -98,6 +95,7 @@ class Factors:
         gradients = [p.grad for p in parameters]
         for twin in self.layer.twins:
             gradients[twin.index] = _with_twin(parameters[twin.index], gradients[twin.index], twin.parameter())
+        self._refuse_sparse(gradients)
         dtypes = [self.dtype if cast else p.dtype for p in parameters]
         ready = [
             g
@@ -113,18 +111,17 @@ class Factors:
             for p, g, dtype in zip(parameters, gradients, dtypes, strict=True)
         ]
 
+    def _refuse_sparse(self, gradients: Sequence[Tensor | None]) -> None:
+        for tensor, gradient in zip(self.layer.tensors, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise OPLoRATypeError(
+                    f"oplora: the gradient of {tensor} in layer {self.layer.name} is sparse ({gradient.layout}); a "
+                    "generator takes dense ones. Build the embedding with sparse=False. Nothing was changed."
+                )
+
     def sources(self, parameters: list[nn.Parameter]) -> list[Tensor]:
         """What gradients() is made from."""
         return [p.grad for p in self.layer.with_twins(parameters) if p.grad is not None]
-
-    def were_touched(self, parameters: Sequence[nn.Parameter]) -> bool:
-        """Whether somebody may have changed the tensors since remember_written."""
-        written = self._written
-        return (
-            len(written) != len(parameters)
-            or any(map(is_not, parameters, written))
-            or [p._version for p in parameters] != self._versions
-        )
 
     def begin(self, v: Sequence[Tensor], keep: Sequence[bool]) -> None:
         """Ties the tensors to v, which is what is generated now: they keep their values as a start that v is added to,
@@ -140,8 +137,11 @@ class Factors:
         self.remember_written()
 
     def remember_written(self, parameters: list[nn.Parameter] | None = None) -> None:
-        self._written = self.layer.parameters() if parameters is None else parameters
-        self._versions = [p._version for p in self._written]
+        self._written.remember(self.layer.parameters() if parameters is None else parameters)
+
+    def forget(self) -> None:
+        """Another hand has written: the next step looks whether the tensors are base + v."""
+        self._written.forget()
 
     def values(self, v: Sequence[Tensor]) -> list[Tensor]:
         """What the tensors are for what is generated: base + v, in their shapes and the generator's dtype."""
@@ -154,7 +154,7 @@ class Factors:
         Values that are base + generate() are ours, and so are those that the base was made from: before its first step
         a kept factor is not yet the rounded sum.
         """
-        if not self.were_touched(parameters):
+        if not self._written.changed(parameters):
             return False
         v, before = generate(), list(self.bases)
         if all(torch.equal(p.detach(), m.to(p)) for p, m in zip(parameters, self.values(v), strict=True)):
@@ -192,7 +192,7 @@ class Factors:
         ]
         for parameter, value in zip(self.layer.parameters(), saved["factors"], strict=True):
             parameter.detach().copy_(value)
-        self._written = []  # the next step looks whether they are base + v
+        self.forget()
 
 
 def _with_twin(parameter: nn.Parameter, gradient: Tensor | None, twin: nn.Parameter) -> Tensor | None:
@@ -211,17 +211,15 @@ def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
     held = [init == "paper" and f.hold_a_start() for f in factors]
     if any(held):
         name = factors[held.index(True)].layer.name
-        warnings.warn(
+        warn(
             f"oplora: {sum(held)} of {len(held)} layers hold a start of their own ({name}), as after earlier training, "
-            "PiSSA, OLoRA or EVA. They keep it, as with init='keep', until a state_dict is loaded.",
-            stacklevel=3,
+            "PiSSA, OLoRA or EVA. They keep it, as with init='keep', until a state_dict is loaded."
         )
     return [f.keep("keep" if holds else init) for f, holds in zip(factors, held, strict=True)]
 
 
 def warn_adopted(names: Sequence[str]) -> None:
-    warnings.warn(
+    warn(
         f"oplora: the factors of {len(names)} layer(s) were changed since the last step ({names[0]}"
-        f"{', ...' if len(names) > 1 else ''}); their new values are kept and the generators go on from there.",
-        stacklevel=4,
+        f"{', ...' if len(names) > 1 else ''}); their new values are kept and the generators go on from there."
     )

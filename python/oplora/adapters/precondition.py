@@ -15,10 +15,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .adapters import AdaptedLayer
-from .errors import OPLoRAValueError
+from ..errors import OPLoRAValueError
+from .layers import AdaptedLayer
 
-__all__ = ["precondition", "require_pairs"]
+__all__ = ["precondition_gradients", "require_pairs"]
 
 MOST_ENTRIES: Final = 1 << 23  # of A and B at once: they are copied, as float64 too
 
@@ -33,7 +33,7 @@ def require_pairs(layers: Sequence[AdaptedLayer]) -> None:
             )
 
 
-def precondition(
+def precondition_gradients(
     layers: Sequence[AdaptedLayer], tensors: Sequence[Sequence[Tensor]], gradients: Sequence[list[Tensor]], delta: float
 ) -> list[list[Tensor]]:
     """The gradients of every layer, with new tensors for those of its pair; tensors are the layers' own."""

@@ -1,18 +1,15 @@
-"""What a generator starts from: its settings, the memory of its flat parameters, and the paper's random numbers."""
+"""What a generator is made with, its flat parameters, and the paper's random numbers in them."""
 
-import contextlib
-import mmap
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from . import _core
-from .errors import OPLoRAMemoryError, OPLoRAValueError
+from .. import _core
+from ..errors import OPLoRAValueError
 from .factors import Factors
+from .memory import allocate
 
-CPU = torch.device("cpu")
-__all__ = ["Settings", "allocate", "count_parameters", "start_parameters", "views", "weight_rate"]
+__all__ = ["Settings", "count_parameters", "start_parameters", "views", "weight_ratio"]
 
 
 @dataclass(frozen=True)
@@ -41,33 +38,13 @@ class Settings:
             raise OPLoRAValueError(f"oplora: start is {self.start!r}, expected 'uniform' or 'sign'.")
 
 
-def allocate(count: int, dtype: torch.dtype, device: torch.device = CPU, *, huge_pages: bool) -> Tensor:
-    """Zeros of one piece; on the CPU its pages come when they are first touched.
-
-    W2 asks for huge pages, with which its columns stream faster. Its moments ask for none: a huge page would span
-    columns of units that are on and off, and make resident what no step has touched, a third of the state.
-    """
-    if device.type != "cpu":
-        return torch.zeros(count, dtype=dtype, device=device)
-    try:
-        memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, OverflowError, ValueError) as error:
-        raise OPLoRAMemoryError(
-            f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt "
-            "fewer layers."
-        ) from error
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype)
-
-
 def count_parameters(factors: Factors, settings: Settings) -> int:
     """Numbers in one generator: W2, c2, W1, c1 and z."""
     H, Z, N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
     return H * N + N + H * Z + H + Z
 
 
-def weight_rate(hidden_width: int) -> float:
+def weight_ratio(hidden_width: int) -> float:
     """The learning rate of W2 as a multiple of that of c2: 1 at the paper's width of 32.
 
     AdamW moves every entry of W2 by about its rate, and so v by the rate times the sum of h, which grows with H. With

@@ -1,45 +1,36 @@
-"""What oplora.AdamW asks of its arguments and of the machine, before anything is made."""
+"""What oplora.AdamW refuses: arguments and devices before anything is made, and steps that would train nothing."""
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
+from torch import nn
 
-from .device import free_memory, require_kernels, runs_on_device
-from .errors import OPLoRAMemoryError, OPLoRATypeError, OPLoRAValueError
-from .exact import ExactState
-from .factors import Factors
-from .lean import LeanState
-from .start import Settings
+from .adapters import AdaptedLayer, foreign_gradient, foreign_tensors
+from .engines import Factors
+from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
+from .kernels import require_kernels, runs_on_device
 
 __all__ = [
     "W2_STARTS",
-    "check_arguments",
+    "Unstepped",
     "check_generator_device",
     "check_positive",
+    "check_state",
     "refuse_devices",
-    "refuse_more_than_memory",
+    "refuse_foreign_adapter",
 ]
+
+_requires_grad = attrgetter("requires_grad")
 
 W2_STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the user says otherwise
 
 
-def check_arguments(
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    ratio: float,
-    state: str,
-    weight_rank: int,
-    moment_rank: int,
-) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("hidden_lr_ratio", ratio)):
-        if not 0 <= float(value) < float("inf"):
-            raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected a number of at least 0.")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise OPLoRAValueError(f"oplora.AdamW: betas are {betas!r}, expected two numbers in [0, 1).")
+def check_state(state: str, weight_rank: int, moment_rank: int) -> None:
     if state not in W2_STARTS:
         raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, W2_STARTS))}.")
     for name, rank in (("weight_rank", weight_rank), ("moment_rank", moment_rank)):
-        if not isinstance(rank, int) or not 1 <= rank <= 8:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 8:
             raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
 
 
@@ -93,26 +84,38 @@ def refuse_devices(factors: list[Factors], precondition: float | None) -> None:
         )
 
 
-def refuse_more_than_memory(factors: list[Factors], settings: Settings, state: str, ranks: tuple[int, int]) -> None:
-    """Before anything is allocated: the system may grant more than it has and kill the process later."""
-    needed: dict[torch.device, int] = {}
-    for f in factors:
-        lean = state == "lean"
-        some = LeanState.bytes_needed(f, settings, ranks) if lean else ExactState.bytes_needed(f, settings)
-        needed[f.device] = needed.get(f.device, 0) + some
-    for device, bytes_needed in needed.items():
-        if bytes_needed <= (memory := free_memory(device)):
-            continue
-        if state == "lean":
-            advice = f"State 'lean' takes {4 * ranks[0] + 2 * ranks[1] + 6} bytes a factor entry: lower the rank r"
-        else:
-            advice = (
-                "State 'exact' takes 12 (hidden_width + 1) bytes a factor entry: use state='lean', or lower "
-                f"hidden_width (now {settings.hidden_width}) or the rank r"
-            )
-            advice += ", or pass generator_device='cpu'" if runs_on_device(device) else ""
-        has = "this machine has" if device.type == "cpu" else f"{device} has free"
-        raise OPLoRAMemoryError(
-            f"oplora.AdamW: the generators need {bytes_needed / 2**30:.1f} GiB, {has} {memory / 2**30:.1f} GiB. "
-            f"{advice}."
+def refuse_foreign_adapter(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
+    """Raises where another adapter than the optimizer's has gradients, and none of its own: nobody is to train nothing
+    unawares."""
+    if (other := foreign_gradient(model, layers)) is not None:
+        raise OPLoRARuntimeError(
+            f"oplora: none of this optimizer's factors has a gradient, but adapter {other!r} has: it was added or "
+            "made active after the optimizer. Make one for it, oplora.AdamW(model, adapter_name="
+            f"{other!r}), or go back with model.set_adapter({layers[0].adapter!r}). Nothing was changed."
+        )
+
+
+class Unstepped:
+    """Parameters of the model that are in no group, as they were frozen when the optimizer was made from the model. One
+    that has a gradient later is not trained, as with any optimizer; here somebody hears of it."""
+
+    def __init__(self, model: nn.Module, adapter_name: str | None, held: Iterable[nn.Parameter]) -> None:
+        taken = {id(p) for p in held} | {id(p) for p in foreign_tensors(model, adapter_name)}
+        self._frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in taken]
+        self._model = model
+
+    def warn(self) -> None:
+        """Once, where there is one."""
+        if not any(map(_requires_grad, self._frozen)):
+            return
+        found = {id(p) for p in self._frozen if p.requires_grad and p.grad is not None}
+        names = [name for name, p in self._model.named_parameters() if id(p) in found]
+        if not names:
+            return
+        self._frozen = []
+        warn(
+            f"oplora: {len(names)} parameters have gradients that this optimizer does not step ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}): they were frozen when it was made. Give them to it, "
+            "optimizer.add_param_group({'params': [...]}), make the optimizer after unfreezing, or make it from "
+            "model.parameters(), which torch's optimizers step as soon as they have gradients."
         )

@@ -1,0 +1,162 @@
+"""What one generator stands behind: the trainable tensors of one adapter in one layer.
+
+Two kinds of layers have the same few methods: PeftLayer (peft.py), whose tensors are looked up in PEFT's module again at
+every step, and PlainLayer, for tensors that were handed over without a module (pairing.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .tensors import PAIRS
+
+__all__ = ["AdaptedLayer", "Place", "PlainLayer", "check_layers", "check_parameter", "refuse_to_step"]
+
+# Where a tensor is looked up: in a dict or list, by key; and whether what is there is a module, whose weight it is.
+Place = tuple[Any, Any, bool]
+
+
+class AdaptedLayer(ABC):
+    """The tensors that come out of one generator.
+
+    Attributes:
+        name: the layer's name in the model and the adapter's: "model.layers.0.self_attn.q_proj.default".
+        adapter: the adapter's name; "" where nobody named it.
+        tensors: the names, of STARTS, of the layer's trainable tensors.
+        shapes: theirs.
+        is_eva: whether PEFT computed A from data (EVA); as B is zero then, the tensors do not tell.
+        twins: other Parameters over the same memory, whose gradients belong to the tensors too.
+    """
+
+    name: str
+    adapter: str
+    tensors: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    is_eva: bool = False
+    twins: Sequence[Any] = ()
+
+    @abstractmethod
+    def places(self) -> list[Place]:
+        """Where the tensors are looked up, one by one."""
+
+    @abstractmethod
+    def refuse_if_folded(self) -> None:
+        """Raises for a layer that is merged into its base, or switched off."""
+
+    def modules(self) -> list[Any]:
+        """PEFT's layers whose being merged or switched off makes refuse_if_folded() raise."""
+        return []
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tensors themselves, as the layer holds them now."""
+        try:
+            return [at[key]._parameters["weight"] if of_module else at[key] for at, key, of_module in self.places()]
+        except KeyError as error:
+            raise self.lost() from error
+
+    def lost(self) -> OPLoRARuntimeError:
+        return OPLoRARuntimeError(
+            f"oplora: layer {self.name} no longer holds adapter {self.adapter!r}. Make a new optimizer after "
+            "adapters were deleted."
+        )
+
+    def with_twins(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """These, the layer's own, and the twins."""
+        return [*parameters, *(twin.parameter() for twin in self.twins)] if self.twins else parameters
+
+    def refuse_to_step(self, parameters: list[nn.Parameter]) -> None:
+        """Raises where a step on these, the layer's own, would go wrong; changes nothing."""
+        self.refuse_if_folded()
+        if tuple(p.shape for p in parameters) != self.shapes:
+            raise OPLoRARuntimeError(
+                f"oplora: the factors of layer {self.name} are of shapes {[tuple(p.shape) for p in parameters]}, and "
+                f"were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new optimizer, "
+                "with init='keep', after a rank has changed (a larger adapter swapped in, EVA's initialisation). "
+                "Nothing was changed."
+            )
+        for twin in self.twins:
+            if parameters[twin.index].data_ptr() != twin.parameter().data_ptr():
+                raise OPLoRARuntimeError(
+                    f"oplora: {twin.tensor} of layer {twin.layer} was tied to {self.tensors[twin.index]} of layer "
+                    f"{self.name} and no longer is, as after model.to(). Make a new optimizer, with init='keep'. "
+                    "Nothing was changed."
+                )
+
+    def pair(self) -> tuple[int, int] | None:
+        """Which of `tensors` are the A and the B of a product B A; None for adapters that have none."""
+        for A, B in PAIRS:
+            if A in self.tensors and B in self.tensors:
+                return self.tensors.index(A), self.tensors.index(B)
+        return None
+
+    def blocks(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """(blocks, r, in_features) and (blocks, out_features, r) of two tensors like the pair's, which the layer
+        multiplies block by block: one, or one a group of a convolution. Views of contiguous tensors."""
+        groups = A.shape[0] // B.shape[1]
+        return A.reshape(groups, B.shape[1], -1), B.reshape(groups, -1, B.shape[1])
+
+
+class PlainLayer(AdaptedLayer):
+    """Tensors that were handed over without a module: nobody can merge or replace them unseen."""
+
+    def __init__(self, name: str, adapter: str, tensors: Sequence[str], held: Sequence[nn.Parameter]) -> None:
+        self.name, self.adapter, self.tensors = name, adapter, tuple(tensors)
+        self.held = list(held)
+        self.shapes = tuple(p.shape for p in held)
+
+    def places(self) -> list[Place]:
+        return [(self.held, i, False) for i in range(len(self.held))]
+
+    def refuse_if_folded(self) -> None:
+        pass
+
+
+def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
+    """Raises where a generator cannot stand behind it."""
+    if (sharded := _how_sharded(parameter)) is not None:
+        raise OPLoRATypeError(
+            f"oplora: {tensor} of layer {layer} is sharded by {sharded}: no process has the whole of it, which its "
+            "generator needs. Keep the adapter whole and shard the base alone (docs/loops.md shows it for "
+            "fully_shard(..., ignored_params=...)), or use DistributedDataParallel, where "
+            "oplora.AdamW(model, shard=True) divides the generators among the processes."
+        )
+    if parameter.is_meta:
+        raise OPLoRAValueError(
+            f"oplora: {tensor} of layer {layer} is on the meta device and has no values. Load the adapter's weights "
+            "(or build the model without init_empty_weights / low_cpu_mem_usage) before making the optimizer."
+        )
+    if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+        raise OPLoRATypeError(
+            f"oplora: {tensor} of layer {layer} is {parameter.dtype}; trainable factors are float32, float64, bfloat16 "
+            "or float16. Quantise the base model, not its adapter."
+        )
+
+
+def check_layers(layers: Sequence[AdaptedLayer]) -> None:
+    """Raises where PEFT, or who shards the model, has put a tensor that cannot be trained."""
+    for layer in layers:
+        for tensor, parameter in zip(layer.tensors, layer.parameters(), strict=True):
+            check_parameter(layer.name, tensor, parameter)
+
+
+def _how_sharded(parameter: nn.Parameter) -> str | None:
+    """Who keeps only a piece of it here; by the attributes that each leaves, as none of them may be installed."""
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    if hasattr(parameter, "device_mesh"):
+        return "FSDP2 or tensor parallelism (it is a DTensor)"
+    return "FSDP" if hasattr(parameter, "_fsdp_flattened") else None
+
+
+def refuse_to_step(layers: Sequence[AdaptedLayer], held: Sequence[list[nn.Parameter]]) -> None:
+    """Raises where a step would go wrong in any of the layers that have a gradient, before the first is touched.
+
+    held: every layer's own tensors.
+    """
+    for layer, parameters in zip(layers, held, strict=True):
+        if any(p.grad is not None for p in layer.with_twins(parameters)):
+            layer.refuse_to_step(parameters)

@@ -1,0 +1,265 @@
+"""What is generated: from whatever somebody hands an optimizer to layers, and to the groups that torch wants.
+
+One rule, in this order. A module with PEFT's layers: those. Otherwise a tensor's name, which (name, tensor) pairs and
+modules give, or its `original_name`: tensors of one adapter are those whose names differ in the tensor's own name alone.
+Otherwise shapes: a down projection (r, in_features, ...) and an up projection (out_features, r, 1, ...) with r below
+in_features are a pair, if they come in turn, or all downs before all ups. Everything else is no adapter's, and plain.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import OPLoRATypeError, OPLoRAValueError
+from .layers import AdaptedLayer, PlainLayer, check_parameter
+from .peft import find_layers, has_peft_layers, other_parameters, unwrapped
+from .tensors import OTHER_NAMES, STARTS
+
+__all__ = ["Found", "find"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is generated, the groups of all parameters, and the module, where one was handed over."""
+
+    layers: Sequence[AdaptedLayer]
+    groups: list[dict[str, Any]]
+    model: nn.Module | None
+
+
+@dataclass(frozen=True)
+class PlainTwin:
+    """Another Parameter over the memory of a layer's `index`-th tensor."""
+
+    layer: str
+    tensor: str
+    index: int
+    held: nn.Parameter
+
+    def parameter(self) -> nn.Parameter:
+        return self.held
+
+
+def find(params: Any, adapter_name: str | None = None) -> Found:
+    """The layers and groups of a module, or of tensors, (name, tensor) pairs or groups of either.
+
+    Raises:
+        OPLoRAError: nothing that can be generated; tensors whose shapes fit together in several ways.
+    """
+    if adapter_name is not None and not isinstance(adapter_name, str):
+        raise OPLoRATypeError(f"oplora: adapter_name is {adapter_name!r}, expected the name of one adapter, or None.")
+    if isinstance(params, nn.Module):
+        return _of_module(unwrapped(params), adapter_name)
+    groups = _as_groups(params)
+    named, unnamed = _by_name(groups)
+    layers = [*_layers_by_name(named, adapter_name), *_layers_by_shape(unnamed)]
+    if not layers:
+        raise OPLoRAValueError(_nothing(sum(len(group["params"]) for group in groups)))
+    order = {id(tensor): i for i, (_, tensor) in enumerate(_all(groups))}
+    return Found(sorted(layers, key=lambda layer: order[id(layer.held[0])]), groups, None)
+
+
+def _of_module(model: nn.Module, adapter_name: str | None) -> Found:
+    """One group of what is generated, and one of everything else that is trainable."""
+    layers: Sequence[AdaptedLayer] = ()
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not has_peft_layers(model):
+        layers = _layers_by_name(trainable, adapter_name)
+    if not layers:
+        layers = find_layers(model, adapter_name)
+    names = {id(p): name for name, p in model.named_parameters()}
+    generated = [p for layer in layers for p in layer.with_twins(layer.parameters())]
+    taken = {id(p) for p in generated}
+    others = [p for p in other_parameters(model, adapter_name) if id(p) not in taken]
+    groups = [{"params": [(names[id(p)], p) for p in some]} for some in (generated, others) if some]
+    return Found(layers, groups, model)
+
+
+# ---- what was handed over ----
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    """A list of groups of lists."""
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise OPLoRATypeError(
+            f"oplora: params is a {type(params).__name__}, expected a module (oplora.AdamW(model)), or an iterable of "
+            "tensors, of (name, tensor) pairs or of groups of them, as torch's optimizers take."
+        )
+    items = list(params)
+    if not items:
+        raise OPLoRAValueError("oplora: the list of parameters is empty. Pass the model, or its trainable parameters.")
+    if not isinstance(items[0], dict):
+        items = [{"params": items}]
+    return [_as_group(i, item) for i, item in enumerate(items)]
+
+
+def _as_group(i: int, group: Any) -> dict[str, Any]:
+    if not isinstance(group, dict) or "params" not in group:
+        raise OPLoRATypeError(f"oplora: parameter group {i} is no dict with 'params' in it, as the others are.")
+    params = group["params"]
+    if isinstance(params, set):
+        raise OPLoRATypeError(f"oplora: the params of group {i} are a set, which has no order. Pass a list.")
+    held = [params] if isinstance(params, Tensor) else list(params)
+    for item in held:
+        tensor = item[1] if isinstance(item, tuple) and len(item) == 2 else item
+        if not isinstance(tensor, Tensor):
+            raise OPLoRATypeError(
+                f"oplora: the params of group {i} hold a {type(tensor).__name__}, expected tensors, or (name, tensor) "
+                "pairs."
+            )
+    return {**group, "params": held}
+
+
+def _all(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str | None, Any]]:
+    """Every tensor with its name, if it has one."""
+    for group in groups:
+        for item in group["params"]:
+            name, tensor = item if isinstance(item, tuple) else (getattr(item, "original_name", None), item)
+            yield name, tensor
+
+
+def _by_name(groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Any]], list[list[tuple[int, Any]]]]:
+    """Trainable tensors with a name; and those without, with their places, group by group."""
+    named, unnamed, place = [], [], 0
+    for group in groups:
+        unnamed.append([])
+        for name, tensor in _all([group]):
+            if tensor.requires_grad:
+                if name is None:
+                    unnamed[-1].append((place, tensor))
+                else:
+                    named.append((name, tensor))
+            place += 1
+    return named, unnamed
+
+
+# ---- by name ----
+
+
+def _layers_by_name(named: Iterable[tuple[str, Any]], adapter_name: str | None) -> list[PlainLayer]:
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, tensor in named:
+        if (parsed := _parsed(name)) is None or adapter_name not in (None, parsed[1]):
+            continue
+        layer, adapter, role = parsed
+        held = found.setdefault((layer, adapter), {})
+        if role in held:
+            raise OPLoRAValueError(
+                f"oplora: two tensors are {role} of layer {layer!r} ({name} is the second). Give each layer a name of "
+                "its own."
+            )
+        check_parameter(layer, role, tensor)
+        held[role] = tensor
+    layers = []
+    for (layer, adapter), held in found.items():
+        roles = [role for role in STARTS if role in held]  # as they lie in a PEFT layer
+        name = ".".join(part for part in (layer, adapter) if part)
+        layers.append(PlainLayer(name, adapter, roles, [held[role] for role in roles]))
+    return _without_twins(layers)
+
+
+def _parsed(name: str) -> tuple[str, str, str] | None:
+    """(layer, adapter, tensor of STARTS) of a parameter's name: "model.q_proj.lora_A.default.weight"."""
+    parts = name.replace("_orig_mod.", "").split(".")
+    for i, part in enumerate(parts):
+        role = part if part in STARTS else OTHER_NAMES.get(part)
+        if role is None or (part in ("down", "up") and "lora" not in parts[i - 1]):
+            continue
+        return ".".join(parts[:i]), ".".join(p for p in parts[i + 1 :] if p != "weight"), role
+    return None
+
+
+def _without_twins(layers: list[PlainLayer]) -> list[PlainLayer]:
+    """A tensor that lies in another's memory is that one's twin."""
+    owners: dict[Any, tuple[PlainLayer, int]] = {}
+    kept = []
+    for layer in layers:
+        own = []
+        for i, tensor in enumerate(layer.held):
+            memory = tensor.data_ptr(), tensor.numel(), tensor.dtype
+            if memory in owners and tensor.numel():
+                owner, index = owners[memory]
+                owner.twins = [*owner.twins, PlainTwin(layer.name, layer.tensors[i], index, tensor)]
+            else:
+                owners[memory] = layer, len(own)
+                own.append(i)
+        if own:
+            layer.tensors = tuple(layer.tensors[i] for i in own)
+            layer.shapes = tuple(layer.shapes[i] for i in own)
+            layer.held = [layer.held[i] for i in own]
+            kept.append(layer)
+    return kept
+
+
+# ---- by shape ----
+
+
+def _layers_by_shape(groups: Sequence[Sequence[tuple[int, Any]]]) -> list[PlainLayer]:
+    """Pairs within each group; what is left, as LoRA+ puts A and B into groups of their own, over all groups."""
+    matrices = [[item for item in group if item[1].dim() >= 2] for group in groups]
+    everywhere = [item for group in matrices for item in group]
+    pairs, left = [], []
+    for group in matrices:
+        some = [item for item in group if _fits_any(item, everywhere)]
+        paired = _in_turn(some) or _in_halves(some)
+        pairs += paired
+        left += [] if paired else some
+    if left and not (rest := _in_turn(left) or _in_halves(left)):
+        raise OPLoRAValueError(_ambiguous(left))
+    return [_pair(*pair) for pair in [*pairs, *(rest if left else [])]]
+
+
+def _fits(down: Any, up: Any) -> bool:
+    r = down.shape[0]
+    return bool(up[0].numel() == up.shape[1] == r and r < down[0].numel())
+
+
+def _fits_any(item: tuple[int, Any], others: Sequence[tuple[int, Any]]) -> bool:
+    return any(_fits(item[1], other) or _fits(other, item[1]) for _, other in others if other is not item[1])
+
+
+def _in_turn(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
+    return _all_fit(some[::2], some[1::2])
+
+
+def _in_halves(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
+    return _all_fit(some[: len(some) // 2], some[len(some) // 2 :])
+
+
+def _all_fit(downs: Sequence[tuple[int, Any]], ups: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
+    """The pairs, or none where not all are."""
+    if len(downs) != len(ups) or not all(_fits(d[1], u[1]) for d, u in zip(downs, ups, strict=True)):
+        return []
+    return list(zip(downs, ups, strict=True))
+
+
+def _pair(down: tuple[int, Any], up: tuple[int, Any]) -> PlainLayer:
+    """Of the pair the one that is zero starts at zero: LoRA's up, but an embedding's down."""
+    name = f"parameters {down[0]} and {up[0]}"
+    tensors = [down[1], up[1]]
+    for tensor in tensors:
+        check_parameter(name, "a tensor", tensor)
+    zero = [not bool(tensor.detach().count_nonzero()) for tensor in tensors]
+    roles = ("lora_embedding_A", "lora_embedding_B") if zero == [True, False] else ("lora_A", "lora_B")
+    return PlainLayer(name, "", roles, tensors)
+
+
+def _ambiguous(left: Sequence[tuple[int, Any]]) -> str:
+    listed = ", ".join(f"{place}: {tuple(tensor.shape)}" for place, tensor in left[:6])
+    return (
+        f"oplora: {len(left)} tensors without names look like adapters, but not how they belong together "
+        f"({listed}{', ...' if len(left) > 6 else ''}; number and shape): expected a down projection (r, in_features) "
+        "and its up projection (out_features, r) in turn, or all downs before all ups. Pass "
+        "model.named_parameters(), or the model, or set a name at each tensor's `original_name`, as in "
+        "'q_proj.lora_A.weight' and 'q_proj.lora_B.weight'; what is no adapter gets any other name."
+    )
+
+
+def _nothing(count: int) -> str:
+    return (
+        f"oplora: there is no adapter among the {count} parameters: no names that end as in 'lora_A.weight' and "
+        "'lora_B.weight', no pair of a down projection (r, in_features) and an up projection (out_features, r), or none "
+        "that is trainable. Add one first, model = get_peft_model(model, LoraConfig(...)), or use torch.optim.AdamW."
+    )

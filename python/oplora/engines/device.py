@@ -1,0 +1,158 @@
+"""Steps on a GPU: planned once, then launched without waiting for the device (csrc/cuda/plan.h).
+
+What a step needs of the host lies on the device: AdamW's numbers, the step counts, the verdict on the gradients. A plan
+holds the layers' addresses; it is made anew when one of them changes, as gradients do that were set to None.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import Batch, Engine, LayerState, State
+from .exact import Exact
+from .factors import Factors
+from .lean import Lean
+
+__all__ = ["DeviceEngine"]
+
+
+@dataclass
+class Plan:
+    """What the launches for a batch take, and the tensors at whose addresses it was made for."""
+
+    key: tuple[Any, ...]
+    plan: Tensor
+    table: Tensor
+    workspace: Tensor
+    report: Tensor
+    dh: Tensor
+    copied: list[tuple[Tensor, Tensor]]  # factors that are not contiguous, and what stands for them
+    kept: list[Any]  # whatever else the device reads
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.plan, self.table, self.workspace
+
+
+class DeviceEngine(Engine):
+    """Generators and factors on one GPU."""
+
+    state: Lean | Exact
+    looks_for_edits = False
+
+    def __init__(self, state: State, ties: Sequence[Factors], weight_ratio: float) -> None:
+        super().__init__(state, ties, weight_ratio)
+        self.verdict = torch.zeros(2, dtype=torch.int32, device=self.device)  # not finite, steps that were refused
+        self.plan: Plan | None = None
+        self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._refusals_told = 0
+        self._measured: Plan | None = None  # by measure, for the step that follows it
+
+    @property
+    def casts(self) -> bool:
+        """The kernels read gradients of 16 bits as they are."""
+        return False
+
+    # ---- the verdict ----
+
+    def tell_verdict(self) -> None:
+        """Has the verdict sent to the host, which does not wait for it."""
+        self._verdict_on_host.copy_(self.verdict, non_blocking=True)
+
+    def count_refusal(self, veto: Tensor) -> None:
+        """A step that was refused elsewhere, and for which nothing is launched here."""
+        self.verdict[1:] += veto
+        self.tell_verdict()
+
+    def new_refusals(self, *, wait: bool = False) -> int:
+        """How many steps were refused since the last call: as far as the host has been told, or all of them."""
+        if wait and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        refused = int(self._verdict_on_host[1])
+        new, self._refusals_told = refused - self._refusals_told, refused
+        return new
+
+    def generate(self, state: LayerState) -> list[Tensor]:
+        batch = Batch(self, (state.index,))
+        self._new_numbers(batch)
+        v = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in state.factors.shapes]
+        plan, table, workspace = self.state.plan(batch, v, [None] * len(v), [], self.numbers, self.verdict)
+        arguments = plan, table.to(self.device), workspace
+        if isinstance(self.state, Lean):
+            torch.ops.oplora.cuda_lean_start_(*arguments, self.state.latent_std[state.index])
+        else:
+            torch.ops.oplora.cuda_exact_generate_(*arguments)
+        return v
+
+    # ---- stepping ----
+
+    def measure(self, batch: Batch) -> Tensor:
+        self._measured = self._plan_of(batch)
+        self._launch("measure", self._measured)
+        batch.dh = self._measured.dh
+        return self._measured.report
+
+    def step(self, batch: Batch, report: Tensor | None) -> tuple[bool, Tensor]:
+        """As Engine.step; whether it was done is known on the device alone, so the answer is always yes."""
+        return True, self.launch(batch, report is not None, None)
+
+    def launch(self, batch: Batch, measured: bool, veto: Tensor | None) -> Tensor:
+        """A step that is refused where a gradient is not finite or veto (int32, on the device) says so."""
+        plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
+        for factor, stand_in in plan.copied:
+            stand_in.copy_(factor)
+        self._launch("step", plan, veto, measured)
+        for factor, stand_in in plan.copied:
+            factor.copy_(stand_in)
+        self.tell_verdict()
+        self._measured = None
+        self.finish(batch, plan.report)
+        return plan.report
+
+    def _launch(self, what: str, plan: Plan, *more: Any) -> None:
+        getattr(torch.ops.oplora, f"cuda_{self.state.KIND}_{what}_")(*plan.arguments(), *more)
+
+    def _new_numbers(self, batch: Batch) -> None:
+        """Room for what the device tells of the batch."""
+        batch.report = batch.new_report()
+        batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=self.device)
+
+    def _plan_of(self, batch: Batch) -> Plan:
+        masters = [master for state in batch.states for master in state.masters]
+        tensors = [*batch.parameters, *batch.gradients, *batch.bases(), *masters]
+        key = (batch.indices, *(t if t is None else (t.data_ptr(), t.dtype) for t in tensors))
+        if self.plan is None or self.plan.key != key:
+            self.plan = self._make_plan(key, batch, masters)
+        return self.plan
+
+    def _make_plan(self, key: tuple[Any, ...], batch: Batch, masters: list[Tensor | None]) -> Plan:
+        factors: list[Tensor | None] = []
+        rounded: list[Tensor | None] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for parameter, master in zip(batch.parameters, masters, strict=True):
+            factor = parameter.detach()
+            if not factor.is_contiguous():
+                copied.append((factor, factor.contiguous()))
+                factor = copied[-1][1]
+            is_half = factor.dtype != torch.float32
+            rounded.append(factor if is_half else None)
+            factors.append(factor if not is_half else master)
+        if self.latest is batch:
+            self._leave_latest()  # the report that is kept is of the last plan
+            self.latest = None
+        self._new_numbers(batch)
+        assert batch.report is not None and batch.dh is not None
+        plan, table, workspace = self.state.plan(batch, factors, rounded, batch.gradients, self.numbers, self.verdict)
+        on_device, host = _upload(table, self.device)
+        # the plan is kept for many steps, and must not keep their gradients
+        kept = [host, batch.bases(), factors, rounded]
+        return Plan(key, plan, on_device, workspace, batch.report, batch.dh, copied, kept)
+
+
+def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A copy on the device, without waiting, and what it is copied from: a captured copy reads that again."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return torch.empty_like(host, device=device).copy_(host, non_blocking=True), host

@@ -1,0 +1,445 @@
+"""What all engines share: the generators of one dtype and device, the numbers of a step, and layers that step together.
+
+An engine is one state (lean.py, exact.py: what is kept of a generator, and the core's calls for it) on one kind of device
+(host.py, device.py: how a step runs there).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from operator import attrgetter, is_not
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .factors import Factors
+from .written import marks
+
+__all__ = ["Batch", "Engine", "Entry", "LayerState", "Numbers", "State"]
+
+GroupNumbers = Sequence[float | Tensor]  # lr, weight_decay, hidden_lr, beta1, beta2, eps, as a parameter group has them
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+
+
+class State(ABC):
+    """What is kept of all generators of an engine, in arenas that the core walks; KEYS are their names."""
+
+    KIND: str
+    KEYS: tuple[str, ...]
+    sizes: Tensor  # int64, a row a layer, as the ops of this state want them
+
+    @abstractmethod
+    def report_size(self, i: int) -> int:
+        """Numbers of layer i in the core's report."""
+
+    @abstractmethod
+    def pieces(self, i: int) -> dict[str, Tensor]:
+        """Layer i's part of each arena, by its key: views."""
+
+    @abstractmethod
+    def of_tensors(self, i: int) -> list[dict[str, Tensor]]:
+        """What layer i keeps for every entry of its tensors, a dict a tensor, in the tensors' shapes: views."""
+
+    @abstractmethod
+    def of_layer(self, i: int) -> dict[str, Any]:
+        """Everything else of layer i: views, and numbers that tell how it began."""
+
+    @abstractmethod
+    def take_settings(self, i: int, saved: dict[str, Any]) -> None:
+        """How layer i began, from what of_layer told when it was saved."""
+
+    @abstractmethod
+    def forget_moments(self, i: int) -> None:
+        """Takes layer i's moments to zero, as far as of_layer does not show them under names of their own."""
+
+    @abstractmethod
+    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+        """Of a layer's report: ||h||^2, how many units are on, ||g||^2, and ||.||^2 of the hidden path's gradient."""
+
+    @abstractmethod
+    def stats(self, report: Tensor | None) -> dict[str, float]:
+        """What oplora.stats tells of this state alone; NaN without a report."""
+
+    @abstractmethod
+    def square(self, batch: "Batch", report: Tensor) -> Tensor:
+        """||.||^2 of each generator's gradient: ||g||^2 (||h||^2 + 1) for W2 and c2, and that of the hidden path."""
+
+    @abstractmethod
+    def scale(self, batch: "Batch", report: Tensor, scale: Tensor) -> None:
+        """Makes of a measured report what it would have been for gradients times `scale`."""
+
+    @abstractmethod
+    def watches(self, engine: "Engine") -> bool:
+        """Whether a step has to know of values that somebody else wrote into the factors: where they are an output
+        alone. Where they are an input too, whatever they hold is what the step goes on from."""
+
+    @abstractmethod
+    def begin_masters(self, state: "LayerState", v: Sequence[Tensor]) -> None:
+        """For factors of another dtype, which have just been written from v, what was rounded."""
+
+    @abstractmethod
+    def make_masters(self, state: "LayerState", parameters: Sequence[nn.Parameter]) -> None:
+        """For factors of another dtype than the generator's what steps add to, if the state goes on from the factors."""
+
+    @abstractmethod
+    def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
+        """Goes on from what somebody wrote into the factors since the last step; whether users should hear of it."""
+
+
+class Numbers:
+    """The numbers of a step, on the engine's device: of every layer as the core's oplora_adamw, and lr and weight_decay
+    of every factor. They are written when a group's change."""
+
+    def __init__(self, n_layers: int, n_factors: int, weight_ratio: float, device: torch.device) -> None:
+        self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
+        self.adamw[:, 0] = weight_ratio
+        self.steps = self.adamw.view(torch.int64)[:, 6]  # that each layer has done
+        self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
+        self._groups = torch.zeros(0)
+        self._known: list[list[float | None]] = []
+
+    def assign(self, of_layers: Sequence[int], of_factors: Sequence[int], n_groups: int) -> None:
+        """Which group's numbers every layer and every factor has."""
+        device = self.rates.device
+        self._of_layers = torch.tensor(of_layers, dtype=torch.int64, device=device)
+        self._of_factors = torch.tensor(of_factors, dtype=torch.int64, device=device)
+        self._groups = torch.zeros(n_groups, 7, dtype=torch.float64, device=device)
+        self._known = [[None] * 6 for _ in range(n_groups)]
+
+    def set(self, groups: Sequence[GroupNumbers]) -> None:
+        """A tensor is copied on the device at every step, also at each replay of a captured one."""
+        changed = False
+        for g, numbers in enumerate(groups):
+            for i, number in enumerate(numbers):
+                if isinstance(number, Tensor):
+                    self._groups[g, i].copy_(number)
+                    self._known[g][i] = None
+                elif number != self._known[g][i]:
+                    self._groups[g, i].fill_(number)
+                    self._known[g][i] = number
+                else:
+                    continue
+                changed = True
+        if changed:
+            self._groups[:, 6].copy_(self._groups[:, 1])  # the hidden path's decay is its group's
+            self.rates.copy_(self._groups[:, :2].index_select(0, self._of_factors))
+            self.adamw[:, 1:6].copy_(self._groups[:, 2:].index_select(0, self._of_layers))
+
+
+class LayerState:
+    """One layer's generator, as its engine keeps it: layer `index` of the engine's."""
+
+    def __init__(self, engine: "Engine", index: int, factors: Factors) -> None:
+        self.engine, self.index, self.factors = engine, index, factors
+        self.is_fresh = True  # no step was made
+        self.masters: list[Tensor | None] = [None] * len(factors.shapes)
+        self.last_report: tuple[Tensor, int] | None = None  # of a batch that is no longer the engine's latest
+
+    @property
+    def name(self) -> str:
+        return self.factors.layer.name
+
+    @property
+    def steps(self) -> int:
+        """How many steps were done; on a GPU this waits for it."""
+        return int(self.engine.numbers.steps[self.index])
+
+    @property
+    def report_size(self) -> int:
+        return self.engine.state.report_size(self.index)
+
+    @property
+    def measured(self) -> tuple[Tensor, int] | None:
+        """The core's last report that this layer is in, and where its part begins."""
+        latest = self.engine.latest
+        if latest is not None and latest.report is not None and self.index in latest.begins:
+            return latest.report, latest.begins[self.index]
+        return self.last_report
+
+    @property
+    def report(self) -> Tensor | None:
+        """The core's numbers of the last step; oplora_core.h says what is where."""
+        if self.measured is None:
+            return None
+        everything, begin = self.measured
+        return everything[begin : begin + self.report_size].cpu()
+
+    def pieces(self) -> dict[str, Tensor]:
+        return self.engine.state.pieces(self.index)
+
+    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+        return self.engine.state.step_numbers(report)
+
+    def stats(self, report: Tensor | None) -> dict[str, float]:
+        return self.engine.state.stats(report)
+
+    def entries(self) -> list["Entry"]:
+        """What optimizer.state holds for each of the layer's tensors; what is not of their shapes lies with the first.
+
+        base: what the tensor holds beyond what is generated; master: its value before rounding. Either may be missing.
+        """
+        held = [Entry(some) for some in self.engine.state.of_tensors(self.index)]
+        for entry, base, master in zip(held, self.factors.bases, self.masters, strict=True):
+            for name, tensor in (("base", base), ("master", master)):
+                if tensor is not None:
+                    entry[name] = tensor
+        held[0]["step"] = self.engine.numbers.steps[self.index]
+        for name, value in self.engine.state.of_layer(self.index).items():
+            held[0][name] = value
+        return held
+
+    def take_over(self, old: "LayerState") -> None:
+        """Goes on from where `old`, the same layer's state on another device, is."""
+        device, state = self.factors.device, self.engine.state
+        for key, piece in self.pieces().items():
+            piece.copy_(old.pieces()[key])
+        state.take_settings(self.index, old.engine.state.of_layer(old.index))
+        self.engine.numbers.steps[self.index] = old.steps
+        self.factors.bases = [None if base is None else base.to(device) for base in old.factors.bases]
+        self.masters = [None if master is None else master.to(device) for master in old.masters]
+        self.is_fresh = old.is_fresh
+
+    def reset(self) -> None:
+        """Forgets all moments, as a torch optimizer does whose state was cleared."""
+        for entry in self.entries():
+            for name, value in entry.items():
+                if isinstance(value, Tensor) and ("moments" in name or "exp_avg" in name):
+                    value.zero_()
+        self.engine.state.forget_moments(self.index)
+        self.engine.numbers.steps[self.index] = 0
+
+
+class Entry(dict[str, Any]):
+    """optimizer.state of one tensor: live views of what the core walks, so that writing an item writes there."""
+
+    @torch.no_grad()
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(mine := self.get(name), Tensor):
+            mine.copy_(torch.as_tensor(value))
+        else:
+            super().__setitem__(name, value)
+
+
+class Batch:
+    """Layers that step together. It is made once, and its gradients and parameters are set at every step."""
+
+    def __init__(self, engine: "Engine", indices: tuple[int, ...]) -> None:
+        self.engine, self.indices = engine, indices
+        self.states = [engine.states[i] for i in indices]
+        self.factors = [f for i in indices for f in range(engine.first_factor[i], engine.first_factor[i + 1])]
+        self.is_whole = len(indices) == len(engine.states)
+        self.sizes = engine.state.sizes[list(indices)].contiguous()
+        self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64)
+        self.report_sizes = [engine.state.report_size(i) for i in indices]
+        self.begins = dict(zip(indices, (sum(self.report_sizes[:k]) for k in range(len(indices))), strict=True))
+        self.units = sum(int(n) for n in self.sizes[:, 0])  # of all layers' h
+        self.parameters: list[nn.Parameter] = []
+        self.gradients: list[Tensor] = []
+        self.sources: list[Tensor] = []  # what the gradients were made from, or are
+        self.report: Tensor | None = None
+        self.dh: Tensor | None = None  # dL/dh of all layers, if measured
+
+    def pick(self, of_factors: Sequence[Any]) -> Any:
+        """Of a list with an item for each factor of the engine those of this batch."""
+        return of_factors if self.is_whole else [of_factors[f] for f in self.factors]
+
+    def by_state(self, of_factors: Sequence[Any]) -> list[list[Any]]:
+        """A list for each layer, of a list with an item for each factor of this batch."""
+        pieces, begin = [], 0
+        for state in self.states:
+            pieces.append(list(of_factors[begin : begin + len(state.factors.shapes)]))
+            begin += len(pieces[-1])
+        return pieces
+
+    def bases(self) -> list[Tensor | None]:
+        """A base or None for each factor; none at all where none has one."""
+        bases = [base for state in self.states for base in state.factors.bases]
+        return bases if any(base is not None for base in bases) else []
+
+    def every_base(self) -> list[Tensor | None]:
+        return self.bases() or [None] * len(self.factors)
+
+    def new_report(self) -> Tensor:
+        """Room for the core's numbers of every layer, one behind the other."""
+        return torch.zeros(sum(self.report_sizes), dtype=torch.float64, device=self.engine.device)
+
+    def nonfinite(self, report: Tensor) -> list[str]:
+        """The layers whose gradients hold NaN or infinity."""
+        pieces = zip(self.states, report.cpu().split(self.report_sizes), strict=True)
+        return [f"layer {state.name}" for state, piece in pieces if piece[1] != 0]
+
+    def scaled(self) -> list[Tensor]:
+        """Gradients that were made from what the Parameters hold, and are scaled when that is."""
+        sources = {id(source) for source in self.sources}
+        return [gradient for gradient in self.gradients if id(gradient) not in sources]
+
+
+class Engine(ABC):
+    """The generators of one state, dtype and device.
+
+    looks_for_edits: whether a step on this kind of device has to be told that a master and its factor disagree.
+    """
+
+    looks_for_edits = True
+
+    def __init__(self, state: State, ties: Sequence[Factors], weight_ratio: float) -> None:
+        self.state = state
+        self.dtype, self.device, self.placed = ties[0].dtype, ties[0].device, ties[0].placed
+        self.states = [LayerState(self, i, tie) for i, tie in enumerate(ties)]
+        self.first_factor = [0]
+        for tie in ties:
+            self.first_factor.append(self.first_factor[-1] + len(tie.shapes))
+        self.numbers = Numbers(len(ties), self.first_factor[-1], weight_ratio, self.device)
+        self.has_twins = any(tie.layer.twins for tie in ties)
+        self.latest: Batch | None = None  # that stepped
+        self.marks: list[Any] = [None] * self.first_factor[-1]  # of what was last written into each factor
+        self._batches: dict[tuple[int, ...], Batch] = {}
+        self.stale: list[LayerState] = []  # of which something new is kept since somebody asked
+        self._is_watched = True
+        self.writes_in_place = False  # the core reads and writes the factors themselves
+        self._looked_at: tuple[list[nn.Parameter], list[int], list[torch.dtype]] = [], [], []
+
+    # ---- what steps together ----
+
+    def has_changed(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether a tensor is another object, lies elsewhere or has another dtype than when look() was called."""
+        known, addresses, dtypes = self._looked_at
+        return (
+            len(known) != len(parameters)
+            or any(map(is_not, known, parameters))
+            or list(map(Tensor.data_ptr, parameters)) != addresses
+            or list(map(_dtype, parameters)) != dtypes
+        )
+
+    def look(self, parameters: list[nn.Parameter]) -> None:
+        """Takes note of tensors that were replaced, moved or cast."""
+        self._looked_at = parameters, list(map(Tensor.data_ptr, parameters)), list(map(_dtype, parameters))
+        for state, own in zip(self.states, self.by_layer(parameters), strict=True):
+            self.state.make_masters(state, own)
+        self._is_watched, self.stale = self.state.watches(self), list(self.states)
+        masters = [master for state in self.states for master in state.masters]
+        in_place = (p.dtype == self.dtype and p.is_contiguous() for p in parameters)
+        self.writes_in_place = all(in_place) and all(master is None for master in masters)
+        self.marks = [None] * len(self.marks)
+
+    def forget(self, layer: LayerState) -> None:
+        """Another hand has put the layer's state and factors back."""
+        for f in range(self.first_factor[layer.index], self.first_factor[layer.index + 1]):
+            self.marks[f] = None
+        self.forget_reports()
+
+    def by_layer(self, of_factors: Sequence[Any]) -> list[list[Any]]:
+        first = self.first_factor
+        return [list(of_factors[first[i] : first[i + 1]]) for i in range(len(self.states))]
+
+    def is_folded(self) -> bool:
+        return any(state.factors.layer.is_folded() for state in self.states)
+
+    def batch(self, parameters: list[nn.Parameter]) -> Batch | None:
+        """The layers that have gradients, with these; edits of their factors are still to be absorbed."""
+        gradients: list[Any] = [p.grad for p in parameters]
+        if self.has_twins or NoneType in set(map(type, gradients)):
+            own = self.by_layer(parameters)
+            stepping = [s.factors.gradients(p, cast=self.casts) for s, p in zip(self.states, own, strict=True)]
+            indices = tuple(i for i, some in enumerate(stepping) if some is not None)
+            ready = [g for some in stepping for g in some or ()]
+            sources = [g for i in indices for g in self.states[i].factors.sources(own[i])]
+        else:
+            indices = tuple(range(len(self.states)))
+            sources, ready = gradients, self._ready(parameters, gradients)
+        if not indices:
+            return None
+        if (batch := self._batches.get(indices)) is None:
+            if len(self._batches) > 16:  # whoever trains another set of layers at every step
+                self._batches.clear()
+            batch = self._batches[indices] = Batch(self, indices)
+        batch.parameters, batch.gradients, batch.sources = batch.pick(parameters), ready, sources
+        batch.dh = None
+        return batch
+
+    @property
+    def casts(self) -> bool:
+        """Whether gradients are cast to the generator's dtype before the step."""
+        return True
+
+    def _ready(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> list[Tensor]:
+        """Dense, contiguous, in the dtype that the step takes."""
+        is_dense = set(map(_layout, gradients)) == {torch.strided} and all(map(Tensor.is_contiguous, gradients))
+        if is_dense and (not self.casts or set(map(_dtype, gradients)) == {self.dtype}):
+            return gradients
+        own = self.by_layer(parameters)
+        some = [s.factors.gradients(p, cast=self.casts) for s, p in zip(self.states, own, strict=True)]
+        return [g for of_layer in some for g in of_layer or ()]
+
+    def absorb(self, batch: Batch) -> list[str]:
+        """Goes on from what somebody wrote into the factors; the layers whose users should hear of it."""
+        if self._is_watched:
+            known = batch.pick(self.marks)
+            now = marks(batch.parameters)
+            if now == known:
+                return []
+            changed = [a != b for a, b in zip(known, now, strict=True)]
+            touched = [any(some) for some in batch.by_state(changed)]
+        elif not any(state.is_fresh for state in batch.states):
+            return []
+        else:
+            touched = [state.is_fresh for state in batch.states]
+        own = zip(batch.states, batch.by_state(batch.parameters), touched, strict=True)
+        some = [(state, parameters) for state, parameters, was in own if was]
+        self.stale += [state for state, _ in some]
+        return [state.name for state, parameters in some if self.state.absorb(state, parameters)]
+
+    def finish(self, batch: Batch, report: Tensor) -> None:
+        """After a step: tells autograd what was written, and remembers it."""
+        torch.autograd.graph.increment_version(batch.parameters)
+        if self.latest is not batch:
+            self._leave_latest()
+        self.latest, batch.report = batch, report
+        for state in batch.states:
+            state.is_fresh = False
+        if self._is_watched:
+            now = marks(batch.parameters)
+            if batch.is_whole:
+                self.marks = now
+            else:
+                for f, mark in zip(batch.factors, now, strict=True):
+                    self.marks[f] = mark
+
+    def _leave_latest(self) -> None:
+        if self.latest is not None:
+            for state in self.latest.states:
+                state.last_report = state.measured
+            self.latest.report = None
+
+    def forget_reports(self) -> None:
+        self.latest = None
+        for state in self.states:
+            state.last_report = None
+
+    # ---- stepping ----
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Ties the factors to new generators: each keeps its value, or takes what is generated."""
+        for state in self.states:
+            v = self.generate(state)
+            state.factors.begin(v, state.factors.kept)
+            self.state.begin_masters(state, v)
+        self.look([p for state in self.states for p in state.factors.layer.parameters()])
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> Tensor:
+        """The core's report of the batch's gradients (float64; oplora_core.h says what is where, also which are not
+        finite). The next step() takes it instead of measuring again."""
+
+    @abstractmethod
+    def step(self, batch: Batch, report: Tensor | None) -> tuple[bool, Tensor]:
+        """One AdamW step of the batch's layers and their next factors; the report of `measure` saves a pass.
+
+        Returns whether it was done, which it is not where a gradient is not finite, and the report.
+        """
+
+    @abstractmethod
+    def generate(self, state: LayerState) -> list[Tensor]:
+        """v, a piece for each of the layer's factors, without their bases."""

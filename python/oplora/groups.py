@@ -1,0 +1,109 @@
+"""Parameter groups: what torch's dicts have to hold, and the numbers of a step in them.
+
+A group in which something is generated has two numbers more than torch.optim.AdamW's: `hidden_lr_ratio`, the rate of z,
+W1 and c1 over lr, and `peak_lr`, the highest lr so far, of which a preset may make the ratio anew.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from torch import Tensor
+
+from .errors import OPLoRATypeError, OPLoRAValueError
+from .presets import Preset
+
+__all__ = ["NUMBERS", "check_defaults", "complete", "numbers_of", "refuse_numbers", "refuse_options", "with_names"]
+
+GroupNumbers = tuple[float | Tensor, float, float | Tensor, float, float, float]
+
+NUMBERS: Final = ("lr", "weight_decay", "hidden_lr_ratio", "betas", "eps")
+
+# arguments of torch.optim.AdamW that choose among ways to the same numbers, and those that change the numbers
+NO_MATTER: Final = ("foreach", "fused", "capturable")
+REFUSED: Final = {
+    "amsgrad": "a maximum of second moments cannot be kept as a product of factors",
+    "maximize": "negate the loss instead",
+    "differentiable": "the step is no part of a graph",
+}
+
+
+def refuse_options(options: dict[str, Any], where: str = "") -> None:
+    """Takes what torch.optim.AdamW takes and means nothing here; raises for what would have to change the step."""
+    for name, value in options.items():
+        if name in REFUSED and value:
+            raise OPLoRAValueError(f"oplora.AdamW: {name}=True is not supported{where}: {REFUSED[name]}.")
+        if name not in NO_MATTER and name not in REFUSED:
+            raise OPLoRATypeError(f"oplora.AdamW: there is no argument {name!r}. help(oplora.AdamW) lists them.")
+
+
+def _checked(name: str, value: Any, most: float = math.inf) -> None:
+    """A number of at least 0 and below `most`; as torch's optimizers, never text."""
+    if isinstance(value, str | bytes | bool) or value is None:
+        raise OPLoRATypeError(
+            f"oplora.AdamW: {name} is {value!r}, expected a number. (YAML reads 1e-4 as text: write 1.0e-4.)"
+        )
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return  # reading it would wait for the device, whose verdict refuses what is not finite
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise OPLoRATypeError(f"oplora.AdamW: {name} is {value!r}, expected a number.") from error
+    if not 0 <= number < most:
+        expected = "a number of at least 0" if most == math.inf else f"a number in [0, {most:g})"
+        raise OPLoRAValueError(f"oplora.AdamW: {name} is {value!r}, expected {expected}.")
+
+
+def _check(group: dict[str, Any], where: str = "") -> None:
+    for name in ("lr", "eps", "weight_decay", "hidden_lr_ratio"):
+        if name in group:
+            _checked(f"{name}{where}", group[name])
+    betas = group["betas"]
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise OPLoRAValueError(f"oplora.AdamW: betas{where} are {betas!r}, expected two numbers in [0, 1).")
+    for beta in betas:
+        _checked(f"betas{where}", beta, most=1.0)
+
+
+def check_defaults(defaults: dict[str, Any], hidden_lr_ratio: float | None) -> None:
+    _check(defaults if hidden_lr_ratio is None else {**defaults, "hidden_lr_ratio": hidden_lr_ratio})
+
+
+def complete(group: dict[str, Any], preset: Preset, hidden_lr_ratio: float | None) -> None:
+    """Adds what a group lacks in which something is generated."""
+    peak = group.setdefault("peak_lr", max(float(group["lr"]), float(group.get("initial_lr", 0.0))))
+    group.setdefault("hidden_lr_ratio", preset.hidden_lr_ratio(peak) if hidden_lr_ratio is None else hidden_lr_ratio)
+
+
+def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
+    """lr, weight_decay, hidden_lr, beta1, beta2, eps of a step now.
+
+    The preset's rule holds for the highest lr so far, so that a warm-up from 0, OneCycleLR and a learning-rate finder
+    come to what the same rate as a constant gives, and that a schedule's fall scales both rates. A ratio that
+    somebody else has set stays.
+    """
+    lr, ratio = group["lr"], group.get("hidden_lr_ratio", 0.0)
+    is_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    if not is_on_device:
+        lr = float(lr)
+        if "peak_lr" in group and lr > (peak := group["peak_lr"]):
+            if ratio == preset.hidden_lr_ratio(peak):
+                ratio = group["hidden_lr_ratio"] = preset.hidden_lr_ratio(lr)
+            group["peak_lr"] = lr
+    beta1, beta2 = group["betas"]
+    return lr, float(group["weight_decay"]), lr * ratio, float(beta1), float(beta2), float(group["eps"])
+
+
+def with_names(group: dict[str, Any], first: int) -> dict[str, Any]:
+    """The group with a name for every tensor, as torch asks of all groups if one has them."""
+    held = group["params"]
+    held = [held] if isinstance(held, Tensor) else list(held)
+    named = [item if isinstance(item, tuple) else (f"parameters.{first + i}", item) for i, item in enumerate(held)]
+    return {**group, "params": named}
+
+
+def refuse_numbers(groups: Sequence[dict[str, Any]]) -> None:
+    """Raises where somebody has put into a group what no step can be made with."""
+    for i, group in enumerate(groups):
+        _check(group, f" of parameter group {i}")
+        refuse_options({k: v for k, v in group.items() if k in REFUSED}, f" (parameter group {i})")

@@ -1,0 +1,102 @@
+"""Which tensors an optimizer generates, as the layers hold them now, and in which of its parameter groups they are."""
+
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, is_not
+from typing import Any
+
+from torch import nn
+
+from .adapters import AdaptedLayer, check_layers
+from .errors import OPLoRARuntimeError
+
+__all__ = ["Listing"]
+
+_requires_grad = attrgetter("requires_grad")
+
+
+class Listing:
+    """The generated tensors of all layers, one behind the other: `now()`. PEFT may replace them at any time."""
+
+    def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
+        self.layers = layers
+        self._places = [place for layer in layers for place in layer.places()]
+        self._modules = [module for layer in layers for module in layer.modules()]
+        self._has_twins = any(layer.twins for layer in layers)
+        self._known: list[nn.Parameter] = []
+        self._groups: list[list[nn.Parameter]] = []
+
+    def now(self) -> list[nn.Parameter]:
+        """The layers' own tensors."""
+        try:
+            return [at[key]._parameters["weight"] if of_module else at[key] for at, key, of_module in self._places]
+        except KeyError:
+            return [p for layer in self.layers for p in layer.parameters()]  # which says what is gone
+
+    def _with_twins(self, own: list[nn.Parameter]) -> list[nn.Parameter]:
+        if not self._has_twins:
+            return own
+        return [p for layer, some in zip(self.layers, self.by_layer(own), strict=True) for p in layer.with_twins(some)]
+
+    def by_layer(self, own: Sequence[Any]) -> list[list[Any]]:
+        """A list a layer, of a list with an item a tensor."""
+        pieces, begin = [], 0
+        for layer in self.layers:
+            pieces.append(list(own[begin : begin + len(layer.tensors)]))
+            begin += len(pieces[-1])
+        return pieces
+
+    def any_folded(self) -> bool:
+        """Whether a layer is merged into its base, or switched off."""
+        return any([m.merged_adapters or m._disable_adapters for m in self._modules])
+
+    def has_changed(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether a tensor, or what a group holds, is another than at the last update()."""
+        known = self._known
+        return (
+            _differ(own, known)
+            or len(groups) != len(self._groups)
+            or any(_differ(group["params"], held) for group, held in zip(groups, self._groups, strict=True))
+        )
+
+    def update(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
+        """Puts tensors that PEFT has replaced into the places of those before. Returns which: the new one by the id of
+        the old.
+
+        Raises:
+            OPLoRAError: somebody else has put other tensors in their place.
+        """
+        before = self._with_twins(self._known) if self._known else []
+        after = self._with_twins(own)
+        replaced = {id(old): new for old, new in zip(before, after, strict=False) if old is not new}
+        for group in groups:
+            group["params"] = [replaced.get(id(p), p) for p in group["params"]]  # a list of its own: accelerate writes
+        listed = {id(p) for group in groups for p in group["params"]}
+        if any(id(p) not in listed for p in after):
+            raise OPLoRARuntimeError(
+                "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
+                "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it "
+                "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
+                "keep the adapter out of it."
+            )
+        if _differ(own, self._known):
+            check_layers(self.layers)
+        self._known, self._groups = own, [list(group["params"]) for group in groups]
+        return replaced
+
+    def group_of(self, own: Iterable[nn.Parameter]) -> list[int]:
+        """The number of each tensor's group."""
+        groups = {id(p): g for g, held in enumerate(self._groups) for p in held}
+        return [groups[id(p)] for p in own]
+
+    def others(self) -> list[list[nn.Parameter]]:
+        """Of each group what is not generated."""
+        generated = {id(p) for p in self._with_twins(self._known)}
+        return [[p for p in held if id(p) not in generated] for held in self._groups]
+
+    def generated(self) -> list[nn.Parameter]:
+        """All of them as they were listed last, twins too."""
+        return self._with_twins(self._known)
+
+
+def _differ(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
+    return len(some) != len(others) or any(map(is_not, some, others))

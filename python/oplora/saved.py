@@ -1,0 +1,197 @@
+"""What is saved of the generators: checked before anything is changed, and put back; checkpoints of version 0.1 too.
+
+A state_dict is torch's: {"state": {number of a tensor: {...}}, "param_groups": [...]}. A generated tensor's dict is its
+engines.Entry, as plain tensors and numbers, and "factor", the tensor's own value, so that resuming restores its very bits.
+Version 0.1 had the generators under a key of their own, by the layer's name.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engines import LayerState, entries_of_0_1
+from .errors import OPLoRATypeError, OPLoRAValueError
+
+__all__ = ["Loaded", "check_layers", "check_names", "from_0_1", "load_layer", "refuse_without_generators"]
+
+KINDS = {"weight_change": "lean", "weight": "exact"}  # by a key that only the one has
+SETTINGS = ("hidden_width", "latent_width", "weight_rank", "moment_rank", "sign")
+BEGUN = {"seed": (-(1 << 63), 1 << 64), "layer": (0, 1 << 32), "random": (0, 1 << 62)}
+
+
+class Loaded:
+    """What was saved of a layer's tensor, wrapped so that torch's load_state_dict hands it on as it is: it would cast
+    everything to the parameter's dtype."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.entry = entry
+
+
+# ---- checking ----
+
+
+def check_names(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises where tensors have names on both sides and these differ."""
+    ours, theirs = (set(chain.from_iterable(g.get("param_names", ()) for g in some)) for some in (groups, saved))
+    if not ours or not theirs or ours == theirs:
+        return
+    lacking, extra = sorted(ours - theirs), sorted(theirs - ours)
+    parts = [f"it lacks {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"] if lacking else []
+    parts += [f"it has {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''} besides"] if extra else []
+    raise OPLoRAValueError(
+        f"oplora: the saved generators are of other layers: {'; '.join(parts)}. Build the model with the adapter "
+        "(names, target_modules) of the run that was saved."
+    )
+
+
+def refuse_without_generators(saved: Mapping[str, Any]) -> None:
+    """Raises for what another optimizer has saved."""
+    entries = saved["state"].values() if isinstance(saved.get("state"), Mapping) else ()
+    if not any(isinstance(entry, Mapping) and "factor" in entry for entry in entries):
+        raise OPLoRAValueError(
+            "oplora: this state_dict has no generators: it was saved by another optimizer. Load it there, or start "
+            "anew with init='keep', which goes on from the adapter's present values."
+        )
+
+
+def check_layers(layers: Sequence[LayerState], saved: Sequence[Sequence[Any]]) -> None:
+    """Raises unless load_layer of all of them will go through; changes nothing. saved: an item a tensor of a layer."""
+    for layer, entries in zip(layers, saved, strict=True):
+        layer.factors.layer.refuse_if_folded()
+        _check_layer(layer, entries)
+
+
+def _check_layer(layer: LayerState, saved: Sequence[Any]) -> None:
+    _check_kind(layer, saved)
+    shapes = [list(getattr(entry["factor"], "shape", ())) for entry in saved]
+    if shapes != (mine := [list(shape) for shape in layer.factors.shapes]):
+        raise OPLoRAValueError(
+            f"oplora: the saved state of layer {layer.name} has shapes {shapes}, this optimizer {mine}. Build the "
+            "adapter (r, rank_pattern) and the optimizer with the settings of the run that was saved."
+        )
+    entries = layer.entries()
+    for name in SETTINGS:
+        if name in entries[0] and saved[0][name] != entries[0][name]:
+            shown = {"sign": "start"}.get(name, name)
+            theirs, ours = (_shown(name, some[0][name]) for some in (saved, entries))
+            raise OPLoRAValueError(
+                f"oplora: the saved state of layer {layer.name} has {shown} {theirs}, this optimizer {ours}. Build "
+                "the adapter (r, rank_pattern) and the optimizer with the settings of the run that was saved."
+            )
+    for own, entry in zip(entries, saved, strict=True):
+        for name, value in own.items():
+            if isinstance(value, Tensor) and name not in ("base", "master", "step"):
+                _check_like(f"{name} of layer {layer.name}", entry[name], value)
+        for name in ("base", "master"):
+            if entry.get(name) is not None and tuple(getattr(entry[name], "shape", (None,))) != entry["factor"].shape:
+                raise OPLoRAValueError(f"oplora: the saved {name} of layer {layer.name} is not of the tensor's shape.")
+    _check_begun(layer, saved[0], entries[0])
+
+
+def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
+    kind = layer.engine.state.KIND
+    for own, entry in zip(layer.entries(), saved, strict=True):
+        if not isinstance(entry, dict):
+            raise OPLoRAValueError(
+                f"oplora: the saved state of layer {layer.name} is a {type(entry).__name__}; it is not of "
+                f"state={kind!r}."
+            )
+        theirs = next((KINDS[key] for key in KINDS if key in entry), None)
+        if theirs not in (None, kind):
+            raise OPLoRAValueError(
+                f"oplora: the saved state of layer {layer.name} is of state={theirs!r}, this optimizer's is "
+                f"{kind!r}. Neither is made into the other: a W2 trained whole is no seeded start and a change of "
+                f"low rank. To resume, make the optimizer with state={theirs!r}. To go on with state={kind!r}, load "
+                "the saved adapter and start anew with init='keep': A and B keep their values, the moments begin at 0."
+            )
+        wanted = {*own, "factor"} - {"base", "master"}
+        if missing := wanted - entry.keys():
+            raise OPLoRAValueError(
+                f"oplora: the saved state of layer {layer.name} lacks {', '.join(sorted(missing))}; it is not of "
+                f"state={kind!r}."
+            )
+
+
+def _check_begun(layer: LayerState, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Numbers that tell how a generator began, and how far it is."""
+    for name, (least, end) in BEGUN.items():
+        if name in own and not (isinstance(saved[name], int) and least <= saved[name] < end):
+            raise OPLoRAValueError(f"oplora: the saved {name} of layer {layer.name} is {saved[name]!r}.")
+    step = saved["step"]
+    number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not isinstance(number, int | float) or number < 0 or number != int(number):
+        raise OPLoRAValueError(f"oplora: the saved step of layer {layer.name} is {step!r}.")
+
+
+def _check_like(what: str, saved: Any, mine: Tensor) -> None:
+    if not isinstance(saved, Tensor):
+        raise OPLoRATypeError(f"oplora: the saved {what} is a {type(saved).__name__}, expected a tensor.")
+    if saved.shape != mine.shape or saved.dtype != mine.dtype:
+        raise OPLoRAValueError(
+            f"oplora: the saved {what} is {saved.dtype} of shape {tuple(saved.shape)}, expected {mine.dtype} of shape "
+            f"{tuple(mine.shape)}. It was saved from another model, rank, width or dtype."
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    return repr("sign" if value else "uniform") if name == "sign" else str(value)
+
+
+# ---- putting back ----
+
+
+@torch.no_grad()
+def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
+    """Takes the state, and writes the factors that belong to it into the model."""
+    tie = layer.factors
+    for own, entry in zip(layer.entries(), saved, strict=True):
+        for name, value in own.items():
+            if isinstance(value, Tensor) and name not in ("base", "master"):
+                value.copy_(torch.as_tensor(entry[name]))
+    layer.engine.state.take_settings(layer.index, saved[0])
+    tie.bases = [
+        None if (base := entry.get("base")) is None else base.to(tie.device, tie.dtype, copy=True).contiguous()
+        for entry in saved
+    ]
+    for i, (parameter, entry) in enumerate(zip(tie.layer.parameters(), saved, strict=True)):
+        factor, master = entry["factor"], entry.get("master")
+        exact = factor if master is None else master  # also where the model was of another dtype then
+        parameter.detach().copy_(factor if factor.dtype == parameter.dtype else exact)
+        layer.masters[i] = None if layer.masters[i] is None else exact.to(tie.device, tie.dtype, copy=True)
+    layer.is_fresh = int(layer.engine.numbers.steps[layer.index]) == 0
+    tie.forget()
+    layer.engine.forget(layer)
+
+
+# ---- version 0.1 ----
+
+
+def from_0_1(saved: dict[str, Any], layers: Iterable[Any]) -> dict[str, Any]:
+    """A state_dict of 0.1 in the present form. layers: the model's, in order, with their numbers of tensors and twins.
+
+    Its first group were the factors, layer by layer with their twins, its second everything else.
+    """
+    generators, state, number = dict(saved["generators"]), dict(saved["state"]), 0
+    mine = {layer.name for layer in layers}
+    if not isinstance(saved["generators"], Mapping) or generators.keys() - mine:
+        raise OPLoRAValueError(_other_layers(mine, set(generators)))
+    for layer in layers:
+        if layer.name in generators:
+            entries = entries_of_0_1(layer.name, generators[layer.name])
+            state |= {number + i: entry for i, entry in enumerate(entries)}
+        number += len(layer.with_twins(layer.parameters()))
+    rest = {key: value for key, value in saved.items() if key not in ("state", "generators")}
+    return {"state": state, **rest}
+
+
+def _other_layers(mine: set[str], saved: set[str]) -> str:
+    lacking, extra = sorted(mine - saved), sorted(saved - mine)
+    parts = [f"it lacks {', '.join(lacking[:3])}"] if lacking else []
+    parts += [f"it has {', '.join(extra[:3])} besides"] if extra else []
+    return (
+        f"oplora: the saved generators are of other layers: {'; '.join(parts)}. Build the model with the adapter "
+        "(names, target_modules) of the run that was saved."
+    )

@@ -1,0 +1,263 @@
+"""One step of all engines: which layers step, that all of them do or none, and what processes tell each other.
+
+oplora.AdamW decides what is stepped with which numbers; here it happens: gather() finds the layers that have gradients and
+goes on from what others wrote into them, step() moves them, on the CPU or on GPUs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import AdaptedLayer, precondition_gradients, refuse_to_step
+from .engines import Batch, DeviceEngine, Engine, Factors, LayerState, Recipe, Shards, keep_starts, warn_adopted
+from .errors import OPLoRARuntimeError, OPLoRAValueError
+from .listing import Listing
+from .plain import Plain
+from .refusals import refuse_devices
+
+__all__ = ["Stepper", "refuse_nonfinite"]
+
+
+class Stepper:
+    """The engines of an optimizer, with what is plainly stepped beside them. Making it writes what starts anew.
+
+    init: "paper" or "keep", as in oplora.AdamW; shard: whether processes divide the layers; delta: of the
+    preconditioner, None without; elsewhere: where the generators are, if not beside their factors.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AdaptedLayer],
+        recipe: Recipe,
+        *,
+        init: str,
+        shard: bool,
+        delta: float | None,
+        elsewhere: torch.device | None,
+    ) -> None:
+        self.layers, self._recipe, self._delta, self._elsewhere = layers, recipe, delta, elsewhere
+        self.listing, self.plain = Listing(layers), Plain()
+        ties = [Factors.of(layer, i, elsewhere) for i, layer in enumerate(layers)]
+        shards = Shards([sum(tie.sizes) for tie in ties]) if shard else None
+        self.shards = None if shards is None or shards.count == 1 else shards
+        self._device = ties[0].placed
+        if self.shards is not None:
+            ties = [tie for tie in ties if self.shards.owns(tie.position)]
+        self._take(self.together(lambda: self._made(ties, init)))
+        for engine in self.engines:
+            engine.begin()
+        self.share_factors()
+
+    def _made(self, ties: Sequence[Factors], init: str | None = None) -> list[Engine]:
+        refuse_devices(ties, self._delta)
+        if init is not None:
+            keep_starts(ties, init)
+        return self._recipe.make(ties)
+
+    def _take(self, engines: list[Engine]) -> None:
+        self.engines, self._device = engines, engines[0].placed
+        self.states = sorted((s for e in engines for s in e.states), key=lambda state: state.factors.position)
+        first = [0]
+        for layer in self.layers:
+            first.append(first[-1] + len(layer.tensors))
+        positions = [[state.factors.position for state in engine.states] for engine in engines]
+        self._places = [[f for i in some for f in range(first[i], first[i + 1])] for some in positions]
+
+    @property
+    def is_on_device(self) -> bool:
+        return isinstance(self.engines[0], DeviceEngine)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the factors are."""
+        return self._device
+
+    def of_engine(self, engine: int, own: list[Any]) -> list[Any]:
+        """Of a list with an item for each generated tensor those of one engine."""
+        places = self._places[engine]
+        return own if len(places) == len(own) and len(self.engines) == 1 else [own[f] for f in places]
+
+    def assign(self, n_groups: int, own: list[nn.Parameter]) -> None:
+        """Which group every layer, and every tensor of it, has its numbers from."""
+        groups, self._n_groups = self.listing.group_of(own), n_groups
+        for i, engine in enumerate(self.engines):
+            of_factors = self.of_engine(i, groups)
+            engine.numbers.assign([of_factors[f] for f in engine.first_factor[:-1]], of_factors, n_groups)
+
+    def set_numbers(self, numbers: Sequence[Any]) -> None:
+        """Of every group."""
+        for engine in self.engines:
+            engine.numbers.set(numbers)
+
+    # ---- what steps ----
+
+    def gather(self, own: list[nn.Parameter]) -> list[Batch]:
+        """The layers that have gradients, by engine; edits of their factors are absorbed on the way."""
+        held = [self.of_engine(i, own) for i in range(len(self.engines))]
+        changed = [engine.has_changed(some) for engine, some in zip(self.engines, held, strict=True)]
+        if any(changed) and self._have_moved(own):
+            self._follow(own)
+            held = [self.of_engine(i, own) for i in range(len(self.engines))]
+            changed = [True] * len(held)
+        # all layers, also those of other processes: they refuse together
+        if any(changed) or self.listing.any_folded():
+            refuse_to_step(self.layers, self.listing.by_layer(own))
+        for engine, some, has_changed in zip(self.engines, held, changed, strict=True):
+            if has_changed:
+                engine.look(some)
+        batches = [engine.batch(some) for engine, some in zip(self.engines, held, strict=True)]
+        stepping = [batch for batch in batches if batch is not None]
+        if adopted := [name for batch in stepping for name in batch.engine.absorb(batch)]:
+            warn_adopted(adopted)
+        return stepping
+
+    def take_stale(self) -> list[LayerState]:
+        """The layers of which something new is kept (a base, a master) since the last call."""
+        stale = [layer for engine in self.engines if engine.stale for layer in engine.stale]
+        for engine in self.engines:
+            engine.stale = []
+        return stale
+
+    def refuse_mixed(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Raises where tensors of one generator are in groups of other betas or eps: they share their moments."""
+        of = self.listing.by_layer(self.listing.group_of(self.listing.now()))
+        for layer, some in zip(self.layers, of, strict=True):
+            first = groups[some[0]]
+            for g, tensor in zip(some, layer.tensors, strict=True):
+                for name in ("betas", "eps"):
+                    if tuple(_as_list(groups[g][name])) != tuple(_as_list(first[name])):
+                        raise OPLoRAValueError(
+                            f"oplora.AdamW: {tensor} of layer {layer.name} is in parameter group {g} with {name} "
+                            f"{groups[g][name]}, {layer.tensors[0]} in group {some[0]} with {first[name]}. Tensors of one "
+                            "generator share its moments: give their groups the same; rates and decays may differ."
+                        )
+
+    def _have_moved(self, own: list[nn.Parameter]) -> bool:
+        """Whether factors are on another device than their generators were made for."""
+        return any(
+            self.of_engine(i, own)[f].device != engine.placed
+            for i, engine in enumerate(self.engines)
+            for f in engine.first_factor[:-1]
+        )
+
+    def _follow(self, own: list[nn.Parameter]) -> None:
+        """The model was moved (model.to(device), accelerator.prepare): the generators go where the factors are now."""
+        before = self.states
+        ties = [Factors.of(state.factors.layer, state.factors.position, self._elsewhere) for state in before]
+        for tie, state in zip(ties, before, strict=True):
+            tie.kept = state.factors.kept
+        self._take(self._made(ties))
+        for old, new in zip(before, self.states, strict=True):
+            new.take_over(old)
+        self.assign(self._n_groups, own)
+
+    def precondition(self, batches: Sequence[Batch]) -> None:
+        if self._delta is None:
+            return
+        for batch in batches:
+            of_layers = [state.factors.layer for state in batch.states]
+            held, pushed = batch.by_state(batch.parameters), batch.by_state(batch.gradients)
+            scaled = precondition_gradients(of_layers, held, pushed, self._delta)
+            batch.gradients = [g for some in scaled for g in some]
+
+    # ---- stepping ----
+
+    def step_on_host(self, batches: Sequence[Batch], reports: list[Tensor] | None) -> list[str]:
+        """Whose gradient holds NaN or infinity; nothing was stepped then."""
+        where = self.plain.nonfinite()
+        # several dtypes or processes: none may step before the gradients of all are known to be finite
+        if reports is None and (len(batches) > 1 or self.shards is not None):
+            reports = [batch.engine.measure(batch) for batch in batches]
+        if reports is not None:
+            where += [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
+        if where := self._agreed(where):
+            return where
+        for i, batch in enumerate(batches):
+            done, report = batch.engine.step(batch, None if reports is None else reports[i])
+            if not done:
+                return batch.nonfinite(report)
+        return []
+
+    def step_on_device(self, batches: Sequence[Batch], reports: list[Tensor] | None) -> Tensor | None:
+        """Launches the step. Whether it is refused is decided on the device, for all devices and parameters alike.
+
+        Returns the verdict (int32, on the device) for what is stepped beside; None if there can be none.
+        """
+        veto = self.plain.verdict(self.engines[0].device)
+        engines = [batch.engine for batch in batches if isinstance(batch.engine, DeviceEngine)]
+        # several devices or processes: none may step before the gradients of all are known to be finite
+        if len(batches) > 1 or self.shards is not None:
+            reports = [batch.engine.measure(batch) for batch in batches] if reports is None else reports
+            found = [engine.verdict[:1] for engine in engines] + ([] if veto is None else [veto])
+            found = found or [torch.zeros(1, dtype=torch.int32, device=self.engines[0].device)]
+            veto = torch.cat([one.to(found[0].device, non_blocking=True) for one in found]).amax(0, keepdim=True)
+            if self.shards is not None:
+                self.shards.any_refuses(veto)
+                if not batches and isinstance(first := self.engines[0], DeviceEngine):
+                    first.count_refusal(veto)  # nothing is launched here that would
+        for engine, batch in zip(engines, batches, strict=True):
+            on_device = None if veto is None else veto.to(engine.device, non_blocking=True)
+            engine.launch(batch, reports is not None, on_device)
+        return engines[0].verdict[:1] if engines else veto
+
+    def refusals(self) -> tuple[int, list[str]]:
+        """How many steps devices have refused since the last call, as far as they have told, and whose gradient it
+        was."""
+        # processes that own other layers must raise in the same step, so they all ask for the last one
+        wait = self.shards is not None
+        refused = max(e.new_refusals(wait=wait) for e in self.engines if isinstance(e, DeviceEngine))
+        if not refused:
+            return 0, []
+        reports = ((state, state.report) for state in self.states)
+        where = [f"layer {state.name}" for state, report in reports if report is not None and report[1] != 0]
+        return refused, where or ["a layer, or of parameters outside the adapters,"]
+
+    def squares(self, batches: Sequence[Batch], reports: list[Tensor]) -> Tensor:
+        """||.||^2 of every generator's gradient, of all processes, where the factors are."""
+        squares = [
+            batch.engine.state.square(batch, report).to(self.device, non_blocking=True)
+            for batch, report in zip(batches, reports, strict=True)
+        ]
+        positions = [state.factors.position for batch in batches for state in batch.states]
+        if positions == list(range(len(self.layers))):
+            return torch.cat(squares)
+        # the model's order, on which the bits of their sum depend, for any number of processes
+        everywhere = torch.zeros(len(self.layers), dtype=torch.float64, device=self.device)
+        if squares:
+            by_position = dict(zip(positions, torch.cat(squares).unbind(), strict=True))
+            everywhere = torch.stack([by_position.get(i, zero) for i, zero in enumerate(everywhere.unbind())])
+        return everywhere if self.shards is None else self.shards.sum(everywhere)
+
+    # ---- processes ----
+
+    def share_factors(self) -> None:
+        if self.shards is not None:
+            self.shards.send([layer.parameters() for layer in self.layers])
+
+    def together(self, call: Callable[[], Any]) -> Any:
+        """call(); where it raises in one process of a sharded optimizer it raises in all."""
+        return call() if self.shards is None else self.shards.together(call, self.device)
+
+    def _agreed(self, where: list[str]) -> list[str]:
+        """What is not finite; of a sharded optimizer not empty if it is so in any process."""
+        if self.shards is None:
+            return where
+        refused = torch.tensor([len(where)], device=self.device)
+        anywhere = bool(self.shards.any_refuses(refused))
+        return where or (["a layer of another process"] if anywhere else [])
+
+
+def refuse_nonfinite(where: Sequence[str], earlier: int = 0) -> None:
+    """earlier: how many steps ago that was known to a device alone."""
+    when = f" ({earlier} earlier step{'s' if earlier > 1 else ''}, which the device refused)" if earlier else ""
+    raise OPLoRARuntimeError(
+        f"oplora: the gradient of {where[0]} {f'and {len(where) - 1} more ' if len(where) > 1 else ''}"
+        f"holds NaN or infinity{when}. Nothing was changed: call zero_grad() and go on with the next batch, "
+        "lower the learning rate, or pass skip_nonfinite=True to skip such steps."
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, tuple | list) else [value]
