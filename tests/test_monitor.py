@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora.__main__ import main
-from oplora.plot import Run, shortened
+from oplora.watching.plot import Run, shortened
 
 STATES = {
     "lean": lambda model: oplora.AdamW(model, lr=1e-2),
@@ -85,7 +85,7 @@ def test_first_step_and_every_nth_are_recorded(tmp_path: Path) -> None:
 def test_nothing_is_computed_on_steps_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     monitor = oplora.Monitor(tmp_path, oplora.AdamW(model), every=1000)
-    monkeypatch.setattr(oplora.monitor, "stats", lambda _: pytest.fail("stats were asked for"))
+    monkeypatch.setattr("oplora.watching.monitor.stats", lambda _: pytest.fail("stats were asked for"))
     monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("a tensor was read"))
     for step in range(2, 1000):
         monitor(torch.zeros(()), step)
@@ -132,7 +132,7 @@ def test_stats_fetch_as_often_from_many_layers_as_from_few(
         optimizer.step()
         calls = []
         with monkeypatch.context() as patch:
-            for owner, name in ((Tensor, "cpu"), (oplora.statistics, "_fetched")):
+            for owner, name in ((Tensor, "cpu"), (oplora.watching.stats, "_fetched")):
                 fetch = getattr(owner, name)
                 patch.setattr(owner, name, lambda tensors, fetch=fetch: (calls.append(0), fetch(tensors))[1])
             oplora.stats(optimizer)
@@ -270,7 +270,7 @@ def test_tensorboard_gets_least_middle_and_greatest(tmp_path: Path, monkeypatch:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(oplora.monitor, "_new_board", lambda _: Board())
+    monkeypatch.setattr("oplora.watching.monitor._new_board", lambda _: Board())
     optimizer, losses = watched(tmp_path, 2, every=2)
     values = [layer["norm_g"] for layer in oplora.stats(optimizer).values()]
     assert scalars["loss"] == losses[-1]
@@ -322,14 +322,15 @@ def test_full_disk_ends_the_watching_and_not_the_training(tmp_path: Path) -> Non
 
 
 def test_full_disk_is_refused_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oplora.monitor, "_cut_torn_line", lambda _: None)  # it would read the device, which has no end
+    # it would read the device, which has no end
+    monkeypatch.setattr("oplora.watching.monitor._cut_torn_line", lambda _: None)
     (tmp_path / "monitor.jsonl").symlink_to(FULL)
     with pytest.raises(oplora.OPLoRAError, match=r"cannot write to .*: No space left on device\. Choose a folder"):
         oplora.Monitor(tmp_path, oplora.AdamW(make_model()))
 
 
 def test_trainer_goes_on_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oplora.monitor, "_cut_torn_line", lambda _: None)
+    monkeypatch.setattr("oplora.watching.monitor._cut_torn_line", lambda _: None)
     (tmp_path / "monitor.jsonl").symlink_to(FULL)
     model = test_trainer.make_model()
     trainer = test_trainer.make_trainer(tmp_path, model, test_trainer.as_optimizer(model), max_steps=2)
@@ -348,7 +349,7 @@ def test_failing_tensorboard_ends_neither_training_nor_file(
         def __getattr__(self, name: str) -> Any:
             return lambda *_: (_ for _ in ()).throw(RuntimeError("out of space")) if name == failing else None
 
-    monkeypatch.setattr(oplora.monitor, "_new_board", lambda _: Board())
+    monkeypatch.setattr("oplora.watching.monitor._new_board", lambda _: Board())
     with pytest.warns(UserWarning, match="for TensorBoard: out of space. The training goes on") as warned:
         watched(tmp_path, 3, every=1)
     assert sum("TensorBoard" in str(warning.message) for warning in warned) == 1

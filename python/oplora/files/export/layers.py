@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..adapters import STARTS, unwrapped
-from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from ...adapters import STARTS, unwrapped
+from ...errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from ..merge_sources import CHANGED_BASE
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from ..errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
 
 __all__ = ["FILE", "FORMAT", "Run", "plot_run"]
 

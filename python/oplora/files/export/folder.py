@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
+from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
 from ..merge_sources import AdapterConfig, parse_config
 from ..tensor_file import StoredTensor, read_object, read_tensor_file
 from . import diffusers

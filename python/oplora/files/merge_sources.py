@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from .errors import OPLoRAFileError, OPLoRAValueError
+from ..errors import OPLoRAFileError, OPLoRAValueError
 from .tensor_file import StoredTensor, TensorFile, damaged, read_object, read_tensor_file
 
 __all__ = ["AdapterConfig", "Base", "read_adapter", "read_base"]

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import OPLoRATypeError
-from .factors import Factors
-from .generators import Generator, Generators
-from .optim import AdamW
-from .state import State
+from ..errors import OPLoRATypeError
+from ..factors import Factors
+from ..generators import Generator, Generators
+from ..optim import AdamW
+from ..state import State
 
 __all__ = ["generators_of", "stats"]
 

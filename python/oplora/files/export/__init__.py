@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import OPLoRAValueError
+from ...errors import OPLoRAValueError
 from . import diffusers, kohya, peft
 from .folder import read_folder
 from .layers import components_of, read_components

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import OPLoRAFileError
+from ...errors import OPLoRAFileError
 
 __all__ = ["cannot_write", "old", "place", "sync", "temporary", "write_file"]
 

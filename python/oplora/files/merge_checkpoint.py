@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from . import _core
-from .errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from .. import _core
+from ..errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
 from .merge_plan import Change, Delta, plan_merge
 from .merge_sources import Base, read_adapter, read_base
 from .tensor_file import (

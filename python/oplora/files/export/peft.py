@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters import unwrapped
-from ..errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from ...adapters import unwrapped
+from ...errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .files import cannot_write, old, sync, temporary
 from .layers import Component
 

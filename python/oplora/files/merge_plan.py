@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from .errors import OPLoRAValueError
+from ..errors import OPLoRAValueError
 from .merge_sources import AdapterConfig, Base
 from .tensor_file import FACTOR_DTYPES, FLOATS, StoredTensor, TensorFile, count_nonfinite, read_factor
 

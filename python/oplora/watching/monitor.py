@@ -26,10 +26,10 @@ import torch.distributed
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
-from .optim import AdamW
+from ..errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
+from ..optim import AdamW
 from .plot import FILE, FORMAT
-from .statistics import generators_of, stats
+from .stats import generators_of, stats
 
 __all__ = ["Monitor"]
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..errors import OPLoRATypeError, OPLoRAValueError
+from ...errors import OPLoRATypeError, OPLoRAValueError
 from .files import place, write_file
 from .layers import Component, LoRALayer, path_in_file
 
