@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ...errors import OPLoRATypeError, OPLoRAValueError
-from .files import place, write_file
 from .layers import Component, LoRALayer, path_in_file
+from .saving import place, write_file
 
 __all__ = ["FILE", "save"]
 
