@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_trainer
 import torch
+from accelerate import Accelerator
 from conftest import Net, batches, make_model, train
 from PIL import Image
 from torch import Tensor, nn
@@ -75,6 +76,13 @@ def test_last_line_holds_what_stats_says(tmp_path: Path, make_optimizer: Any) ->
     assert header["numbers"] == list(last["stats"])
     for name, column in last["stats"].items():
         assert column == pytest.approx([layer[name] for layer in numbers.values()], rel=1e-5)
+
+
+def test_optimizer_that_accelerate_prepared_is_watched(tmp_path: Path, accelerator: Accelerator) -> None:
+    optimizer = accelerator.prepare(STATES["lean"](make_model()))
+    oplora.Monitor(tmp_path, optimizer)(1.0)
+    header, line = lines(tmp_path)
+    assert header["layers"] == list(oplora.stats(optimizer)) and line["lr"] == 1e-2
 
 
 def test_first_step_and_every_nth_are_recorded(tmp_path: Path) -> None:
