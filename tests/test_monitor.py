@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora.__main__ import main
-from oplora.watching.plot import Run, shortened
+from oplora.watching.plot import Run, plot_run, shortened
 
 STATES = {
     "lean": lambda model: oplora.AdamW(model, lr=1e-2),
@@ -428,6 +428,21 @@ def test_plot_says_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFix
 def test_plot_of_a_file_that_is_not_there_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", str(tmp_path / "run/monitor.jsonl")]) == 2
     assert f"there is no {tmp_path}/run/monitor.jsonl." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["picture", "new/picture.svg"])
+def test_plot_writes_the_file_that_it_names(tmp_path: Path, name: str) -> None:
+    made_up_run(tmp_path, 1, 1)
+    assert plot_run(tmp_path, tmp_path / name) == tmp_path / name
+    assert (tmp_path / name).is_file()
+
+
+def test_picture_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    made_up_run(tmp_path, 1, 1)
+    (tmp_path / "old.unknown").write_text("old")
+    with pytest.raises(oplora.OPLoRAError, match=r"cannot write .*unknown"):
+        plot_run(tmp_path, tmp_path / "old.unknown")
+    assert (tmp_path / "old.unknown").read_text() == "old"
 
 
 def test_plot_without_matplotlib_says_what_to_install(

@@ -42,21 +42,17 @@ def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     overwrite: `path` may be a folder that is not empty. It is away for a moment, of two system calls; a process that is
     killed in it leaves it to put_right.
     """
-    new, old = _free_name(path.parent, path.name), _old(path)
-    new.mkdir()
-    try:
+    with _new_folder(path.parent, path.name) as new:
         yield new
         _sync_all(new)
         swapped = overwrite and path.is_dir()
         if swapped:
-            _swap(new, path, old)
+            _swap(new, path)
         else:
             new.rename(path)  # over an empty folder too, but never over a filled one
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     _sync(path.parent)
     if swapped:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(_old(path), ignore_errors=True)
 
 
 def put_right(path: Path, is_whole: Callable[[Path], bool]) -> None:
@@ -79,12 +75,18 @@ def files_in(path: Path, seal: str, is_same: Callable[[Path, Path], bool]) -> It
     No file system moves two files at once. So `seal` is the file without which nobody reads a folder: unless
     is_same(new folder, old folder) says that it stays what it is, it goes first and comes last.
     """
-    new = _free_name(path if path.exists() else path.parent, seal)
-    new.mkdir()
-    try:
+    with _new_folder(path if path.exists() else path.parent, seal) as new:
         yield new
         _sync_all(new)
         _move_files(new, path, seal, is_same)
+
+
+@contextmanager
+def _new_folder(place: Path, name: str) -> Iterator[Path]:
+    new = _free_name(place, name)
+    new.mkdir()
+    try:
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -110,7 +112,8 @@ def _remove_left(place: Path, name: str) -> None:
                 left.unlink()
 
 
-def _swap(new: Path, path: Path, old: Path) -> None:
+def _swap(new: Path, path: Path) -> None:
+    old = _old(path)
     try:
         path.rename(old)
         new.rename(path)

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from .. import _core
 from ..errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
 from . import atomic
+from .merge_base import Base, read_base
 from .merge_plan import Change, Delta, plan_merge
-from .merge_sources import Base, read_adapter, read_base
+from .peft_adapter import read_adapter
 from .tensor_file import (
     FLOATS,
     StoredTensor,

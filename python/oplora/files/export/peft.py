@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from ...adapters import unwrapped
 from ...errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .. import atomic
+from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from .layers import Component
 from .saving import writing
 
-__all__ = ["CONFIG", "WEIGHTS", "save", "save_components"]
+__all__ = ["save", "save_components"]
 
 CARD: Final = "README.md"
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 
 
 def save(model: nn.Module, path: Path) -> None:
@@ -131,7 +130,7 @@ def _save_injected(model: Any, folder: str) -> None:
 
 
 def _as_of_peft_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"base_model.model.{key}": tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
+    return {f"{KEY_PREFIX}{key}": tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
 
 
 def _have_same_config(*folders: Path) -> bool:
