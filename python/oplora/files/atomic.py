@@ -149,5 +149,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot, and keep names safe by themselves or not at all
+            raise
     finally:
         os.close(descriptor)
