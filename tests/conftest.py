@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -107,3 +109,9 @@ def cuda_on_cpu() -> Path:
     made = subprocess.run(["make", str(library.relative_to(ROOT))], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return library
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)

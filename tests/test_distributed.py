@@ -34,7 +34,7 @@ import oplora.device
 import oplora.exact
 import oplora.sharding
 from oplora.adapters import find_layers
-from oplora.plot import Run
+from oplora.watching.plot import Run
 
 WORLD = 2
 WIDTH = 12

@@ -17,8 +17,8 @@ from test_export import ATTENTION, adapted, add_adapter
 from torch import Tensor, nn
 
 import oplora
-from oplora.export import kohya
-from oplora.export.layers import Component, LoRALayer
+from oplora.files.export import kohya
+from oplora.files.export.layers import Component, LoRALayer
 
 FILE = "pytorch_lora_weights_kohya.safetensors"
 SDXL_BLOCKS = {
@@ -241,7 +241,7 @@ def test_transformer_without_names_in_the_format_is_refused(tmp_path):
 
 def test_layer_without_a_name_is_refused_by_name(tmp_path):
     unet = add_adapter(tiny_pipelines.stable_diffusion_xl().unet, LoraConfig(target_modules=["to_q"]))
-    (one,) = oplora.export.layers.read_components(unet)
+    (one,) = oplora.files.export.from_model.read_components(unet)
     odd = LoRALayer("adapter.something", torch.ones(1, 4), torch.ones(4, 1), 1.0)
     with pytest.raises(oplora.OPLoRAError, match=r"no name for layer unet\.adapter\.something"):
         kohya.save([Component("unet", (*one.layers, odd), one.kind, one.config)], tmp_path)

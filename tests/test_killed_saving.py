@@ -277,7 +277,8 @@ def test_leftovers_of_killed_saves_are_removed_after_an_hour(
     [left] = tmp_path.rglob(".oplora-*")
     workshop.run("save", tmp_path / folders[1], "new")
     assert left.exists()  # it could be that of a process that is saving now
-    os.utime(left, (0, time.time() - HOUR - 60))
+    for path in (left, *left.rglob("*")):
+        os.utime(path, (0, time.time() - HOUR - 60))
     workshop.run("save", tmp_path / folders[2], "new")
     assert not left.exists()
 

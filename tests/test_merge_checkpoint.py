@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from oplora import checkpoint
 from oplora.__main__ import main
-from oplora.checkpoint import merge_checkpoint
 from oplora.errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from oplora.files.merge_checkpoint import merge_checkpoint
 
 PREFIX = "base_model.model."
 Tensors = dict[str, torch.Tensor]
@@ -322,7 +321,7 @@ sys.exit(main(["merge", *sys.argv[1:]]))
 
 def test_merge_refuses_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     with pytest.raises(OPLoRAFileError, match="10 bytes free"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
     assert_nothing_left(tmp_path)
@@ -844,6 +843,6 @@ def test_merge_in_several_blocks_equals_one(tmp_path: Path, monkeypatch: pytest.
     tiny(tmp_path)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=False)
     whole = merged_tensors(tmp_path / "out")["fc.weight"]
-    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 8 * 7 * 2)  # two rows
+    monkeypatch.setattr("oplora.files.merge_checkpoint.BLOCK_BYTES", 8 * 7 * 2)  # two rows
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", overwrite=True, progress=False)
     assert torch.equal(merged_tensors(tmp_path / "out")["fc.weight"], whole)

@@ -1,5 +1,6 @@
 """wrap, OPLoRAConfig, merge, stats and save_adapter: the way in, the way out, and what can be watched."""
 
+import functools
 import json
 import math
 import resource
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Net, batches, factors, make_model, train
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -58,8 +60,27 @@ def test_wrap_names_the_layers_that_there_are() -> None:
 def test_wrap_refuses_a_wrapped_model_and_other_configs() -> None:
     with pytest.raises(oplora.OPLoRAError, match="has an adapter already"):
         oplora.wrap(make_model())
-    with pytest.raises(oplora.OPLoRAError, match=r"expected \(nn.Module, OPLoRAConfig\), got \(Net, dict\)"):
-        oplora.wrap(Net(), {"r": 3})
+    for config in ({"r": 3}, IA3Config(target_modules=["first"], feedforward_modules=[])):
+        expected = rf"expected \(nn.Module, OPLoRAConfig or .*LoraConfig\), got \(Net, {type(config).__name__}\)"
+        with pytest.raises(oplora.OPLoRAError, match=expected):
+            oplora.wrap(Net(), config)
+
+
+def test_wrap_takes_a_field_that_pefts_config_alone_has() -> None:
+    config = LoraConfig(target_modules="all-linear", exclude_modules=["second"])
+    model = oplora.wrap(Net(), config)
+    assert set(factors(model)) == {f"base_model.model.first.lora_{f}.default.weight" for f in "AB"}
+    assert model.peft_config["default"] is config
+
+
+@pytest.mark.parametrize("config", [None, oplora.OPLoRAConfig(adapter_name="b"), LoraConfig(target_modules=["first"])])
+def test_wrap_gives_the_adapter_the_name_that_is_asked_for(config: object) -> None:
+    assert list(oplora.wrap(Net(), config, adapter_name="mine").peft_config) == ["mine"]
+
+
+def test_wrap_names_the_layers_that_there_are_for_pefts_config_too() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"target_modules={'nothing'}.*first, second"):
+        oplora.wrap(Net(), LoraConfig(target_modules=["nothing"]))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +179,22 @@ def test_stats_before_the_first_step_have_norms_only() -> None:
 def test_stats_refuse_other_optimizers() -> None:
     with pytest.raises(oplora.OPLoRAError, match="got SGD"):
         oplora.stats(torch.optim.SGD(Net().parameters()))
+
+
+@pytest.mark.parametrize("general", [False, True], ids=["AdamW", "create_oplora_optimizer"])
+def test_stats_are_those_of_the_optimizer_that_accelerate_prepared(general: bool, accelerator: Accelerator) -> None:
+    model = make_model()
+    make = functools.partial(oplora.create_oplora_optimizer, optimizer_cls=torch.optim.SGD) if general else oplora.AdamW
+    optimizer = make(model, lr=1e-2)
+    prepared = accelerator.prepare(optimizer)
+    assert prepared is not optimizer
+    train(model, prepared, 2)
+    assert oplora.stats(prepared) == oplora.stats(optimizer)
+
+
+def test_stats_refuse_what_accelerate_prepared_of_others_by_its_own_name(accelerator: Accelerator) -> None:
+    with pytest.raises(oplora.OPLoRAError, match="got SGD"):
+        oplora.stats(accelerator.prepare(torch.optim.SGD(Net().parameters())))
 
 
 # ---- save_adapter ----

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_trainer
 import torch
+from accelerate import Accelerator
 from conftest import Net, batches, make_model, train
 from PIL import Image
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora.__main__ import main
-from oplora.plot import Run, shortened
+from oplora.watching.plot import Run, plot_run, shortened
 
 STATES = {
     "lean": lambda model: oplora.AdamW(model, lr=1e-2),
@@ -77,6 +78,13 @@ def test_last_line_holds_what_stats_says(tmp_path: Path, make_optimizer: Any) ->
         assert column == pytest.approx([layer[name] for layer in numbers.values()], rel=1e-5)
 
 
+def test_optimizer_that_accelerate_prepared_is_watched(tmp_path: Path, accelerator: Accelerator) -> None:
+    optimizer = accelerator.prepare(STATES["lean"](make_model()))
+    oplora.Monitor(tmp_path, optimizer)(1.0)
+    header, line = lines(tmp_path)
+    assert header["layers"] == list(oplora.stats(optimizer)) and line["lr"] == 1e-2
+
+
 def test_first_step_and_every_nth_are_recorded(tmp_path: Path) -> None:
     watched(tmp_path, 9, every=4)
     assert [line["step"] for line in lines(tmp_path)[1:]] == [1, 4, 8]
@@ -85,7 +93,7 @@ def test_first_step_and_every_nth_are_recorded(tmp_path: Path) -> None:
 def test_nothing_is_computed_on_steps_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     monitor = oplora.Monitor(tmp_path, oplora.AdamW(model), every=1000)
-    monkeypatch.setattr(oplora.monitor, "stats", lambda _: pytest.fail("stats were asked for"))
+    monkeypatch.setattr("oplora.watching.monitor.stats", lambda _: pytest.fail("stats were asked for"))
     monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("a tensor was read"))
     for step in range(2, 1000):
         monitor(torch.zeros(()), step)
@@ -132,7 +140,7 @@ def test_stats_fetch_as_often_from_many_layers_as_from_few(
         optimizer.step()
         calls = []
         with monkeypatch.context() as patch:
-            for owner, name in ((Tensor, "cpu"), (oplora.statistics, "_fetched")):
+            for owner, name in ((Tensor, "cpu"), (oplora.watching.stats, "_fetched")):
                 fetch = getattr(owner, name)
                 patch.setattr(owner, name, lambda tensors, fetch=fetch: (calls.append(0), fetch(tensors))[1])
             oplora.stats(optimizer)
@@ -270,7 +278,7 @@ def test_tensorboard_gets_least_middle_and_greatest(tmp_path: Path, monkeypatch:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(oplora.monitor, "_new_board", lambda _: Board())
+    monkeypatch.setattr("oplora.watching.monitor._new_board", lambda _: Board())
     optimizer, losses = watched(tmp_path, 2, every=2)
     values = [layer["norm_g"] for layer in oplora.stats(optimizer).values()]
     assert scalars["loss"] == losses[-1]
@@ -322,14 +330,15 @@ def test_full_disk_ends_the_watching_and_not_the_training(tmp_path: Path) -> Non
 
 
 def test_full_disk_is_refused_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oplora.monitor, "_cut_torn_line", lambda _: None)  # it would read the device, which has no end
+    # it would read the device, which has no end
+    monkeypatch.setattr("oplora.watching.monitor._cut_torn_line", lambda _: None)
     (tmp_path / "monitor.jsonl").symlink_to(FULL)
     with pytest.raises(oplora.OPLoRAError, match=r"cannot write to .*: No space left on device\. Choose a folder"):
         oplora.Monitor(tmp_path, oplora.AdamW(make_model()))
 
 
 def test_trainer_goes_on_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(oplora.monitor, "_cut_torn_line", lambda _: None)
+    monkeypatch.setattr("oplora.watching.monitor._cut_torn_line", lambda _: None)
     (tmp_path / "monitor.jsonl").symlink_to(FULL)
     model = test_trainer.make_model()
     trainer = test_trainer.make_trainer(tmp_path, model, test_trainer.as_optimizer(model), max_steps=2)
@@ -348,7 +357,7 @@ def test_failing_tensorboard_ends_neither_training_nor_file(
         def __getattr__(self, name: str) -> Any:
             return lambda *_: (_ for _ in ()).throw(RuntimeError("out of space")) if name == failing else None
 
-    monkeypatch.setattr(oplora.monitor, "_new_board", lambda _: Board())
+    monkeypatch.setattr("oplora.watching.monitor._new_board", lambda _: Board())
     with pytest.warns(UserWarning, match="for TensorBoard: out of space. The training goes on") as warned:
         watched(tmp_path, 3, every=1)
     assert sum("TensorBoard" in str(warning.message) for warning in warned) == 1
@@ -419,6 +428,21 @@ def test_plot_says_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFix
 def test_plot_of_a_file_that_is_not_there_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", str(tmp_path / "run/monitor.jsonl")]) == 2
     assert f"there is no {tmp_path}/run/monitor.jsonl." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["picture", "new/picture.svg"])
+def test_plot_writes_the_file_that_it_names(tmp_path: Path, name: str) -> None:
+    made_up_run(tmp_path, 1, 1)
+    assert plot_run(tmp_path, tmp_path / name) == tmp_path / name
+    assert (tmp_path / name).is_file()
+
+
+def test_picture_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:
+    made_up_run(tmp_path, 1, 1)
+    (tmp_path / "old.unknown").write_text("old")
+    with pytest.raises(oplora.OPLoRAError, match=r"cannot write .*unknown"):
+        plot_run(tmp_path, tmp_path / "old.unknown")
+    assert (tmp_path / "old.unknown").read_text() == "old"
 
 
 def test_plot_without_matplotlib_says_what_to_install(

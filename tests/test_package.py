@@ -58,6 +58,11 @@ def test_wheel_holds_the_libraries_and_no_sources_of_tests(wheel: Path) -> None:
     assert "oplora/liboplora_cuda.so" not in names  # its compiler failed
 
 
+def test_wheel_holds_every_module_of_the_package(wheel: Path) -> None:
+    modules = {str(file.relative_to(ROOT / "python")) for file in (ROOT / "python").rglob("*.py")}
+    assert modules <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_wheel_works_away_from_the_sources(wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path, wheel)
     out = subprocess.run(
@@ -152,8 +157,9 @@ def test_public_names_are_the_documented_ones() -> None:
     assert oplora.stats.__name__ == "stats" and callable(oplora.merge)
 
 
-def test_importing_the_package_does_not_load_torch() -> None:
-    out = run(sys.executable, "-c", "import sys, oplora, oplora._core; print('torch' in sys.modules)")
+@pytest.mark.parametrize("modules", ["oplora, oplora._core", "oplora.__main__, oplora.files.merge_checkpoint"])
+def test_importing_what_needs_no_torch_does_not_load_it(modules: str) -> None:
+    out = run(sys.executable, "-c", f"import sys, {modules}; print('torch' in sys.modules)")
     assert out.strip() == "False"
 
 

@@ -11,14 +11,14 @@ from .errors import OPLoRAError
 
 if TYPE_CHECKING:
     from .config import OPLoRAConfig
-    from .export import save_adapter
+    from .files.export import save_adapter
     from .generators import Generators, create_oplora_optimizer
-    from .metrics import cmmd
     from .model import merge, wrap
-    from .monitor import Monitor
     from .ops import generate
     from .optim import AdamW
-    from .statistics import stats
+    from .watching.cmmd import cmmd
+    from .watching.monitor import Monitor
+    from .watching.stats import stats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,14 +39,14 @@ __all__ = [
 _HOME = {
     "AdamW": "optim",
     "Generators": "generators",
-    "Monitor": "monitor",
+    "Monitor": "watching.monitor",
     "OPLoRAConfig": "config",
-    "cmmd": "metrics",
+    "cmmd": "watching.cmmd",
     "create_oplora_optimizer": "generators",
     "generate": "ops",
     "merge": "model",
-    "save_adapter": "export",
-    "stats": "statistics",
+    "save_adapter": "files.export",
+    "stats": "watching.stats",
     "wrap": "model",
 }
 

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from .checkpoint import merge_checkpoint
 from .errors import OPLoRAError
+from .files.merge_checkpoint import merge_checkpoint
 
 MERGE = """\
 Fold a LoRA adapter into its base model on disk: W + (alpha / r) B A for every adapted weight, in the base's
@@ -90,7 +90,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from .plot import plot_run
+    from .watching.plot import plot_run
 
     print(plot_run(options.run, options.out))
 
@@ -113,7 +113,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .export import export_adapter  # needs torch
+    from .files.export import export_adapter  # needs torch
 
     export_adapter(options.source, options.out, options.format, options.base, options.component)
 

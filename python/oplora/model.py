@@ -1,33 +1,39 @@
 """Into a model and out of it again: wrap() injects LoRA, merge() folds it in. PEFT does both."""
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .config import OPLoRAConfig
 from .errors import OPLoRATypeError, OPLoRAValueError
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 __all__ = ["merge", "wrap"]
 
 
-def wrap(model: nn.Module, config: OPLoRAConfig | None = None) -> Any:
+def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, adapter_name: str | None = None) -> Any:
     """A PeftModel with LoRA in the layers that config.target_modules names, every other parameter frozen.
 
     Args:
         model: any nn.Module; its layers are replaced in place, as by peft.get_peft_model.
-        config: OPLoRAConfig(); by default rank 8 in every linear layer.
+        config: OPLoRAConfig(), by default rank 8 in every linear layer; or peft's LoraConfig, which has more fields and
+            is taken as it is.
+        adapter_name: by default the OPLoRAConfig's, which is "default".
 
     Raises:
         OPLoRAError: no layer matches target_modules; the message names some that there are.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     config = OPLoRAConfig() if config is None else config
-    if not isinstance(model, nn.Module) or not isinstance(config, OPLoRAConfig):
+    if not isinstance(model, nn.Module) or not isinstance(config, OPLoRAConfig | LoraConfig):
         raise OPLoRATypeError(
-            f"oplora.wrap: expected (nn.Module, OPLoRAConfig), got ({type(model).__name__}, {type(config).__name__}). "
-            "For a peft config call peft.get_peft_model(model, config)."
+            "oplora.wrap: expected (nn.Module, OPLoRAConfig or peft's LoraConfig), got "
+            f"({type(model).__name__}, {type(config).__name__}). For another of PEFT's adapters call "
+            "peft.get_peft_model(model, config)."
         )
     if isinstance(model, PeftModel):
         raise OPLoRAValueError(
@@ -35,7 +41,9 @@ def wrap(model: nn.Module, config: OPLoRAConfig | None = None) -> Any:
             "model.add_adapter(name, config)."
         )
     try:
-        return get_peft_model(model, config.to_peft(), adapter_name=config.adapter_name)
+        if isinstance(config, OPLoRAConfig):
+            return get_peft_model(model, config.to_peft(), adapter_name or config.adapter_name)
+        return get_peft_model(model, config, adapter_name or "default")
     except ValueError as error:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         there = f"{len(linear)} linear layers: {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}"

@@ -1,36 +1,32 @@
 """PEFT's own format, written by PEFT and moved into place when it is whole.
 
-A process that is killed on the way leaves the old adapter or the new one. Config and weights are two files, and no
-file system moves two at once into a folder that others use too. So where the old config differs from the new one it
-goes first and the new one comes last: for that moment PEFT refuses the folder, as there is no config in it.
+A process that is killed on the way leaves the old adapter or the new one. Config and weights are two files, so where
+the old config differs from the new one there is none for a moment, in which PEFT refuses the folder.
 """
 
 import copy
-import os
 import re
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..adapters import unwrapped
-from ..errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .files import cannot_write, old, sync, temporary
+from ...adapters import unwrapped
+from ...errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .. import atomic
+from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from .layers import Component
+from .saving import writing
 
-__all__ = ["CONFIG", "WEIGHTS", "save", "save_components"]
+__all__ = ["save", "save_components"]
 
 CARD: Final = "README.md"
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 
 
 def save(model: nn.Module, path: Path) -> None:
@@ -108,23 +104,11 @@ def _save_component(component: Component, names: Sequence[str], folder: str) -> 
 
 
 def _write_folder(path: Path, write: Callable[[str], object]) -> None:
-    """What `write` puts into a folder, moved to `path` when it is whole."""
-    try:
-        new = _new_folder(path if path.exists() else path.parent)
-    except OSError as error:
-        raise OPLoRAFileError(f"oplora.save_adapter: cannot write into {path}: {error}.") from error
-    try:
+    """What `write` puts into a folder, in `path` when it is whole; what others have there stays."""
+    with writing(atomic.files_in(path, CONFIG, _have_same_config), path, path) as new:
         if (path / CARD).is_file():
             shutil.copy(path / CARD, new)  # PEFT adds to the one that is there
         write(str(new))
-        for file in new.rglob("*"):
-            if file.is_file():
-                sync(file)
-        _move(new, path)
-    except (OSError, SafetensorError) as error:  # safetensors reports failed writes as errors of its own
-        raise cannot_write(path, error) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _save_injected(model: Any, folder: str) -> None:
@@ -146,32 +130,7 @@ def _save_injected(model: Any, folder: str) -> None:
 
 
 def _as_of_peft_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"base_model.model.{key}": tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
-
-
-def _new_folder(parent: Path) -> Path:
-    """A folder to write into, on the disk of the target; those that killed runs left are removed."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(".oplora-*.adapter"):
-        if old(left):
-            shutil.rmtree(left, ignore_errors=True)  # another process may be removing it
-    new = parent / temporary("adapter")
-    new.mkdir()
-    return new
-
-
-def _move(new: Path, path: Path) -> None:
-    if new.parent != path:
-        with suppress(OSError):  # by now another process may have saved there
-            new.rename(path)
-            return
-    for folder, _, names in os.walk(new):
-        target = path / Path(folder).relative_to(new)
-        target.mkdir(exist_ok=True)
-        if CONFIG in names and not _have_same_config(Path(folder), target):
-            (target / CONFIG).unlink(missing_ok=True)
-        for name in sorted(names, key=lambda name: name == CONFIG):
-            os.replace(Path(folder, name), target / name)
+    return {f"{KEY_PREFIX}{key}": tensor.detach().cpu().clone().contiguous() for key, tensor in state.items()}
 
 
 def _have_same_config(*folders: Path) -> bool:

@@ -35,7 +35,7 @@ def test_cmmd_is_the_papers_estimator(n: int, m: int, width: int, seed: int) -> 
 def test_cmmd_of_many_rows_is_that_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = features(129, 5, 0), features(65, 5, 1)
     whole = oplora.cmmd(x, y)
-    monkeypatch.setattr("oplora.metrics.ROWS", 7)
+    monkeypatch.setattr("oplora.watching.cmmd.ROWS", 7)
     assert oplora.cmmd(x, y) == pytest.approx(whole, abs=1e-10)
 
 

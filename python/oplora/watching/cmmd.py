@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .errors import OPLoRATypeError, OPLoRAValueError
+from ..errors import OPLoRATypeError, OPLoRAValueError
 
 __all__ = ["cmmd"]
 

@@ -10,8 +10,8 @@ from typing import Final
 
 from torch import Tensor
 
-from .files import place, write_file
 from .layers import Component, LoRALayer, path_in_file
+from .saving import place, write_file
 
 __all__ = ["FILE", "save"]
 

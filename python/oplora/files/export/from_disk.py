@@ -13,16 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
-from ..merge_sources import AdapterConfig, parse_config
+from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
+from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS, AdapterConfig, parse_config
 from ..tensor_file import StoredTensor, read_object, read_tensor_file
 from . import diffusers
 from .layers import Component, LoRALayer, component_name, refuse_extras
-from .peft import CONFIG, WEIGHTS
 
-__all__ = ["read_folder"]
+__all__ = ["read_components"]
 
-PREFIX: Final = "base_model.model."
 METADATA: Final = "lora_adapter_metadata"  # diffusers' header
 # what ends the keys of a layer's tensors; the older ones are of diffusers' own scripts
 SUFFIXES: Final = {
@@ -33,7 +31,7 @@ SUFFIXES: Final = {
 SHOWN: Final = 5  # names in a message
 
 
-def read_folder(source: Path, base: Path | None = None, component: str | None = None) -> list[Component]:
+def read_components(source: Path, base: Path | None = None, component: str | None = None) -> list[Component]:
     """The components of an adapter on disk.
 
     Args:
@@ -78,7 +76,7 @@ def _read_peft(folder: Path, component: str | None) -> Component:
         )
     refuse_extras(str(path), SimpleNamespace(**config))
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in _tensors(folder / WEIGHTS).items()}
+    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in _tensors(folder / WEIGHTS).items()}
     layers = _layers(folder / WEIGHTS, tensors, parse_config(path, config))
     try:
         name = component or component_name(kind)

@@ -1,17 +1,15 @@
-"""Export of trained adapters: one module a format."""
+"""Export of trained adapters: from_model or from_disk reads layers, and a module a format writes them."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from ..errors import OPLoRAValueError
-from . import diffusers, kohya, peft
-from .folder import read_folder
-from .layers import components_of, read_components
+from ...errors import OPLoRAValueError
+from . import diffusers, from_disk, from_model, kohya, peft
 
 __all__ = ["export_adapter", "save_adapter"]
 
-FILES = {"diffusers": diffusers.save, "kohya": kohya.save}
+SAVERS: Final = {"diffusers": diffusers.save, "kohya": kohya.save}
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft") -> None:
@@ -39,13 +37,13 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
         OPLoRAError: an unknown format, a model without adapter, merged layers, an adapter that the format cannot hold,
             or a folder that cannot be written; what was there before is untouched then.
     """
-    if format in FILES:
-        FILES[format](read_components(model), Path(path))
+    if format in SAVERS:
+        SAVERS[format](from_model.read_components(model), Path(path))
     elif format == "peft":
-        for name, component in components_of(model).items():
+        for name, component in from_model.components_of(model).items():
             peft.save(component, Path(path) / name)
     else:
-        known = ", ".join(map(repr, ["peft", *FILES]))
+        known = ", ".join(map(repr, ["peft", *SAVERS]))
         raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected one of {known}.")
 
 
@@ -59,12 +57,12 @@ def export_adapter(
     """What `python -m oplora export` does: an adapter on disk, in another format.
 
     Args:
-        source, base, component: as for read_folder.
+        source, base, component: as for from_disk.read_components.
         out: the folder to write, or for "diffusers" and "kohya" a .safetensors file.
         format: "peft", "diffusers" or "kohya".
     """
-    components = read_folder(Path(source), None if base is None else Path(base), component)
+    components = from_disk.read_components(Path(source), None if base is None else Path(base), component)
     if format == "peft":
         peft.save_components(components, Path(out))
     else:
-        FILES[format](components, Path(out))
+        SAVERS[format](components, Path(out))

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import OPLoRATypeError
-from .factors import Factors
-from .generators import Generator, Generators
-from .optim import AdamW
-from .state import State
+from ..errors import OPLoRATypeError
+from ..factors import Factors
+from ..generators import Generator, Generators
+from ..optim import AdamW
+from ..state import State
 
-__all__ = ["generators_of", "stats"]
+__all__ = ["generators_of", "inner_optimizer", "stats"]
 
 StepNumbers = tuple[float, float, float, float]  # ||h||^2, units that are on, ||g||^2, ||J^T g||^2
 NOT_STEPPED = (math.nan, math.nan, math.nan, math.nan)
@@ -29,7 +29,7 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
     (arXiv 2412.10362, section 3.2).
 
     Args:
-        optimizer: oplora.AdamW, an optimizer of create_oplora_optimizer, or Generators.
+        optimizer: oplora.AdamW, an optimizer of create_oplora_optimizer, or Generators; also as accelerate prepared it.
 
     Returns:
         For each layer
@@ -63,8 +63,17 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
     return numbers
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer itself, without what accelerate and others put around it."""
+    ours = AdamW | Generators
+    while not isinstance(optimizer, ours) and not hasattr(optimizer, "generators") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def generators_of(optimizer: Any, caller: str = "oplora.stats") -> AdamW | Generators:
     """What holds the generators of one of oplora's optimizers."""
+    optimizer = inner_optimizer(optimizer)
     generators = getattr(optimizer, "generators", optimizer)
     if isinstance(generators, AdamW | Generators):
         return generators

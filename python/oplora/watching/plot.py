@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from ..errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from ..files import atomic
 
 __all__ = ["FILE", "FORMAT", "Run", "plot_run"]
 
@@ -173,7 +174,8 @@ def plot_run(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     matplotlib.use("Agg")
     figure = _draw(run)
     try:
-        figure.savefig(target, dpi=120)
+        with atomic.file(target) as new:
+            figure.savefig(new, dpi=120, format=target.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise OPLoRAFileError(f"oplora plot: cannot write {target}: {error}") from error
     return target

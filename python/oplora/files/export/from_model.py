@@ -1,71 +1,19 @@
-"""What the formats have in common: the adapted layers of a model or a file, whatever their keys are called."""
+"""The adapters in models and pipelines, read as layers."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import STARTS, unwrapped
-from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from ..merge_sources import CHANGED_BASE
+from ...adapters import STARTS, unwrapped
+from ...errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from .layers import Component, LoRALayer, component_name, refuse_extras
 
-__all__ = [
-    "Component",
-    "LoRALayer",
-    "component_name",
-    "components_of",
-    "path_in_file",
-    "read_components",
-    "refuse_extras",
-]
+__all__ = ["components_of", "read_components"]
 
-# a component's place in a pipeline, by its class: what a bare module is called in a file
-NAMES: Final = {
-    "UNet2DConditionModel": "unet",
-    "CLIPTextModel": "text_encoder",
-    "CLIPTextModelWithProjection": "text_encoder_2",
-}
 FACTORS: Final = {"lora_A", "lora_B", "lora_magnitude_vector"}
-
-
-@dataclass(frozen=True)
-class LoRALayer:
-    """One adapted layer: y = W0 x + scaling * B (A x), and with DoRA m / ||W0 + scaling * B A|| times that.
-
-    Tensors are on the CPU, contiguous, and share no memory with the model; float32, or float64 if they were trained so.
-    """
-
-    name: str  # of the module in its component: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    lora_A: Tensor  # (r, in_features), or (r, in_channels, height, width)
-    lora_B: Tensor  # (out_features, r), or (out_channels, r, 1, 1)
-    scaling: float  # alpha / r, or alpha / sqrt(r)
-    magnitude: Tensor | None = None  # DoRA's m, (out_features,)
-    base_norm: Tensor | None = None  # DoRA: ||W0|| of each row, (out_features,)
-    norm: Tensor | None = None  # DoRA: ||W0 + scaling * B A|| of each row, (out_features,)
-
-    @property
-    def r(self) -> int:
-        return self.lora_A.shape[0]
-
-    def folded(self) -> Tensor:
-        """scaling * B: with it the layer is one of alpha = r."""
-        return self.lora_B * self.scaling
-
-    def magnitude_of_peft(self) -> Tensor:
-        """m in the shape that PEFT's layers have it in."""
-        assert self.magnitude is not None
-        return self.magnitude.view((1, -1, 1, 1) if self.lora_A.dim() == 4 else (-1,))
-
-
-@dataclass(frozen=True)
-class Component:
-    name: str  # its place in a pipeline: "unet", "transformer", "text_encoder", "text_encoder_2"
-    layers: tuple[LoRALayer, ...]
-    kind: str  # the class of the module: "UNet2DConditionModel"; "" where a file does not tell
-    config: Mapping[str, Any]  # of the module, as diffusers and transformers write it; may be empty
 
 
 def components_of(model: Any) -> dict[str, nn.Module]:
@@ -110,46 +58,6 @@ def read_components(model: Any) -> list[Component]:
             )
         found.append(Component(name, layers, kind, config))
     return found
-
-
-def component_name(kind: str) -> str:
-    """The place of a class in a pipeline."""
-    if kind in NAMES or "Transformer2D" in kind or "Transformer3D" in kind:
-        return NAMES.get(kind, "transformer")
-    raise OPLoRAValueError(
-        f"oplora.save_adapter: a {kind or 'model of unknown class'} has no place of its own in a diffusers pipeline; "
-        f"known are {', '.join(NAMES)} and transformers. Name it, as in save_adapter({{'text_encoder_3': m}}, ...), "
-        'or take format="peft".'
-    )
-
-
-def path_in_file(component: str, name: str) -> str:
-    """A module's path as files have it: a level of CLIP's text encoders that transformers 5 left out is in them."""
-    if component.startswith("text_encoder") and not name.startswith("text_model."):
-        return f"text_model.{name}"
-    return name
-
-
-def refuse_extras(where: str, config: Any) -> None:
-    """What an adapter's configuration says of tensors that have no place beside A and B, or of another base."""
-    start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
-        raise OPLoRATypeError(
-            f"oplora.save_adapter: {where} started from init_lora_weights={start!r}, which changed the base's "
-            'weights, so its factors do not fit the base that others have. Save it with format="peft".'
-        )
-    extras = {
-        "modules_to_save": getattr(config, "modules_to_save", None),
-        "lora_bias": getattr(config, "lora_bias", False),
-    }
-    if getattr(config, "bias", "none") != "none":
-        extras["bias"] = config.bias
-    for name, value in extras.items():
-        if value:
-            raise OPLoRATypeError(
-                f"oplora.save_adapter: {where} was trained with {name}={value!r}, for which diffusers' and kohya's "
-                'files have no place. Save it with format="peft".'
-            )
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from . import _core
-from .errors import OPLoRAFileError
+from .. import _core
+from ..errors import OPLoRAFileError
 
 __all__ = [
     "FACTOR_DTYPES",

@@ -26,10 +26,10 @@ import torch.distributed
 from torch import Tensor
 from transformers import TrainerCallback
 
-from .errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
-from .optim import AdamW
+from ..errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
+from ..optim import AdamW
 from .plot import FILE, FORMAT
-from .statistics import generators_of, stats
+from .stats import generators_of, inner_optimizer, stats
 
 __all__ = ["Monitor"]
 
@@ -53,7 +53,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     Args:
         folder: of the run, made if need be.
-        optimizer: oplora.AdamW, an optimizer of create_oplora_optimizer, or Generators. Not needed under Trainer.
+        optimizer: oplora.AdamW, an optimizer of create_oplora_optimizer, or Generators; also as accelerate prepared it.
+            Not needed under Trainer.
         every: record each step whose number divides by it, and the first.
 
     Raises:
@@ -127,16 +128,14 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     # ---- writing ----
 
     def _begin(self, optimizer: Any) -> None:
-        while not hasattr(optimizer, "generators") and hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
         generators = generators_of(optimizer, "oplora.Monitor")
-        self.optimizer = optimizer
+        self.optimizer = inner_optimizer(optimizer)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         shards = generators._shards if isinstance(generators, AdamW) else None
         if rank > 0 and shards is None:
             return
-        numbers = stats(optimizer)
+        numbers = stats(self.optimizer)
         path = self.folder / (FILE if rank == 0 else f"monitor-{rank}.jsonl")
         _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from .errors import OPLoRAValueError
-from .merge_sources import AdapterConfig, Base
+from ..errors import OPLoRAValueError
+from .merge_base import Base
+from .peft_adapter import KEY_PREFIX, AdapterConfig
 from .tensor_file import FACTOR_DTYPES, FLOATS, StoredTensor, TensorFile, count_nonfinite, read_factor
 
 __all__ = ["Change", "Delta", "plan_merge"]
 
-KEY_PREFIX: Final = "base_model.model."
 LINEAR_KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
 EMBEDDING_KEY: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])", re.DOTALL)
 

@@ -3,9 +3,8 @@
 A merged checkpoint has its base's tensors, dtypes and shapes, so every weight file keeps its header to the
 byte, and only the numbers of the adapted tensors change. They stream through in blocks of rows: the memory
 needed is a block and one layer's A and B, whatever the size of the model. Everything that can be checked is
-checked before the first byte is written. The output is built in a folder beside OUT and renamed at the end,
-so that OUT is whole or not there at all. What a process that was killed has left is put right by the next
-merge into the same OUT.
+checked before the first byte is written. OUT is whole or not there at all; what a process that was killed has left
+is put right by the next merge into the same OUT.
 
 Neither torch nor PEFT is needed. The result is that of PEFT's own ``merge_and_unload``, with sums in float32
 (float64 for a float64 base) and one rounding.
@@ -13,14 +12,10 @@ Neither torch nor PEFT is needed. The result is that of PEFT's own ``merge_and_u
 
 from __future__ import annotations  # _core.DType is a name of the stub alone
 
-import glob
 import math
 import os
-import secrets
 import shutil
-import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, Final
@@ -29,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from . import _core
-from .errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from .. import _core
+from ..errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
+from . import atomic
+from .merge_base import Base, read_base
 from .merge_plan import Change, Delta, plan_merge
-from .merge_sources import Base, read_adapter, read_base
+from .peft_adapter import read_adapter
 from .tensor_file import (
     FLOATS,
     StoredTensor,
@@ -47,7 +44,6 @@ from .tensor_file import (
 __all__ = ["merge_checkpoint"]
 
 BLOCK_BYTES: Final = 16 << 20
-STALE_SECONDS: Final = 3600  # nothing was written for so long: the merge was killed
 
 
 def merge_checkpoint(
@@ -83,7 +79,7 @@ def merge_checkpoint(
 
 
 def _merge(base: Path, adapter: Path, out: Path, *, overwrite: bool, progress: bool) -> None:
-    _put_right(out)
+    atomic.put_right(out, _holds_weights)
     _check_out(base, adapter, out, overwrite)
     source = read_base(base)
     config, factors = read_adapter(adapter)
@@ -95,8 +91,11 @@ def _merge(base: Path, adapter: Path, out: Path, *, overwrite: bool, progress: b
             f"{out.parent} has {free:,} bytes free, but the merged model needs {total:,}. Free space there, or choose "
             "an OUT on another disk. Nothing was written."
         )
-    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar:
-        _publish(out, overwrite, lambda folder: _write_all(folder, source, factors, changes, bar.update))
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="merge", disable=not progress) as bar,
+        atomic.folder(out, overwrite=overwrite) as new,
+    ):
+        _write_all(new, source, factors, changes, bar.update)
 
 
 # ---- paths ----
@@ -124,78 +123,20 @@ def _check_out(base: Path, adapter: Path, out: Path, overwrite: bool) -> None:
     names = os.listdir(out)
     if names and not overwrite:
         raise OPLoRAFileError(f"OUT {str(out)!r} is not empty. Choose another OUT, or replace it with --overwrite.")
-    if names and not any(name.endswith(".safetensors") for name in names):
+    if names and not _holds_weights(out):
         raise OPLoRAFileError(
             f"OUT {str(out)!r} holds no .safetensors file, so it is no earlier model that --overwrite might replace. "
             "Choose another OUT, or delete it yourself."
         )
 
 
+def _holds_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
+
+
 # ---- writing ----
 
 Advance = Callable[[int], object]  # is told how many bytes were written
-
-
-def _publish(out: Path, overwrite: bool, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder beside OUT, then put it in OUT's place by renaming."""
-    new, old = out.parent / f"{_prefix(out)}{secrets.token_hex(4)}.partial", _old(out)
-    new.mkdir()
-    try:
-        write(new)
-        _sync_folder(new)
-        if overwrite and os.path.isdir(out):
-            _swap(out, new, old)
-        else:
-            new.rename(out)  # over an empty folder too, but never over a filled one
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    _sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _prefix(out: Path) -> str:
-    return f".oplora-{out.name}-"
-
-
-def _old(out: Path) -> Path:
-    return out.parent / f"{_prefix(out)}old"
-
-
-def _put_right(out: Path) -> None:
-    """After merges into OUT that were killed: the earlier model is in its place, and nothing beside it."""
-    if _old(out).exists():
-        with suppress(OSError):  # OUT is there and not empty
-            _old(out).rename(out)
-        if any(out.glob("*.safetensors")):  # the new model, which is complete
-            shutil.rmtree(_old(out), ignore_errors=True)
-    for left in out.parent.glob(f"{glob.escape(_prefix(out))}*.partial"):
-        with suppress(FileNotFoundError):  # another process has finished it
-            if max(path.stat().st_mtime for path in (left, *left.rglob("*"))) < time.time() - STALE_SECONDS:
-                shutil.rmtree(left)
-
-
-def _swap(out: Path, new: Path, old: Path) -> None:
-    try:
-        out.rename(old)
-        new.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(file: BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _write_all(folder: Path, base: Base, adapter: TensorFile, changes: Mapping[str, Change], advance: Advance) -> None:
@@ -204,7 +145,6 @@ def _write_all(folder: Path, base: Base, adapter: TensorFile, changes: Mapping[s
         target.parent.mkdir(parents=True, exist_ok=True)
         with (base.root / other).open("rb") as source, target.open("xb") as file:
             _copy(source, file, 0, os.fstat(source.fileno()).st_size, advance)
-            _sync(file)
     with adapter.path.open("rb") as factors:
         for weights in base.files:
             with weights.path.open("rb") as source, (folder / weights.path.name).open("xb") as file:
@@ -212,7 +152,6 @@ def _write_all(folder: Path, base: Base, adapter: TensorFile, changes: Mapping[s
                 advance(len(weights.header))
                 for tensor in weights.tensors:
                     _write_tensor(file, tensor, source, factors, changes.get(tensor.name, Change()), advance)
-                _sync(file)
 
 
 def _copy(source: BufferedReader, file: BufferedWriter, begin: int, end: int, advance: Advance) -> None:

@@ -24,9 +24,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..errors import OPLoRATypeError, OPLoRAValueError
-from .files import place, write_file
+from ...errors import OPLoRATypeError, OPLoRAValueError
 from .layers import Component, LoRALayer, path_in_file
+from .saving import place, write_file
 
 __all__ = ["FILE", "save"]
 

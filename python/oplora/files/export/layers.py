@@ -1,0 +1,102 @@
+"""What is between the sources and the formats: the adapted layers, whatever their keys are called in a file."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from ...errors import OPLoRATypeError, OPLoRAValueError
+from ..peft_adapter import CHANGED_BASE
+
+__all__ = [
+    "Component",
+    "LoRALayer",
+    "component_name",
+    "path_in_file",
+    "refuse_extras",
+]
+
+# a component's place in a pipeline, by its class: what a bare module is called in a file
+NAMES: Final = {
+    "UNet2DConditionModel": "unet",
+    "CLIPTextModel": "text_encoder",
+    "CLIPTextModelWithProjection": "text_encoder_2",
+}
+
+
+@dataclass(frozen=True)
+class LoRALayer:
+    """One adapted layer: y = W0 x + scaling * B (A x), and with DoRA m / ||W0 + scaling * B A|| times that.
+
+    Tensors are on the CPU, contiguous, and share no memory with the model; float32, or float64 if they were trained so.
+    """
+
+    name: str  # of the module in its component: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora_A: Tensor  # (r, in_features), or (r, in_channels, height, width)
+    lora_B: Tensor  # (out_features, r), or (out_channels, r, 1, 1)
+    scaling: float  # alpha / r, or alpha / sqrt(r)
+    magnitude: Tensor | None = None  # DoRA's m, (out_features,)
+    base_norm: Tensor | None = None  # DoRA: ||W0|| of each row, (out_features,)
+    norm: Tensor | None = None  # DoRA: ||W0 + scaling * B A|| of each row, (out_features,)
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    def folded(self) -> Tensor:
+        """scaling * B: with it the layer is one of alpha = r."""
+        return self.lora_B * self.scaling
+
+    def magnitude_of_peft(self) -> Tensor:
+        """m in the shape that PEFT's layers have it in."""
+        assert self.magnitude is not None
+        return self.magnitude.view((1, -1, 1, 1) if self.lora_A.dim() == 4 else (-1,))
+
+
+@dataclass(frozen=True)
+class Component:
+    name: str  # its place in a pipeline: "unet", "transformer", "text_encoder", "text_encoder_2"
+    layers: tuple[LoRALayer, ...]
+    kind: str  # the class of the module: "UNet2DConditionModel"; "" where a file does not tell
+    config: Mapping[str, Any]  # of the module, as diffusers and transformers write it; may be empty
+
+
+def component_name(kind: str) -> str:
+    """The place of a class in a pipeline."""
+    if kind in NAMES or "Transformer2D" in kind or "Transformer3D" in kind:
+        return NAMES.get(kind, "transformer")
+    raise OPLoRAValueError(
+        f"oplora.save_adapter: a {kind or 'model of unknown class'} has no place of its own in a diffusers pipeline; "
+        f"known are {', '.join(NAMES)} and transformers. Name it, as in save_adapter({{'text_encoder_3': m}}, ...), "
+        'or take format="peft".'
+    )
+
+
+def path_in_file(component: str, name: str) -> str:
+    """A module's path as files have it: a level of CLIP's text encoders that transformers 5 left out is in them."""
+    if component.startswith("text_encoder") and not name.startswith("text_model."):
+        return f"text_model.{name}"
+    return name
+
+
+def refuse_extras(where: str, config: Any) -> None:
+    """What an adapter's configuration says of tensors that have no place beside A and B, or of another base."""
+    start = getattr(config, "init_lora_weights", None)
+    if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+        raise OPLoRATypeError(
+            f"oplora.save_adapter: {where} started from init_lora_weights={start!r}, which changed the base's "
+            'weights, so its factors do not fit the base that others have. Save it with format="peft".'
+        )
+    extras = {
+        "modules_to_save": getattr(config, "modules_to_save", None),
+        "lora_bias": getattr(config, "lora_bias", False),
+    }
+    if getattr(config, "bias", "none") != "none":
+        extras["bias"] = config.bias
+    for name, value in extras.items():
+        if value:
+            raise OPLoRATypeError(
+                f"oplora.save_adapter: {where} was trained with {name}={value!r}, for which diffusers' and kohya's "
+                'files have no place. Save it with format="peft".'
+            )
