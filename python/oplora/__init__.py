@@ -12,7 +12,8 @@ from .errors import OPLoRAError
 if TYPE_CHECKING:
     from .config import OPLoRAConfig
     from .export import save_adapter
-    from .generators import Generators, create_oplora_optimizer
+    from .generator_optimizer import create_oplora_optimizer
+    from .generators import Generators
     from .metrics import cmmd
     from .model import merge, wrap
     from .monitor import Monitor
@@ -42,7 +43,7 @@ _HOME = {
     "Monitor": "monitor",
     "OPLoRAConfig": "config",
     "cmmd": "metrics",
-    "create_oplora_optimizer": "generators",
+    "create_oplora_optimizer": "generator_optimizer",
     "generate": "ops",
     "merge": "model",
     "save_adapter": "export",
