@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from conftest import assert_same_bits, batches, factors, make_model, train, train_on
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_flatten
 
@@ -295,6 +296,19 @@ def test_factors_that_peft_replaced_are_stepped() -> None:
     assert_same_bits(factors(model), factors(twin))
 
 
+def test_model_that_was_moved_takes_its_generators_and_their_state_along() -> None:
+    """As far as one device can show it: what follows a move is done, and changes nothing."""
+    model, twin = make_model(), make_model()
+    optimizer, unmoved = make(model), make(twin)
+    train(model, optimizer, 2), train(twin, unmoved, 2)
+    for generator in optimizer.generators:
+        generator.factors.placed = torch.device("meta")
+    optimizer._devices = [torch.device("meta")]
+    train(model, optimizer, 2), train(twin, unmoved, 2)
+    assert_same_bits(factors(model), factors(twin))
+    assert {g.factors.placed.type for g in optimizer.generators} == {"cpu"} == {d.type for d in optimizer._devices}
+
+
 def test_other_tensors_in_the_place_of_the_factors_are_refused() -> None:
     model = make_model()
     optimizer = make(model)
@@ -448,6 +462,19 @@ def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 # ---- saving and copies ----
+
+
+def test_reading_by_torch_distributed_checkpoint_changes_nothing_and_says_what_it_leaves_out() -> None:
+    model = make_model()
+    optimizer = make(model)
+    train(model, optimizer, 2)
+    optimizer.zero_grad()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.warns(UserWarning, match="leaves the generators out"):
+        saved = get_optimizer_state_dict(model, optimizer)
+    assert_same_trees(optimizer.state_dict(), before)
+    with pytest.raises(oplora.OPLoRAError, match="no generators"):
+        set_optimizer_state_dict(model, optimizer, saved)
 
 
 def through_a_file(state: Any) -> Any:

@@ -10,6 +10,7 @@ clips or drops. So between two steps no gradient is anywhere else.
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from operator import is_not
@@ -110,6 +111,13 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_rate("lr", group["lr"])
         _check_rate("hidden_lr_ratio", self.param_groups[0]["hidden_lr_ratio"])
+        if self._is_read_by_a_step():
+            warnings.warn(
+                "oplora: a step at rate 0 from gradients of 0, which changes nothing, as torch.distributed.checkpoint "
+                "makes to read an optimizer. It leaves the generators out: save optimizer.state_dict() itself.",
+                stacklevel=4,
+            )
+            return loss
         self.generators.refuse_to_step()
         try:
             self.generators.push()
@@ -118,6 +126,14 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         finally:
             self.generators.zero_grad()
         return loss
+
+    def _is_read_by_a_step(self) -> bool:
+        """get_optimizer_state_dict would let the moments decay."""
+        rates = [group["lr"] for group in self.param_groups]
+        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) > 0 for rate in rates):
+            return False
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        return all(gradient is not None and not gradient.count_nonzero() for gradient in gradients)
 
     def _step_inner(self) -> None:
         if self._devices != (devices := self._generators_devices()):
