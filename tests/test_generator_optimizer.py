@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import test_trainer
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from conftest import assert_same_bits, batches, factors, make_model, train, train_on
 from torch import Tensor, nn
@@ -286,12 +287,14 @@ def test_layer_without_gradient_stays() -> None:
         assert torch.equal(tensor, before[name]) == (".first." in name)
 
 
-def test_factors_that_peft_replaced_are_stepped() -> None:
+@pytest.mark.parametrize("first", [lambda _: None, lambda o: o.load_state_dict(o.state_dict())], ids=["", "loaded"])
+def test_factors_that_peft_replaced_are_stepped(first: Callable[[Any], Any]) -> None:
     model, twin = make_model(), make_model()
     optimizer = make(model)
     for layer in (model.base_model.model.first, model.base_model.model.second):
         for part in (layer.lora_A["default"], layer.lora_B["default"]):
             part.weight = nn.Parameter(part.weight.detach().clone())
+    first(optimizer)
     train(model, optimizer, 2), train(twin, make(twin), 2)
     assert_same_bits(factors(model), factors(twin))
 
@@ -464,17 +467,44 @@ def test_trainer_resumes_bit_for_bit(tmp_path: Path) -> None:
 # ---- saving and copies ----
 
 
-def test_reading_by_torch_distributed_checkpoint_changes_nothing_and_says_what_it_leaves_out() -> None:
-    model = make_model()
-    optimizer = make(model)
+@every_class
+def test_torch_distributed_checkpoint_resumes_bit_for_bit(
+    optimizer_cls: type, options: dict[str, float], tmp_path: Path
+) -> None:
+    model, fresh = make_model(bias="all"), make_model(bias="all")
+    optimizer, resumed = make(model, optimizer_cls, **options), make(fresh, optimizer_cls, **options)
+    train(model, optimizer, 2)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    template = {"optimizer": get_optimizer_state_dict(fresh, resumed)}
+    dcp.load(template, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(fresh, resumed, template["optimizer"])
+    fresh.load_state_dict(model.state_dict())
+    assert train(fresh, resumed, 3) == train(model, optimizer, 3)
+    assert_same_bits(tensors(fresh), tensors(model))
+
+
+@every_class
+def test_reading_by_torch_distributed_checkpoint_changes_nothing(
+    optimizer_cls: type, options: dict[str, float]
+) -> None:
+    model = make_model(bias="all")
+    optimizer = make(model, optimizer_cls, **options)
     train(model, optimizer, 2)
     optimizer.zero_grad()
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.warns(UserWarning, match="leaves the generators out"):
-        saved = get_optimizer_state_dict(model, optimizer)
+    get_optimizer_state_dict(model, optimizer)
     assert_same_trees(optimizer.state_dict(), before)
-    with pytest.raises(oplora.OPLoRAError, match="no generators"):
-        set_optimizer_state_dict(model, optimizer, saved)
+
+
+def test_moments_zeroed_in_the_state_are_zero_in_the_next_step() -> None:
+    model = make_model()
+    optimizer = make(model, torch.optim.SGD, momentum=0.9)
+    train(model, optimizer, 2)
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if name.endswith("momentum_buffer"):
+                value.zero_()
+    assert not any(state["momentum_buffer"].count_nonzero() for state in optimizer.inner.state.values())
 
 
 def through_a_file(state: Any) -> Any:
@@ -612,10 +642,13 @@ def test_rate_set_later_that_is_no_rate_is_refused_and_nothing_changed(rate: Any
     assert_same_bits(tensors(model), before)
 
 
-def test_merged_layer_is_refused_and_nothing_changed() -> None:
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_merged_layer_is_refused_and_nothing_changed(by_hand: bool) -> None:
     model = make_model()
     optimizer = make(model)
     loss_of(model, data()[0]).backward()
+    if by_hand:
+        optimizer.generators.backward()
     model.merge_adapter()
     before = factors(model)
     with pytest.raises(oplora.OPLoRAError, match="is merged"):

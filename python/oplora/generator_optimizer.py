@@ -10,7 +10,6 @@ clips or drops. So between two steps no gradient is anywhere else.
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from operator import is_not
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapters import other_parameters
 from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .generators import Generators
+from .generators import Generator, Generators
 from .presets import settle
 
 __all__ = ["GeneratorOptimizer", "create_oplora_optimizer"]
@@ -61,7 +60,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         **optimizer_kwargs: Any,
     ) -> None:
-        self.generators, self.skip_nonfinite = generators, skip_nonfinite
+        self.generators, self.skip_nonfinite, self._has_stepped = generators, skip_nonfinite, False
         groups: list[dict[str, Any]] = [
             {"params": [p for g in generators for p in (g.W2, g.c2)]},
             {"params": [p for g in generators for p in (g.z, g.W1, g.c1)], "lr": lr * hidden_lr_ratio},
@@ -83,14 +82,13 @@ class GeneratorOptimizer(torch.optim.Optimizer):
             self.inner.add_param_group({**added, "params": list(added["params"])})
 
     def __repr__(self) -> str:
-        N, H = (sum(g.W2.shape[0] for g in self.generators), next(iter(self.generators)).W2.shape[1])
-        layers = sum(1 for _ in self.generators)
+        shapes = [generator.W2.shape for generator in self.generators]
+        entries, hidden_width = sum(N for N, _ in shapes), shapes[0][1]
         others = sum(len(group["params"]) for group in self.param_groups[1:])
-        what = (
-            f"{type(self.inner).__name__} over the generators of {layers} layers: {N} factor entries, hidden_width {H}"
-        )
-        head = f"{type(self).__name__} ({what}{f'; {others} other parameters' if others else ''}"
-        return head + super().__repr__().removeprefix(f"{type(self).__name__} (")
+        head = f"{type(self).__name__} ("
+        what = f"{type(self.inner).__name__} over the generators of {len(shapes)} layers: {entries} factor entries"
+        what += f", hidden_width {hidden_width}{f'; {others} other parameters' if others else ''}"
+        return head + what + super().__repr__().removeprefix(head)
 
     # ---- stepping ----
 
@@ -111,13 +109,6 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             _check_rate("lr", group["lr"])
         _check_rate("hidden_lr_ratio", self.param_groups[0]["hidden_lr_ratio"])
-        if self._is_read_by_a_step():
-            warnings.warn(
-                "oplora: a step at rate 0 from gradients of 0, which changes nothing, as torch.distributed.checkpoint "
-                "makes to read an optimizer. It leaves the generators out: save optimizer.state_dict() itself.",
-                stacklevel=4,
-            )
-            return loss
         self.generators.refuse_to_step()
         try:
             self.generators.push()
@@ -126,14 +117,6 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         finally:
             self.generators.zero_grad()
         return loss
-
-    def _is_read_by_a_step(self) -> bool:
-        """get_optimizer_state_dict would let the moments decay."""
-        rates = [group["lr"] for group in self.param_groups]
-        if any((isinstance(rate, Tensor) and rate.device.type != "cpu") or float(rate) > 0 for rate in rates):
-            return False
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        return all(gradient is not None and not gradient.count_nonzero() for gradient in gradients)
 
     def _step_inner(self) -> None:
         if self._devices != (devices := self._generators_devices()):
@@ -149,6 +132,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         hidden.update(changed, lr=group["lr"] * group["hidden_lr_ratio"])
         self.inner.param_groups[2:] = self.param_groups[1:]
         self.inner.step()
+        self._has_stepped = True
         group.update({key: first[key] for key in shared})
         for generator in stepped:
             generator.refresh()
@@ -213,13 +197,39 @@ class GeneratorOptimizer(torch.optim.Optimizer):
 
     # ---- saving ----
 
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        """What _entries tells; nothing before the first step, so that who needs to know what there will be makes one
+        (torch.distributed.checkpoint)."""
+        self._list_factors()
+        return self._entries() if self._has_stepped else {}
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        """torch's constructor sets an empty one."""
+
+    def _entries(self) -> dict[Tensor, dict[str, Any]]:
+        """Under each layer's first tensor the generator, and what the class keeps for it ("W2", "W2.exp_avg", ...);
+        under other parameters what it keeps for those. Made anew at each look, of the live tensors."""
+        entries = {p: self.inner.state.get(p, {}) for group in self.param_groups for p in group["params"]}
+        for generator in self.generators:
+            parameters, held = generator.factors.layer.parameters(), generator.factors.state_dict()
+            for parameter, base, factor in zip(parameters, held["bases"], held["factors"], strict=True):
+                entries[parameter] = {"factor": factor} | ({} if base is None else {"base": base})
+            for name, parameter in generator.named_parameters():
+                entries[parameters[0]][name] = parameter.detach()
+                for key, value in self.inner.state.get(parameter, {}).items():
+                    entries[parameters[0]][f"{name}.{key}"] = value
+        return entries
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
         return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with "generators" (what they are) and "inner" (the state_dict of `inner`). Resuming from it, and
-        from the model and data at the same place, continues bit for bit."""
+        """torch's, with the generators in "state", and "inner": what `inner` is and its groups' numbers. Resuming from
+        it, and from the model and data at the same place, continues bit for bit."""
+        self._list_factors()
         ours = self.register_state_dict_post_hook(_with_generators, prepend=True)  # before those of others
         try:
             return super().state_dict()
@@ -228,12 +238,13 @@ class GeneratorOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state, and writes the factors that belong to it into the model. Those of oplora 0.1, which had the
-        inner optimizer's state and groups only, load too.
+        """Takes the state, and writes the factors that belong to it into the model. Those of oplora 0.1 (the inner
+        optimizer's, and "generators") and of torch.distributed.checkpoint ("state" and "param_groups" only) load too.
 
         Raises:
             OPLoRAError: the state is of another model, rank, width or optimizer; nothing was changed.
         """
+        self._list_factors()
         ours = self.register_load_state_dict_pre_hook(_load_generators)  # after those of others
         try:
             super().load_state_dict(state_dict)
@@ -371,29 +382,52 @@ def _are_others(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) ->
 
 def _with_generators(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, GeneratorOptimizer)
-    inner = {**optimizer.inner.state_dict(), "class": type(optimizer.inner).__name__}
-    return {**saved, "generators": optimizer.generators.state_dict(), "inner": inner}
+    index = {id(p): i for i, p in enumerate(_parameters(optimizer))}
+    state = {index[id(p)]: entries for p, entries in optimizer._entries().items()}
+    inner = {
+        "class": type(optimizer.inner).__name__,
+        "layers": [generator.factors.layer.name for generator in optimizer.generators],
+        "param_groups": optimizer.inner.state_dict()["param_groups"],
+    }
+    return {**saved, "state": state, "inner": inner}
 
 
 def _load_generators(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """Loads what is not torch's, after a look at everything; returns what is torch's."""
     assert isinstance(optimizer, GeneratorOptimizer)
-    if "generators" not in saved:
-        raise OPLoRAValueError("oplora: this state_dict has no generators; it was saved by another optimizer.")
-    optimizer.generators.check_state(saved["generators"])
-    inner = saved.get("inner", saved)
-    name = type(optimizer.inner).__name__
-    if inner.get("class", name) != name:
+    if "generators" in saved:
+        generators, inner = saved["generators"], {key: saved[key] for key in ("state", "param_groups")}
+        _check_groups(optimizer.inner.param_groups, inner["param_groups"])
+        groups = _from_inner(optimizer.param_groups, inner["param_groups"])
+    else:
+        groups = saved["param_groups"]
+        _check_inner(optimizer, saved.get("inner", {}))
+        _check_groups(optimizer.param_groups, groups)
+        generators, inner = _from_entries(optimizer, saved["state"], groups)
+        inner["param_groups"] = saved.get("inner", inner)["param_groups"]
+    optimizer.generators.check_state(generators)
+    optimizer.generators.load_state_dict(generators)
+    optimizer.inner.load_state_dict(inner)
+    optimizer._has_stepped = bool(optimizer.inner.state)
+    return {"state": {}, "param_groups": groups}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check_inner(optimizer: GeneratorOptimizer, saved: dict[str, Any]) -> None:
+    name, layers = type(optimizer.inner).__name__, [generator.factors.layer.name for generator in optimizer.generators]
+    if saved.get("class", name) != name:
         raise OPLoRAValueError(
-            f"oplora: this state_dict is of {inner['class']} over generators, and this optimizer has {name}. Make it "
+            f"oplora: this state_dict is of {saved['class']} over generators, and this optimizer has {name}. Make it "
             "with the class of the run that was saved."
         )
-    _check_groups(optimizer.inner.param_groups, inner["param_groups"])
-    groups = saved["param_groups"] if "inner" in saved else _from_inner(optimizer.param_groups, inner["param_groups"])
-    _check_groups(optimizer.param_groups, groups)
-    optimizer.generators.load_state_dict(saved["generators"])
-    optimizer.inner.load_state_dict({key: inner[key] for key in ("state", "param_groups")})
-    return {"state": saved["state"] if "inner" in saved else {}, "param_groups": groups}
+    if different := sorted(set(saved.get("layers", layers)) ^ set(layers)):
+        raise OPLoRAValueError(
+            f"oplora: the saved generators are of other layers: {different[0]} is in one of both only. Build the "
+            "model with the adapter of the run that was saved."
+        )
 
 
 def _check_groups(mine: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]) -> None:
@@ -403,6 +437,33 @@ def _check_groups(mine: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]
             f"oplora: the state_dict's parameter groups do not fit the model: they have {got} tensors, expected "
             f"{expected}. Build the model and the optimizer as in the run that was saved."
         )
+
+
+def _from_entries(
+    optimizer: GeneratorOptimizer, state: dict[Any, dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state_dicts of the generators and of the inner optimizer, from the entries under each tensor's number."""
+    numbers = [number for group in groups for number in group["params"]]
+    kept = {p: state[number] for p, number in zip(_parameters(optimizer), numbers, strict=True) if number in state}
+    generators: dict[str, Any] = {}
+    for name, generator in optimizer.generators.named_modules():
+        if not isinstance(generator, Generator):
+            continue
+        of_factors = [kept.pop(parameter, {}) for parameter in generator.factors.layer.parameters()]
+        entries = of_factors[0]
+        for key, parameter in generator.named_parameters():
+            if key not in entries:
+                raise OPLoRAValueError("oplora: this state_dict has no generators; it was saved by another optimizer.")
+            generators[f"{name}.{key}"] = entries[key]
+            kept[parameter] = {k.removeprefix(f"{key}."): v for k, v in entries.items() if k.startswith(f"{key}.")}
+        bases, factors = ([own.get(key) for own in of_factors] for key in ("base", "factor"))
+        generators[f"{name}._extra_state"] = {"bases": bases, "factors": factors}
+    inner_state = {i: kept[p] for i, p in enumerate(_parameters(optimizer.inner)) if kept.get(p)}
+    inner_groups = [
+        {**mine, **{key: value for key, value in of.items() if key != "params"}}
+        for mine, of in zip(optimizer.inner.state_dict()["param_groups"], [groups[0], *groups], strict=True)
+    ]
+    return generators, {"state": inner_state, "param_groups": inner_groups}
 
 
 def _from_inner(mine: Sequence[dict[str, Any]], inner: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -173,8 +173,12 @@ class Generators(nn.Module):
                 parameter.grad = None
 
     def refuse_to_step(self) -> None:
+        """Raises where a step would go wrong in a layer with gradients, in its factors or in its generator."""
         layers = [generator.factors.layer for generator in self]
         refuse_to_step(layers, [layer.parameters() for layer in layers])
+        for generator, layer in zip(self, layers, strict=True):
+            if generator.W2.grad is not None:
+                layer.refuse_to_step(layer.parameters())
 
     @torch.no_grad()
     def push(self) -> None:
