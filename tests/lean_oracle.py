@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 from conftest import batches, make_model
+from oplora.lean import LeanState
+from oplora.start import Settings, count_parameters, start_parameters, views
 from torch import Tensor, nn
 
 import oplora
-from oplora.lean import LeanState
-from oplora.start import Settings, count_parameters, start_parameters, views
 
 
 def truncated(product: Tensor, rank: int) -> Tensor:

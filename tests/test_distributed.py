@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import adapter_types
+import oplora.checks
+import oplora.device
+import oplora.exact
+import oplora.sharding
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,10 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import oplora
-import oplora.checks
-import oplora.device
-import oplora.exact
-import oplora.sharding
 from oplora.adapters import find_layers
 from oplora.watching.plot import Run
 

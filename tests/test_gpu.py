@@ -7,11 +7,11 @@ import adapter_types
 import pytest
 import torch
 from conftest import batches, factors, make_model, train_on
+from oplora.device import has_kernels
 from torch import nn
 
 import oplora
 from oplora import reference
-from oplora.device import has_kernels
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_kernels()), reason="needs a CUDA GPU, and liboplora_cuda.so"

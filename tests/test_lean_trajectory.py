@@ -12,11 +12,11 @@ from conftest import Net, assert_same_bits, factors, make_model, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lean_oracle import Pair, gradient, values
+from oplora.lean import LeanState
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import oplora
-from oplora.lean import LeanState
 
 
 def random_gradients(seed: int) -> Callable[[LeanState], Tensor]:

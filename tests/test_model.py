@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oplora.start
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 import oplora
-import oplora.start
 
 # ---- wrap ----
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from adapter_types import data, make
 from conftest import Net, batches, make_model, train_on
+from oplora.precondition import precondition
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import oplora
 from oplora.adapters import AdaptedLayer, find_layers
-from oplora.precondition import precondition
 
 PAIRED = ["LoRA, Linear", "LoRA, Conv1D", "LoRA, Conv2d", "LoRA, Conv2d, groups", "LoRA, Conv3d", "LoRA, Embedding"]
 PAIRED += ["LoRA, MultiheadAttention", "LoRA, parameters", "DoRA, Linear"]

@@ -12,7 +12,8 @@ from .errors import OPLoRAError
 if TYPE_CHECKING:
     from .config import OPLoRAConfig
     from .files.export import save_adapter
-    from .generators import Generators, create_oplora_optimizer
+    from .generator_optimizer import create_oplora_optimizer
+    from .generators import Generators
     from .model import merge, wrap
     from .ops import generate
     from .optim import AdamW
@@ -42,7 +43,7 @@ _HOME = {
     "Monitor": "watching.monitor",
     "OPLoRAConfig": "config",
     "cmmd": "watching.cmmd",
-    "create_oplora_optimizer": "generators",
+    "create_oplora_optimizer": "generator_optimizer",
     "generate": "ops",
     "merge": "model",
     "save_adapter": "files.export",

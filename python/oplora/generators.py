@@ -1,6 +1,7 @@
-"""The general path: the generators as an nn.Module of ordinary Parameters, under any torch optimizer, on any device.
+"""The general path: the generators as an nn.Module of ordinary Parameters, on any device.
 
 It forms the gradient of W2 in full, as autograd would: a copy of W2's size that oplora.AdamW does without.
+generator_optimizer.py has the optimizer over it.
 """
 
 from collections.abc import Iterator
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
-from .adapters import find_layers, other_parameters, refuse_to_step
-from .device import has_kernels
+from .adapters import find_layers, refuse_to_step
+from .engines import Factors, Settings, keep_starts, warn_adopted
+from .engines.memory import allocate
+from .engines.settings import count_parameters, start_parameters, views
 from .errors import OPLoRAValueError
-from .factors import Factors, keep_starts, warn_adopted
-from .presets import settle
-from .start import Settings, allocate, count_parameters, start_parameters, views
+from .kernels import has_kernels
 
-__all__ = ["Generators", "create_oplora_optimizer"]
+__all__ = ["Generator", "Generators"]
 
 
 class Generator(nn.Module):
@@ -51,8 +52,8 @@ class Generator(nn.Module):
             parameter.detach().copy_(value)
         self.factors.remember_written(parameters)
 
-    def backward(self) -> None:
-        """Moves the factors' gradients, if there are any, into this module's."""
+    def push(self) -> None:
+        """Adds the factors' gradients, if there are any, to this module's."""
         parameters = self.factors.layer.parameters()
         gradients = self.factors.gradients(parameters)
         if gradients is None:
@@ -65,9 +66,14 @@ class Generator(nn.Module):
         for name, grad in grads.items():
             parameter = getattr(self, name)
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        for parameter in self.factors.layer.with_twins(parameters):
-            parameter.grad = None
         self.report = {"h": h, "g": g, "hidden": torch.cat([grad_z, grad_W1.flatten(), grad_c1])}
+
+    def follow_move(self) -> None:
+        """The model was moved (model.to(device), accelerator.prepare): the generator goes where its factors are now."""
+        device = self.factors.layer.parameters()[0].device
+        if self.factors.placed != device:
+            self.to(device)
+            self.factors.move(device, device)
 
     def _lacks_kernels(self) -> bool:
         """On a GPU without the CUDA library plain PyTorch computes, as on devices that have no kernels at all."""
@@ -160,14 +166,31 @@ class Generators(nn.Module):
         Raises:
             OPLoRAError: a layer is merged or disabled.
         """
-        adopted = []
+        self.refuse_to_step()
+        self.push()
+        for generator in self:
+            layer = generator.factors.layer
+            for parameter in layer.with_twins(layer.parameters()):
+                parameter.grad = None
+
+    def refuse_to_step(self) -> None:
+        """Raises where a step would go wrong in a layer with gradients, in its factors or in its generator."""
         layers = [generator.factors.layer for generator in self]
         refuse_to_step(layers, [layer.parameters() for layer in layers])
+        for generator, layer in zip(self, layers, strict=True):
+            if generator.W2.grad is not None:
+                layer.refuse_to_step(layer.parameters())
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """backward() that leaves the factors' gradients where they are, and asks nothing."""
+        adopted = []
         for generator in self:
+            generator.follow_move()
             tie = generator.factors
             if tie.adopt_edits(tie.layer.parameters(), generator.generate):
                 adopted.append(tie.layer.name)
-            generator.backward()
+            generator.push()
         if adopted:
             warn_adopted(adopted)
 
@@ -176,72 +199,3 @@ class Generators(nn.Module):
         """Writes every factor from its generator, in place."""
         for generator in self:
             generator.refresh()
-
-
-def create_oplora_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[torch.optim.Optimizer],
-    *,
-    lr: float,
-    hidden_width: int = 32,
-    latent_width: int = 128,
-    latent_std: float = 0.01,
-    preset: str = "paper",
-    hidden_lr_ratio: float | None = None,
-    init: str | None = None,
-    adapter_name: str | None = None,
-    seed: int = 0,
-    **optimizer_kwargs: Any,
-) -> torch.optim.Optimizer:
-    """Any torch optimizer class over the generators of a model's LoRA factors, and over its other trainable parameters.
-
-    The optimizer's step() first moves the gradients of A and B through the generators and afterwards writes the next A
-    and B; both by hooks. Its state_dict() holds the generators too. They are `optimizer.generators`.
-
-    Args:
-        model: as for oplora.AdamW.
-        optimizer_cls: for instance torch.optim.SGD; its other arguments are passed on by name.
-        lr: learning rate of W2, c2 and of the other trainable parameters; z, W1 and c1 get lr * hidden_lr_ratio.
-        hidden_width, latent_width, latent_std, preset, hidden_lr_ratio, init, adapter_name, seed: as in oplora.AdamW.
-            The rate of W2 is lr at every width: 32 / hidden_width is right for Adam's kind only, and weight decay would
-            follow. Preset "flat" is for Adam's kind too.
-
-    Gradients are clipped where they are: those of A and B before step(), or those of the generators between
-    optimizer.generators.backward() and step().
-    """
-    init, hidden_lr_ratio = settle(preset, init, hidden_lr_ratio, lr)
-    generators = Generators(
-        model,
-        hidden_width=hidden_width,
-        latent_width=latent_width,
-        latent_std=latent_std,
-        init=init,
-        adapter_name=adapter_name,
-        seed=seed,
-    )
-    outer = [p for g in generators for p in (g.W2, g.c2)]
-    hidden = [p for g in generators for p in (g.z, g.W1, g.c1)]
-    groups: list[dict[str, Any]] = [{"params": outer}, {"params": hidden, "lr": lr * hidden_lr_ratio}]
-    if others := list(other_parameters(model, adapter_name)):
-        groups.append({"params": others})
-    optimizer = optimizer_cls(groups, lr=lr, **optimizer_kwargs)  # type: ignore[call-arg]
-    optimizer.generators = generators  # type: ignore[attr-defined]
-    _hook(optimizer, generators)
-    return optimizer
-
-
-def _hook(optimizer: torch.optim.Optimizer, generators: Generators) -> None:
-    def save(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "generators": generators.state_dict()}
-
-    def load(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        if "generators" not in state:
-            raise OPLoRAValueError("oplora: this state_dict has no generators; it was saved by another optimizer.")
-        generators.check_state(state["generators"])
-        generators.load_state_dict(state["generators"])
-        return {key: value for key, value in state.items() if key != "generators"}
-
-    optimizer.register_step_pre_hook(lambda *_: generators.backward())
-    optimizer.register_step_post_hook(lambda *_: generators.refresh())
-    optimizer.register_state_dict_post_hook(save)
-    optimizer.register_load_state_dict_pre_hook(load)

@@ -13,7 +13,16 @@ from torch import Tensor
 from .errors import OPLoRATypeError, OPLoRAValueError
 from .presets import Preset
 
-__all__ = ["NUMBERS", "check_defaults", "complete", "numbers_of", "refuse_numbers", "refuse_options", "with_names"]
+__all__ = [
+    "NUMBERS",
+    "check_defaults",
+    "complete",
+    "numbers_of",
+    "rates_of",
+    "refuse_numbers",
+    "refuse_options",
+    "with_names",
+]
 
 GroupNumbers = tuple[float | Tensor, float, float | Tensor, float, float, float]
 
@@ -75,8 +84,8 @@ def complete(group: dict[str, Any], preset: Preset, hidden_lr_ratio: float | Non
     group.setdefault("hidden_lr_ratio", preset.hidden_lr_ratio(peak) if hidden_lr_ratio is None else hidden_lr_ratio)
 
 
-def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
-    """lr, weight_decay, hidden_lr, beta1, beta2, eps of a step now.
+def rates_of(group: dict[str, Any], preset: Preset) -> tuple[float | Tensor, float | Tensor]:
+    """lr and the hidden path's rate of a step now.
 
     The preset's rule holds for the highest lr so far, so that a warm-up from 0, OneCycleLR and a learning-rate finder
     come to what the same rate as a constant gives, and that a schedule's fall scales both rates. A ratio that
@@ -90,8 +99,13 @@ def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
             if ratio == preset.hidden_lr_ratio(peak):
                 ratio = group["hidden_lr_ratio"] = preset.hidden_lr_ratio(lr)
             group["peak_lr"] = lr
-    beta1, beta2 = group["betas"]
-    return lr, float(group["weight_decay"]), lr * ratio, float(beta1), float(beta2), float(group["eps"])
+    return lr, lr * ratio
+
+
+def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
+    """lr, weight_decay, hidden_lr, beta1, beta2, eps of a step now."""
+    (lr, hidden_lr), (beta1, beta2) = rates_of(group, preset), group["betas"]
+    return lr, float(group["weight_decay"]), hidden_lr, float(beta1), float(beta2), float(group["eps"])
 
 
 def with_names(group: dict[str, Any], first: int) -> dict[str, Any]:

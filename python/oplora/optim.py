@@ -29,7 +29,6 @@ from .refusals import (
     check_generator_device,
     check_positive,
     check_state,
-    refuse_devices,
     refuse_foreign_adapter,
 )
 from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators
@@ -413,13 +412,16 @@ class AdamW(torch.optim.Optimizer):
         number = {id(p): i for p, i in zip(self._all(), theirs, strict=False)}
         state = dict(saved["state"])
         of_layers = [
-            [state.get(number.get(id(p), -1)) for p in layer.factors.layer.parameters()] for layer in self._stepper.states
+            [state.get(number.get(id(p), -1)) for p in layer.factors.layer.parameters()]
+            for layer in self._stepper.states
         ]
         if len(theirs) == len(self._all()):
             self._stepper.together(lambda: check_layers(self._stepper.states, of_layers))
         everything = sum(p in number and state.pop(number[p], None) is not None for p in self._generated_ids())
         for layer, entries in zip(self._stepper.states, of_layers, strict=True):
-            state |= {number.get(id(p), -1): Loaded(e) for p, e in zip(layer.factors.layer.parameters(), entries, strict=True)}
+            state |= {
+                number.get(id(p), -1): Loaded(e) for p, e in zip(layer.factors.layer.parameters(), entries, strict=True)
+            }
         self._is_fresh = self._is_fresh and everything == sum(map(len, of_layers))
         self._is_consolidated = False
         return {**saved, "state": state}

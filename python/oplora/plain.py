@@ -47,7 +47,9 @@ class Plain:
         optimizer's state before then finds all of it."""
         for p in self:
             if p.requires_grad and not state.get(p) and not p.is_meta:
-                zeros = {key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")}
+                zeros = {
+                    key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")
+                }
                 state[p] = {"step": torch.tensor(0.0), **zeros}
 
     def step(self, groups: Sequence[dict[str, Any]], state: Any) -> None:

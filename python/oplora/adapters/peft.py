@@ -15,7 +15,15 @@ from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .layers import AdaptedLayer, Place, check_parameter
 from .tensors import STARTS
 
-__all__ = ["PeftLayer", "find_layers", "foreign_gradient", "foreign_tensors", "has_peft_layers", "other_parameters", "unwrapped"]
+__all__ = [
+    "PeftLayer",
+    "find_layers",
+    "foreign_gradient",
+    "foreign_tensors",
+    "has_peft_layers",
+    "other_parameters",
+    "unwrapped",
+]
 
 
 @dataclass(frozen=True)

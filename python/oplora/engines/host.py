@@ -53,7 +53,8 @@ class HostEngine(Engine):
             return batch.parameters
         masters = [master for state in batch.states for master in state.masters]
         return [
-            master if master is not None else self._in_place(p) for p, master in zip(batch.parameters, masters, strict=True)
+            master if master is not None else self._in_place(p)
+            for p, master in zip(batch.parameters, masters, strict=True)
         ]
 
     def _in_place(self, parameter: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.optimizer = inner_optimizer(optimizer)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
-        shards = generators._shards if isinstance(generators, AdamW) else None
+        shards = generators._stepper.shards if isinstance(generators, AdamW) else None
         if rank > 0 and shards is None:
             return
         numbers = stats(self.optimizer)

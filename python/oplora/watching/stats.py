@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engines import Factors, LayerState
 from ..errors import OPLoRATypeError
-from ..factors import Factors
 from ..generators import Generator, Generators
 from ..optim import AdamW
-from ..state import State
 
 __all__ = ["generators_of", "inner_optimizer", "stats"]
 
@@ -46,7 +45,7 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
     """
     generators = generators_of(optimizer)
     if isinstance(generators, AdamW):
-        states = generators._states
+        states = generators._stepper.states
         reports = _reports(states)
         steps = [s.step_numbers(r) if r is not None else NOT_STEPPED for s, r in zip(states, reports, strict=True)]
         own = [s.stats(r) for s, r in zip(states, reports, strict=True)]
@@ -84,7 +83,7 @@ def generators_of(optimizer: Any, caller: str = "oplora.stats") -> AdamW | Gener
     )
 
 
-def _reports(states: Sequence[State]) -> list[Tensor | None]:
+def _reports(states: Sequence[LayerState]) -> list[Tensor | None]:
     """Each layer's part of the core's report; a report, which many layers share, is fetched once."""
     fetched: dict[int, Tensor] = {}
     parts: list[Tensor | None] = []
