@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import cache
 
-import oplora.start
 import pytest
 import torch
 from conftest import EagerGenerator, batches, factors, make_model
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 import oplora
 import oplora.generators
+from oplora.engines.settings import views as views_of
 
 STEPS = 100
 
@@ -156,8 +156,8 @@ def test_exact_equals_eager_from_either_start(start: str) -> None:
     model = make_model(torch.float64)
     optimizer = oplora.AdamW(model, lr=1e-2, state="exact", start=start)
     pairs = []
-    for state in optimizer._states:
-        eager = EagerGenerator(oplora.start.views(state.parameters, state.H, state.Z), state.factors.shapes)
+    for state in optimizer._stepper.states:
+        eager = EagerGenerator(views_of(state.pieces()["parameters"], 32, 128), state.factors.shapes)
         pairs.append((eager, state.factors.layer))
     reference = torch.optim.AdamW([p for eager, _ in pairs for p in eager.parameters()], lr=1e-2)
     for x, y in batches(20, torch.float64):
@@ -179,8 +179,9 @@ def waking_gradients() -> Iterator[tuple[float, float]]:
 def test_units_that_die_and_come_back_follow_eager_adamw() -> None:
     model = make_model(torch.float64)
     optimizer = oplora.AdamW(model, state="exact", lr=2e-2, weight_decay=0.3, hidden_width=16, latent_width=4)
-    state = optimizer._states[0]
-    views = oplora.start.views(state.parameters, state.H, state.Z)
+    state = optimizer._stepper.states[0]
+    pieces = state.pieces()
+    views, moving, decay = views_of(pieces["parameters"], 16, 4), pieces["moving"], pieces["decay"].view(-1, 16)
     eager = EagerGenerator(views, state.factors.shapes)
     others = [eager.z, eager.W1, eager.c1, eager.c2]
     weights = {"params": [eager.W2], "lr": 4e-2, "weight_decay": 0.15}  # twice the rate at half the width
@@ -196,9 +197,9 @@ def test_units_that_die_and_come_back_follow_eager_adamw() -> None:
             eager.c1.add_(shift)
         # a column that was still owes its decay before it may be read
         fired = torch.relu(views["W1"] @ views["z"] + views["c1"]) > 0
-        owed = torch.where(fired & (state.moving == 0), state.decay[0], torch.ones_like(state.decay[0]))
+        owed = torch.where(fired & (moving == 0), decay[0], torch.ones_like(decay[0]))
         views["W2"].mul_(owed)
-        state.decay[:, fired] = 1.0
+        decay[:, fired] = 1.0
         live.add(int(fired.sum()))
         reference.zero_grad()
         v = torch.cat([piece.flatten() for piece in eager()])
@@ -214,17 +215,18 @@ def test_units_that_die_and_come_back_follow_eager_adamw() -> None:
 def test_true_columns_are_decay_times_stored_ones() -> None:
     model = make_model(torch.float64)
     optimizer = oplora.AdamW(model, state="exact", lr=1e-2, weight_decay=0.5, hidden_lr_ratio=0.0)
-    start = oplora.start.views(optimizer._states[0].parameters, 32, 128)["W2"].clone()
+    start = views_of(optimizer._stepper.states[0].pieces()["parameters"], 32, 128)["W2"].clone()
     for x, y in batches(10, torch.float64):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         optimizer.step()
-    state = optimizer._states[0]
-    still = state.moving == 0
+    pieces = optimizer._stepper.states[0].pieces()
+    still = pieces["moving"] == 0
     assert 0 < int(still.sum()) < 32
-    assert torch.equal(oplora.start.views(state.parameters, 32, 128)["W2"][:, still], start[:, still])
-    assert torch.allclose(state.decay[:, still], torch.tensor((1 - 1e-2 * 0.5) ** 10, dtype=torch.float64), rtol=1e-14)
-    assert not oplora.start.views(state.exp_avg_sq, 32, 128)["W2"][:, still].any()
+    assert torch.equal(views_of(pieces["parameters"], 32, 128)["W2"][:, still], start[:, still])
+    decay = pieces["decay"].view(-1, 32)
+    assert torch.allclose(decay[:, still], torch.tensor((1 - 1e-2 * 0.5) ** 10, dtype=torch.float64), rtol=1e-14)
+    assert not views_of(pieces["exp_avg_sq"], 32, 128)["W2"][:, still].any()
 
 
 def tiny_llama(dtype: torch.dtype) -> nn.Module:

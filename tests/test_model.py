@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oplora.start
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import oplora
+from oplora.engines.settings import views as views_of
 
 # ---- wrap ----
 
@@ -140,8 +140,8 @@ def test_stats_are_the_two_terms_of_the_papers_step() -> None:
     model = make_model(torch.float64)
     optimizer = oplora.AdamW(model, lr=1e-2, state="exact")
     train(model, optimizer, 3, torch.float64)
-    state = optimizer._states[0]
-    tensors = {k: v.clone().requires_grad_() for k, v in oplora.start.views(state.parameters, 32, 128).items()}
+    state = optimizer._stepper.states[0]
+    tensors = {k: v.clone().requires_grad_() for k, v in views_of(state.pieces()["parameters"], 32, 128).items()}
     train(model, optimizer, 1, torch.float64)
     g = torch.cat([p.grad.flatten() for p in state.factors.layer.parameters()])
     h = torch.relu(tensors["W1"] @ tensors["z"] + tensors["c1"])

@@ -47,7 +47,7 @@ class Listing:
 
     def any_folded(self) -> bool:
         """Whether a layer is merged into its base, or switched off."""
-        return any([m.merged_adapters or m._disable_adapters for m in self._modules])
+        return any(m.merged_adapters or m._disable_adapters for m in self._modules)
 
     def has_changed(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> bool:
         """Whether a tensor, or what a group holds, is another than at the last update()."""

@@ -40,7 +40,7 @@ log = logging.getLogger("oplora")
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch.optim.AdamW does.
+    """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch's AdamW does.
 
     Behind the factors of a layer stands h = ReLU(W1 z + c1), [A | B] = W2 h + c2; what DoRA, VeRA, IA3 and the other
     adapters of docs/adapters.md train besides or instead is generated likewise. A step takes the gradients that
@@ -409,25 +409,19 @@ class AdamW(torch.optim.Optimizer):
         refuse_without_generators(saved)
         check_names(self.param_groups, saved["param_groups"])
         theirs = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
-        number = {id(p): i for p, i in zip(self._all(), theirs, strict=False)}
-        state = dict(saved["state"])
-        of_layers = [
-            [state.get(number.get(id(p), -1)) for p in layer.factors.layer.parameters()]
-            for layer in self._stepper.states
-        ]
-        if len(theirs) == len(self._all()):
-            self._stepper.together(lambda: check_layers(self._stepper.states, of_layers))
-        everything = sum(p in number and state.pop(number[p], None) is not None for p in self._generated_ids())
-        for layer, entries in zip(self._stepper.states, of_layers, strict=True):
-            state |= {
-                number.get(id(p), -1): Loaded(e) for p, e in zip(layer.factors.layer.parameters(), entries, strict=True)
-            }
-        self._is_fresh = self._is_fresh and everything == sum(map(len, of_layers))
+        number = dict(zip(map(id, self._all()), theirs, strict=False))
+        state, layers = dict(saved["state"]), self._stepper.states
+        tensors = [layer.factors.layer.parameters() for layer in layers]
+        of_layers = [[state.get(number.get(id(p), -1)) for p in some] for some in tensors]
+        if len(theirs) == len(self._all()):  # otherwise torch says what does not fit
+            self._stepper.together(lambda: check_layers(layers, of_layers))
+        every = [state.pop(number.get(id(p), -1), None) for p in self._stepper.listing.now()]
+        for p, entry in zip(chain.from_iterable(tensors), chain.from_iterable(of_layers), strict=True):
+            state[number.get(id(p), -1)] = Loaded(entry)
+        # of a sharded optimizer: whether it was given its own share alone, as state_dict() of a fresh one has it
+        self._is_fresh = self._is_fresh and sum(entry is not None for entry in every) == sum(map(len, tensors))
         self._is_consolidated = False
         return {**saved, "state": state}
-
-    def _generated_ids(self) -> list[int]:
-        return [id(p) for p in self._stepper.listing.now()]
 
     # ---- telling ----
 
@@ -438,8 +432,9 @@ class AdamW(torch.optim.Optimizer):
         begun = any(not all(state.factors.kept) for state in self._stepper.states)
         written = "; A is what the generators start with, not what it was before (init='paper')" if begun else ""
         return (
-            f"{len(self._layers)} generators ({kind}, hidden_width {settings.hidden_width}, preset {self._preset.name}) "
-            f"behind {len(tensors)} tensors of {entries:,} entries; {plain} other parameters{written}"
+            f"{len(self._layers)} generators (state {kind}, hidden_width {settings.hidden_width}, preset "
+            f"{self._preset.name}) behind {len(tensors)} tensors of {entries:,} entries; {plain} other parameters"
+            f"{written}"
         )
 
     def __repr__(self) -> str:

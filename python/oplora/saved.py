@@ -1,8 +1,8 @@
 """What is saved of the generators: checked before anything is changed, and put back; checkpoints of version 0.1 too.
 
-A state_dict is torch's: {"state": {number of a tensor: {...}}, "param_groups": [...]}. A generated tensor's dict is its
-engines.Entry, as plain tensors and numbers, and "factor", the tensor's own value, so that resuming restores its very bits.
-Version 0.1 had the generators under a key of their own, by the layer's name.
+A state_dict is torch's: {"state": {number of a tensor: {...}}, "param_groups": [...]}. A generated tensor's dict is
+its engines.Entry, as plain tensors and numbers, and "factor", the tensor's own value, so that resuming restores its
+very bits. Version 0.1 had the generators under a key of their own, by the layer's name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapters import layer_of
 from .engines import LayerState, entries_of_0_1
 from .errors import OPLoRATypeError, OPLoRAValueError
 
@@ -34,17 +35,11 @@ class Loaded:
 
 
 def check_names(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raises where tensors have names on both sides and these differ."""
-    ours, theirs = (set(chain.from_iterable(g.get("param_names", ()) for g in some)) for some in (groups, saved))
-    if not ours or not theirs or ours == theirs:
-        return
-    lacking, extra = sorted(ours - theirs), sorted(theirs - ours)
-    parts = [f"it lacks {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"] if lacking else []
-    parts += [f"it has {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''} besides"] if extra else []
-    raise OPLoRAValueError(
-        f"oplora: the saved generators are of other layers: {'; '.join(parts)}. Build the model with the adapter "
-        "(names, target_modules) of the run that was saved."
-    )
+    """Raises where tensors have names on both sides, and these are of other layers."""
+    names = [chain.from_iterable(group.get("param_names", ()) for group in some) for some in (groups, saved)]
+    ours, theirs = ({layer for name in some if (layer := layer_of(name)) is not None} for some in names)
+    if ours and theirs and ours != theirs:
+        raise OPLoRAValueError(_other_layers(ours, theirs))
 
 
 def refuse_without_generators(saved: Mapping[str, Any]) -> None:
@@ -120,6 +115,9 @@ def _check_begun(layer: LayerState, saved: dict[str, Any], own: dict[str, Any]) 
     for name, (least, end) in BEGUN.items():
         if name in own and not (isinstance(saved[name], int) and least <= saved[name] < end):
             raise OPLoRAValueError(f"oplora: the saved {name} of layer {layer.name} is {saved[name]!r}.")
+    latent_std = saved.get("latent_std", 0.0)
+    if not isinstance(latent_std, int | float) or not 0 <= latent_std < float("inf"):
+        raise OPLoRAValueError(f"oplora: the saved latent_std of layer {layer.name} is {latent_std!r}.")
     step = saved["step"]
     number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
     if not isinstance(number, int | float) or number < 0 or number != int(number):
@@ -189,8 +187,8 @@ def from_0_1(saved: dict[str, Any], layers: Iterable[Any]) -> dict[str, Any]:
 
 def _other_layers(mine: set[str], saved: set[str]) -> str:
     lacking, extra = sorted(mine - saved), sorted(saved - mine)
-    parts = [f"it lacks {', '.join(lacking[:3])}"] if lacking else []
-    parts += [f"it has {', '.join(extra[:3])} besides"] if extra else []
+    parts = [f"it lacks {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''}"] if lacking else []
+    parts += [f"it has {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''} besides"] if extra else []
     return (
         f"oplora: the saved generators are of other layers: {'; '.join(parts)}. Build the model with the adapter "
         "(names, target_modules) of the run that was saved."

@@ -1,7 +1,7 @@
 """One step of all engines: which layers step, that all of them do or none, and what processes tell each other.
 
-oplora.AdamW decides what is stepped with which numbers; here it happens: gather() finds the layers that have gradients and
-goes on from what others wrote into them, step() moves them, on the CPU or on GPUs.
+oplora.AdamW decides what is stepped with which numbers; here it happens: gather() finds the layers that have gradients
+and goes on from what others wrote into them, step() moves them, on the CPU or on GPUs.
 """
 
 from collections.abc import Callable, Sequence
@@ -130,8 +130,8 @@ class Stepper:
                     if tuple(_as_list(groups[g][name])) != tuple(_as_list(first[name])):
                         raise OPLoRAValueError(
                             f"oplora.AdamW: {tensor} of layer {layer.name} is in parameter group {g} with {name} "
-                            f"{groups[g][name]}, {layer.tensors[0]} in group {some[0]} with {first[name]}. Tensors of one "
-                            "generator share its moments: give their groups the same; rates and decays may differ."
+                            f"{groups[g][name]}, {layer.tensors[0]} in group {some[0]} with {first[name]}. Tensors of "
+                            "one generator share its moments: give their groups the same; rates and decays may differ."
                         )
 
     def _have_moved(self, own: list[nn.Parameter]) -> bool:

@@ -1,7 +1,7 @@
 """What is generated: the tensors of adapters, found in PEFT's layers, by names, or by shapes."""
 
 from .layers import AdaptedLayer, check_layers, refuse_to_step
-from .pairing import Found, find
+from .pairing import Found, find, layer_of
 from .peft import find_layers, foreign_gradient, foreign_tensors, other_parameters, unwrapped
 from .precondition import precondition_gradients, require_pairs
 from .tensors import STARTS, Start
@@ -16,6 +16,7 @@ __all__ = [
     "find_layers",
     "foreign_gradient",
     "foreign_tensors",
+    "layer_of",
     "other_parameters",
     "precondition_gradients",
     "refuse_to_step",

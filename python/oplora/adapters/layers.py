@@ -1,7 +1,7 @@
 """What one generator stands behind: the trainable tensors of one adapter in one layer.
 
-Two kinds of layers have the same few methods: PeftLayer (peft.py), whose tensors are looked up in PEFT's module again at
-every step, and PlainLayer, for tensors that were handed over without a module (pairing.py).
+Two kinds of layers have the same few methods: PeftLayer (peft.py), whose tensors are looked up in PEFT's module again
+at every step, and PlainLayer, for tensors that were handed over without a module (pairing.py).
 """
 
 from abc import ABC, abstractmethod

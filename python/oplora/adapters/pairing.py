@@ -1,9 +1,9 @@
 """What is generated: from whatever somebody hands an optimizer to layers, and to the groups that torch wants.
 
 One rule, in this order. A module with PEFT's layers: those. Otherwise a tensor's name, which (name, tensor) pairs and
-modules give, or its `original_name`: tensors of one adapter are those whose names differ in the tensor's own name alone.
-Otherwise shapes: a down projection (r, in_features, ...) and an up projection (out_features, r, 1, ...) with r below
-in_features are a pair, if they come in turn, or all downs before all ups. Everything else is no adapter's, and plain.
+modules give, or its `original_name`: those belong together whose names differ in the tensor's own name alone. Otherwise
+shapes: a down projection (r, in_features, ...) and an up projection (out_features, r, 1, ...) with r below in_features
+are a pair, if they come in turn, or all downs before all ups. Everything else is no adapter's, and plain.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +17,7 @@ from .layers import AdaptedLayer, PlainLayer, check_parameter
 from .peft import find_layers, has_peft_layers, other_parameters, unwrapped
 from .tensors import OTHER_NAMES, STARTS
 
-__all__ = ["Found", "find"]
+__all__ = ["Found", "find", "layer_of"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,12 @@ def _layers_by_name(named: Iterable[tuple[str, Any]], adapter_name: str | None) 
     return _without_twins(layers)
 
 
+def layer_of(name: str) -> str | None:
+    """The layer, with its adapter, whose tensor has this name; None for what is no adapter's."""
+    parsed = _parsed(name)
+    return None if parsed is None else ".".join(part for part in parsed[:2] if part)
+
+
 def _parsed(name: str) -> tuple[str, str, str] | None:
     """(layer, adapter, tensor of STARTS) of a parameter's name: "model.q_proj.lora_A.default.weight"."""
     parts = name.replace("_orig_mod.", "").split(".")
@@ -260,6 +266,7 @@ def _ambiguous(left: Sequence[tuple[int, Any]]) -> str:
 def _nothing(count: int) -> str:
     return (
         f"oplora: there is no adapter among the {count} parameters: no names that end as in 'lora_A.weight' and "
-        "'lora_B.weight', no pair of a down projection (r, in_features) and an up projection (out_features, r), or none "
-        "that is trainable. Add one first, model = get_peft_model(model, LoraConfig(...)), or use torch.optim.AdamW."
+        "'lora_B.weight', no pair of a down projection (r, in_features) and an up projection (out_features, r), or "
+        "none that is trainable. Add one first, model = get_peft_model(model, LoraConfig(...)), or use "
+        "torch.optim.AdamW."
     )

@@ -1,7 +1,7 @@
-"""What all engines share: the generators of one dtype and device, the numbers of a step, and layers that step together.
+"""What all engines share: the generators of one dtype and device, a step's numbers, and layers that step together.
 
-An engine is one state (lean.py, exact.py: what is kept of a generator, and the core's calls for it) on one kind of device
-(host.py, device.py: how a step runs there).
+An engine is one state (lean.py, exact.py: what is kept of a generator, and the core's calls for it) on one kind of
+device (host.py, device.py: how a step runs there).
 """
 
 from abc import ABC, abstractmethod
@@ -80,7 +80,7 @@ class State(ABC):
 
     @abstractmethod
     def make_masters(self, state: "LayerState", parameters: Sequence[nn.Parameter]) -> None:
-        """For factors of another dtype than the generator's what steps add to, if the state goes on from the factors."""
+        """For factors of another dtype than the generator's what steps add to, if the state goes on from factors."""
 
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:

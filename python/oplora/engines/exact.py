@@ -20,8 +20,8 @@ __all__ = ["Exact"]
 
 
 class Exact(State):
-    """Arenas of all layers' parameters and moments; of every column of W2 what it owes to weight decay (`decay`, for the
-    rows of each factor) while it stands still, and whether it moves (`moving`). Factors are an output alone."""
+    """Arenas of all layers' parameters and moments; of every column of W2 what it owes to weight decay (`decay`, for
+    the rows of each factor) while it stands still, and whether it moves (`moving`). Factors are an output alone."""
 
     KIND = "exact"
     KEYS = ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving")

@@ -1,8 +1,8 @@
 """Who wrote last: whether tensors still hold what was in them when they were looked at.
 
-Version counters do not tell: `tensor.data`, a hot swap and torch.distributed's collectives go around them. So on the CPU
-the values themselves are compared, by a 64-bit fingerprint of their bytes. On a GPU that would make the host wait; there
-version counters and addresses have to do.
+Version counters do not tell: `tensor.data`, a hot swap and torch.distributed's collectives go around them. So on the
+CPU the values themselves are compared, by a 64-bit fingerprint of their bytes. On a GPU that would make the host wait;
+there version counters and addresses have to do.
 """
 
 from collections.abc import Sequence
