@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 import pytest
 import torch
 from conftest import batches, make_model
-from oplora.lean import LeanState
-from oplora.start import Settings, count_parameters, start_parameters, views
 from torch import Tensor, nn
 
 import oplora
+from oplora.engines import LayerState
+from oplora.engines.settings import count_parameters, start_parameters, views
 
 
 def truncated(product: Tensor, rank: int) -> Tensor:
@@ -119,20 +119,20 @@ class LeanOracle:
         self.z = (1 - hidden_lr * weight_decay) * self.z - hidden_lr * step
 
 
-def values(state: LeanState) -> Tensor:
+def values(state: LayerState) -> Tensor:
     return torch.cat([p.detach().flatten().double() for p in state.factors.layer.parameters()])
 
 
-def gradient(state: LeanState) -> Tensor:
+def gradient(state: LayerState) -> Tensor:
     parameters = state.factors.layer.parameters()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
 
 
-def oracle_of(state: LeanState) -> LeanOracle:
-    widths = Settings(state.H, state.Z, state.latent_std, state.seed, state.start)
+def oracle_of(state: LayerState) -> LeanOracle:
+    widths = state.engine.state.settings
     flat = torch.zeros(count_parameters(state.factors, widths), dtype=torch.float64)
     start_parameters(flat, state.factors, widths)
-    return LeanOracle(views(flat, state.H, state.Z), (state.weight_rank, state.moment_rank))
+    return LeanOracle(views(flat, widths.hidden_width, widths.latent_width), state.engine.state.ranks)
 
 
 class Pair:
@@ -143,7 +143,7 @@ class Pair:
         defaults = {"lr": 1e-2, "weight_decay": 0.1, "hidden_lr_ratio": 1.0, "betas": (0.9, 0.999), "eps": 1e-8}
         self.options = {**defaults, **options}
         self.optimizer = oplora.AdamW(self.model, state="lean", **self.options)
-        self.states: list[LeanState] = self.optimizer._states
+        self.states: list[LayerState] = self.optimizer._stepper.states
         self.oracles = [oracle_of(state) for state in self.states]
         pairs = zip(self.states, self.oracles, strict=True)
         self.bases = [values(state) - oracle.generate() for state, oracle in pairs]
@@ -163,7 +163,13 @@ class Pair:
         lr, ratio = self.options["lr"], self.options["hidden_lr_ratio"]
         numbers = dict(weight_decay=self.options["weight_decay"], b=self.options["betas"], eps=self.options["eps"])
         for state, oracle, g in stepping:
-            oracle.step(g * scale, lr, weight_lr=lr * 32 / state.H, hidden_lr=lr * ratio, **numbers)
+            oracle.step(
+                g * scale,
+                lr,
+                weight_lr=lr * 32 / state.engine.state.settings.hidden_width,
+                hidden_lr=lr * ratio,
+                **numbers,
+            )
 
     def train(
         self, steps: int, max_norm: float | None = None, pairs: Iterable[tuple[Tensor, Tensor]] | None = None

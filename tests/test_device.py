@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
-from oplora import checks, device, exact, lean, optim, reference, staging
+from oplora import engines, kernels, reference, refusals
+from oplora.engines import DeviceEngine, staging
 
 STATES = ("lean", "exact")
 HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
@@ -27,7 +28,7 @@ def as_device(cuda_on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     """From then on factors on the CPU are treated as on a GPU, or no longer."""
 
     def set_device(on: bool) -> None:
-        for module in (device, exact, checks):
+        for module in (engines, refusals):
             monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
 
     monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(cuda_on_cpu))
@@ -148,38 +149,37 @@ def test_neither_step_nor_clipping_waits(as_device, state):
         with NoWaiting():
             optimizer.clip_grad_norm_(1.0)
             optimizer.step()
-    assert optimizer._states[0].steps == 3
+    assert optimizer._stepper.states[0].steps == 3
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_plan_serves_until_an_address_changes(as_device, state):
     model, optimizer = trained(steps=1, state=state)
-    shared = optimizer._states[0].shared
-    plan = shared.plan
+    (engine,) = optimizer._stepper.engines
+    plan = engine.plan
     for _ in range(2):
         optimizer.step()
-        assert shared.plan is plan
+        assert engine.plan is plan
     gradient = next(p for p in model.parameters() if p.grad is not None)
     gradient.grad = gradient.grad.clone()
     optimizer.step()
-    assert shared.plan is not plan
+    assert engine.plan is not plan
 
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_told_at_the_next_step(as_device, state, bad):
     model, optimizer = trained(state=state)
-    before, saved = factors(model), copy.deepcopy(optimizer.state_dict()["generators"])
+    before, saved = factors(model), copy.deepcopy(optimizer.state_dict()["state"])
     name, parameter = next((n, p) for n, p in model.named_parameters() if "second" in n and "lora_B" in n)
     good = parameter.grad.clone()
     parameter.grad[1, 1] = bad
     optimizer.step()
     assert_same_bits(factors(model), before)
-    after = optimizer.state_dict()["generators"]
-    for layer, numbers in saved.items():
-        assert numbers["step"] == after[layer]["step"]
-        for key in optimizer._states[0].KEYS:
-            assert torch.equal(numbers[key], after[layer][key])
+    after = optimizer.state_dict()["state"]
+    for number, entry in saved.items():
+        for key, value in entry.items():
+            assert torch.equal(value, after[number][key]) if isinstance(value, torch.Tensor) else True, key
     parameter.grad.copy_(good)
     with pytest.raises(oplora.OPLoRAError, match=r"layer .*second.*1 earlier step"):
         optimizer.step()
@@ -246,10 +246,12 @@ def test_a_moved_model_takes_its_generators_along(as_device, state):
     model, optimizer = trained(steps=2, state=state)
     expected, other = trained(steps=2, state=state)
     as_device(True)
-    for generator in optimizer._states:
-        generator.factors.placed = torch.device("meta")  # anywhere else
+    (engine,) = optimizer._stepper.engines
+    engine.placed = torch.device("meta")  # anywhere else
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # as a move does
     train(model, optimizer, 2)
-    assert optimizer._states[0].shared is not None
+    assert isinstance(optimizer._stepper.engines[0], DeviceEngine)
     as_device(False)
     train(expected, other, 2)
     assert_same_bits(factors(model), factors(expected))
@@ -263,7 +265,7 @@ def test_layers_without_gradients_stay(as_device, state):
         if "first" in name:
             parameter.grad = None
     optimizer.step()
-    steps = {generator.name: generator.steps for generator in optimizer._states}
+    steps = {generator.name: generator.steps for generator in optimizer._stepper.states}
     assert sorted(steps.values()) == [3, 4]
     for name, value in factors(model).items():
         assert torch.equal(value, before[name]) == ("first" in name)
@@ -278,7 +280,7 @@ def test_rates_reach_the_device_as_numbers_and_as_tensors(as_device, state):
         train(model, optimizer, 2)
         ends.append(factors(model))
     rates = torch.tensor(3e-3).double().item()
-    assert optimizer._states[0].shared.rates[0, 0].item() == rates
+    assert optimizer._stepper.engines[0].numbers.rates[0, 0].item() == rates
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7)
 
@@ -337,7 +339,7 @@ def test_generators_in_host_memory_train_as_on_the_cpu(as_device, dtype, monkeyp
 
     monkeypatch.setattr(staging.Staging, "fetch", staticmethod(counted))
     model, optimizer = trained(state="exact", generator_device=HOST, dtype=dtype)
-    assert optimizer._states[0].shared is None
+    assert not isinstance(optimizer._stepper.engines[0], DeviceEngine)
     entries = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert fetched == [entries] * 3
     as_device(False)
@@ -352,7 +354,7 @@ def test_generators_in_host_memory_are_clipped_and_refuse(as_device):
     norm = optimizer.clip_grad_norm_(1e-3)
     optimizer.step()
     assert float(norm) > 1e-3
-    assert float(optimizer._states[0].report[0]) <= 1e-6
+    assert float(optimizer._stepper.states[0].report[0]) <= 1e-6
     next(p.grad for p in model.parameters() if p.grad is not None)[0, 0] = float("nan")
     before = factors(model)
     with pytest.raises(oplora.OPLoRAError, match="NaN"):
@@ -374,7 +376,7 @@ def test_double_factors_are_refused_on_a_device(as_device):
 
 def test_no_kernels_is_told_with_how_to_build_them(as_device, monkeypatch):
     monkeypatch.delenv("OPLORA_CUDA_LIBRARY")
-    monkeypatch.setattr(device, "_LIBRARY", Path("not there"))
+    monkeypatch.setattr(kernels, "_LIBRARY", Path("not there"))
     with pytest.raises(oplora.OPLoRAError, match=r"OPLORA_CUDA=1 pip install"):
         oplora.AdamW(make_model())
 
@@ -410,23 +412,22 @@ def test_generates_cuda_side(as_device, dtype, columns):
 
 def test_the_ops_refuse_what_does_not_fit(as_device):
     _, optimizer = trained(steps=1)
-    states, shared = optimizer._states, optimizer._states[0].shared
-    layers = states[0].new_layers()
-    parameters = states[0].factors.layer.parameters()
+    (engine,) = optimizer._stepper.engines
+    lean, parameters = engine.state, engine.states[0].factors.layer.parameters()
     gradients = [p.grad for p in parameters]
-    layers.add(states[0], parameters, gradients, gradients)
-    args = [*layers._state(), parameters, [None] * 2, [None] * 2, layers.gradients, *layers._sizes()]
+    tables = lean.sizes[:1], lean.random[:2]
+    args = [*lean.arenas(), parameters, [None] * 2, [None] * 2, gradients, *tables]
     report, dh = torch.zeros(9, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
     rows = torch.tensor([[0, 0]])
-    last = [shared.adamw, shared.rates, rows, shared.verdict, report, dh]
+    last = [engine.numbers.adamw, engine.numbers.rates, rows, engine.verdict, report, dh]
     plan = torch.ops.oplora.cuda_lean_plan
     plan(*args, *last)
     for index, bad, what in (
         (2, torch.tensor([[2, 0]]), "no row 2"),
         (2, torch.tensor([[0, 3]]), "no 2 rows from row 3"),
-        (0, shared.adamw[:, :6].contiguous(), "rows of 7 numbers"),
-        (1, shared.rates[:, :1].contiguous(), "rows of 2 numbers"),
-        (3, shared.verdict[:1], "verdict"),
+        (0, engine.numbers.adamw[:, :6].contiguous(), "rows of 7 numbers"),
+        (1, engine.numbers.rates[:, :1].contiguous(), "rows of 2 numbers"),
+        (3, engine.verdict[:1], "verdict"),
         (4, report[:8], "report"),
         (5, dh[:31], "dh"),
     ):
@@ -435,17 +436,15 @@ def test_the_ops_refuse_what_does_not_fit(as_device):
     with pytest.raises(RuntimeError, match="a factor is missing"):
         plan(*args[:3], [None] * 2, *args[4:], *last)
     with pytest.raises(RuntimeError, match="has another dtype"):
-        plan(*args[:6], [g.double() for g in layers.gradients], *args[7:], *last)
+        plan(*args[:6], [g.double() for g in gradients], *args[7:], *last)
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_layers_on_several_devices_step_or_refuse_together(as_device, state, monkeypatch):
     expected, _ = trained(state=state)
-    for module in (exact, lean):
-        monkeypatch.setattr(module, "share_devices", lambda states: [device.share_devices([s]) for s in states])
-    monkeypatch.setattr(optim, "kind_of", id)  # a group of its own for each layer
+    monkeypatch.setattr(engines.Recipe, "make", lambda self, ties: [self._engine([tie]) for tie in ties])
     model, optimizer = trained(state=state)
-    assert len({id(s.shared) for s in optimizer._states}) == 2
+    assert len(optimizer._stepper.engines) == 2
     assert_same_bits(factors(model), factors(expected))
     before = factors(model)
     next(p.grad for n, p in model.named_parameters() if "second" in n and "lora_A" in n)[0, 0] = float("nan")

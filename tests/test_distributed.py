@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import adapter_types
-import oplora.checks
-import oplora.device
-import oplora.exact
-import oplora.sharding
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import oplora
+from oplora import engines, refusals
 from oplora.adapters import find_layers
+from oplora.engines import memory
 from oplora.watching.plot import Run
 
 WORLD = 2
@@ -171,7 +169,8 @@ def train_under_ddp(make: Callable[[], nn.Module], state: str, shard: bool = Fal
 
 
 def generators(optimizer: oplora.AdamW) -> Bits:
-    return {f"{s.name}.{key}": getattr(s, key).clone() for s in optimizer._states for key in s.KEYS}
+    states = optimizer._stepper.states
+    return {f"{s.name}.{key}": piece.clone() for s in states for key, piece in s.pieces().items()}
 
 
 def message_of(call: Callable[[], Any]) -> str:
@@ -332,7 +331,7 @@ def test_sharding_changes_no_bit(ranks: Ranks, make: Callable[[], nn.Module], st
 def bytes_kept(state: str, shard: bool) -> int:
     """Of the memory that the generators' tensors are in."""
     optimizer = oplora.AdamW(make_chain(), state=state, shard=shard)
-    memory = [getattr(s, key).untyped_storage() for s in optimizer._states for key in s.KEYS]
+    memory = [piece.untyped_storage() for s in optimizer._stepper.states for piece in s.pieces().values()]
     return sum({piece.data_ptr(): piece.nbytes() for piece in memory}.values())
 
 
@@ -344,7 +343,7 @@ def test_each_of_two_ranks_keeps_half_the_state_of_four_equal_layers(ranks: Rank
 
 def entries_kept(widths: tuple[int, ...]) -> dict[str, int]:
     optimizer = oplora.AdamW(make_chain(widths), shard=True)
-    return {s.name: sum(p.numel() for p in s.factors.layer.parameters()) for s in optimizer._states}
+    return {s.name: sum(p.numel() for p in s.factors.layer.parameters()) for s in optimizer._stepper.states}
 
 
 @pytest.mark.parametrize("widths", [(5, 90, 7, 30, 30, 4), (100, 3, 3, 3), (3, 3, 100)])
@@ -478,7 +477,7 @@ def lack_memory(state: str) -> str:
     """The error where the share of rank 1 alone does not fit."""
     with pytest.MonkeyPatch.context() as patch:
         free = 1 if dist.get_rank() == 1 else 1 << 40
-        patch.setattr(oplora.checks, "free_memory", lambda _: free)
+        patch.setattr(memory, "free_memory", lambda _: free)
         return message_of(lambda: oplora.AdamW(make_chain(), state=state, shard=True))
 
 
@@ -493,7 +492,7 @@ def train_on_device(library: Path, state: str, shard: bool, nan_in: int | None =
     there is a NaN in a layer, and nothing at all in those of the other rank."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPLORA_CUDA_LIBRARY", str(library))
-        for module in (oplora.device, oplora.exact, oplora.checks):
+        for module in (engines, refusals):
             patch.setattr(module, "runs_on_device", lambda _: True)
         torch.set_flush_denormal(True)
         model, optimizer, ddp = set_up(make_chain, state=state, shard=shard)
@@ -502,7 +501,7 @@ def train_on_device(library: Path, state: str, shard: bool, nan_in: int | None =
             optimizer.zero_grad()
             backward(ddp, part(batch, dist.get_rank()))
             if step == nan_in:
-                for owner, layer in zip(oplora.sharding.Shards([1] * 4).owners, optimizer._layers, strict=True):
+                for owner, layer in zip(engines.Shards([1] * 4).owners, optimizer._layers, strict=True):
                     for parameter in layer.parameters():
                         parameter.grad = torch.full_like(parameter, torch.nan) if owner == 0 else None
             try:

@@ -7,11 +7,11 @@ import adapter_types
 import pytest
 import torch
 from conftest import batches, factors, make_model, train_on
-from oplora.device import has_kernels
 from torch import nn
 
 import oplora
 from oplora import reference
+from oplora.kernels import has_kernels
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_kernels()), reason="needs a CUDA GPU, and liboplora_cuda.so"
@@ -156,7 +156,7 @@ def test_a_captured_step_replays(state):
         for i in range(3):
             rate.fill_(1e-2 / (i + 1))
             step()
-        assert optimizer._states[0].steps == 5
+        assert optimizer._stepper.states[0].steps == 5
         ends.append(factors(model))
     for name, value in ends[0].items():
         assert torch.equal(ends[1][name], value)

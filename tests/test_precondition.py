@@ -4,12 +4,11 @@ import pytest
 import torch
 from adapter_types import data, make
 from conftest import Net, batches, make_model, train_on
-from oplora.precondition import precondition
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import oplora
-from oplora.adapters import AdaptedLayer, find_layers
+from oplora.adapters import AdaptedLayer, find_layers, precondition_gradients
 
 PAIRED = ["LoRA, Linear", "LoRA, Conv1D", "LoRA, Conv2d", "LoRA, Conv2d, groups", "LoRA, Conv3d", "LoRA, Embedding"]
 PAIRED += ["LoRA, MultiheadAttention", "LoRA, parameters", "DoRA, Linear"]
@@ -36,7 +35,7 @@ def test_every_block_is_solved_with_its_own_matrix(case: str) -> None:
     layers = with_gradients(case)
     tensors, gradients = held(layers)
     for layer, some, before, after in zip(
-        layers, tensors, gradients, precondition(layers, tensors, gradients, DELTA), strict=True
+        layers, tensors, gradients, precondition_gradients(layers, tensors, gradients, DELTA), strict=True
     ):
         A, B = layer.blocks(*(some[i] for i in layer.pair()))
         g_A, g_B = layer.blocks(*(before[i] for i in layer.pair()))
@@ -82,7 +81,7 @@ def test_clipping_measures_what_flows_into_the_generators(state: str) -> None:
             one.zero_grad()
             (net(x) - y).square().mean().backward()
         layers = find_layers(twin)
-        for layer, scaled in zip(layers, precondition(layers, *held(layers), DELTA), strict=True):
+        for layer, scaled in zip(layers, precondition_gradients(layers, *held(layers), DELTA), strict=True):
             for parameter, gradient in zip(layer.parameters(), scaled, strict=True):
                 parameter.grad = gradient
         norms = optimizer.clip_grad_norm_(0.5), by_hand.clip_grad_norm_(0.5)

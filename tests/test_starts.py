@@ -81,9 +81,8 @@ def test_kept_start_is_left_bit_for_bit(start: str, state: str) -> None:
 def test_generator_of_a_kept_start_adds_nothing_at_first(state: str) -> None:
     """W2 is 0, so weight decay pulls towards the start and the first line search is along directions of g alone."""
     optimizer = oplora.AdamW(started("pissa"), init="keep", state=state)
-    for generator in optimizer._states:
-        start = generator.generate_start() if state == "lean" else generator.generate()
-        assert not any(piece.count_nonzero() for piece in start)
+    for generator in optimizer._stepper.states:
+        assert not any(piece.count_nonzero() for piece in generator.engine.generate(generator))
 
 
 @every_start
