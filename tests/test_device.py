@@ -278,7 +278,7 @@ def test_rates_reach_the_device_as_numbers_and_as_tensors(as_device, state):
         train(model, optimizer, 2)
         ends.append(factors(model))
     rates = torch.tensor(3e-3).double().item()
-    assert optimizer._states[0].shared.adamw[0, 0].item() == rates
+    assert optimizer._states[0].shared.rates[0, 0].item() == rates
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7)
 
@@ -417,15 +417,18 @@ def test_the_ops_refuse_what_does_not_fit(as_device):
     layers.add(states[0], parameters, gradients, gradients)
     args = [*layers._state(), parameters, [None] * 2, [None] * 2, layers.gradients, *layers._sizes()]
     report, dh = torch.zeros(9, dtype=torch.float64), torch.zeros(32, dtype=torch.float64)
-    last = [shared.adamw, [0], shared.verdict, report, dh]
+    rows = torch.tensor([[0, 0]])
+    last = [shared.adamw, shared.rates, rows, shared.verdict, report, dh]
     plan = torch.ops.oplora.cuda_lean_plan
     plan(*args, *last)
     for index, bad, what in (
-        (1, [2], "no row 2"),
-        (0, shared.adamw[:, :7].contiguous(), "8 numbers a layer"),
-        (2, shared.verdict[:1], "verdict"),
-        (3, report[:8], "report"),
-        (4, dh[:31], "dh"),
+        (2, torch.tensor([[2, 0]]), "no row 2"),
+        (2, torch.tensor([[0, 3]]), "no 2 rows from row 3"),
+        (0, shared.adamw[:, :6].contiguous(), "rows of 7 numbers"),
+        (1, shared.rates[:, :1].contiguous(), "rows of 2 numbers"),
+        (3, shared.verdict[:1], "verdict"),
+        (4, report[:8], "report"),
+        (5, dh[:31], "dh"),
     ):
         with pytest.raises(RuntimeError, match=what):
             plan(*args, *[bad if i == index else value for i, value in enumerate(last)])

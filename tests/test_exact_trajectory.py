@@ -196,9 +196,9 @@ def test_units_that_die_and_come_back_follow_eager_adamw() -> None:
             eager.c1.add_(shift)
         # a column that was still owes its decay before it may be read
         fired = torch.relu(views["W1"] @ views["z"] + views["c1"]) > 0
-        owed = torch.where(fired & (state.moving == 0), state.decay, torch.ones_like(state.decay))
+        owed = torch.where(fired & (state.moving == 0), state.decay[0], torch.ones_like(state.decay[0]))
         views["W2"].mul_(owed)
-        state.decay[fired] = 1.0
+        state.decay[:, fired] = 1.0
         live.add(int(fired.sum()))
         reference.zero_grad()
         v = torch.cat([piece.flatten() for piece in eager()])
@@ -223,7 +223,7 @@ def test_true_columns_are_decay_times_stored_ones() -> None:
     still = state.moving == 0
     assert 0 < int(still.sum()) < 32
     assert torch.equal(oplora.start.views(state.parameters, 32, 128)["W2"][:, still], start[:, still])
-    assert torch.allclose(state.decay[still], torch.tensor((1 - 1e-2 * 0.5) ** 10, dtype=torch.float64), rtol=1e-14)
+    assert torch.allclose(state.decay[:, still], torch.tensor((1 - 1e-2 * 0.5) ** 10, dtype=torch.float64), rtol=1e-14)
     assert not oplora.start.views(state.exp_avg_sq, 32, 128)["W2"][:, still].any()
 
 

@@ -37,10 +37,16 @@ static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
 #else
 
+/* AdamW's numbers for a factor's rows of W2 and of c2. */
+typedef struct {
+    TY(adamw_numbers) outer, bias;
+} TY(rates);
+
 /* What one layer needs during a call. */
 typedef struct {
     const TY(oplora_exact) *layer;
-    TY(adamw_numbers) outer, bias, hidden; /* for W2, for c2, and for z, W1, c1 */
+    TY(adamw_numbers) hidden; /* for z, W1, c1 */
+    TY(rates) *rates;         /* (factors) */
     T *W2, *c2, *W1, *c1, *z;
     T *h, *h_next, *d, *dz, *ones;
     double *latent;  /* dz in double */
@@ -61,15 +67,28 @@ typedef struct {
     int measured;
 } TY(job);
 
-/* For a tensor that moves at the rate lr and shrinks by decay a step. */
-static TY(adamw_numbers) TY(numbers_of)(const oplora_adamw *a, double lr, double decay) {
+/* For a tensor that moves at the rate lr and shrinks by decay a step; corrected1 = 1 - beta1^t, corrected2 = 1 - beta2^t. */
+static TY(adamw_numbers)
+    TY(numbers_of)(const oplora_adamw *a, double corrected1, double corrected2, double lr, double decay) {
     return (TY(adamw_numbers)){.beta1_rest = (T)(1 - a->beta1),
                                .beta2 = (T)a->beta2,
                                .beta2_rest = (T)(1 - a->beta2),
                                .keep = (T)(1 - decay),
-                               .rate = (T)(lr / (1 - pow(a->beta1, (double)a->step))),
+                               .rate = (T)(lr / corrected1),
                                .eps = (T)a->eps,
-                               .inverse_root = (T)(1 / sqrt(1 - pow(a->beta2, (double)a->step)))};
+                               .inverse_root = (T)(1 / sqrt(corrected2))};
+}
+
+static void TY(set_rates)(TY(plan) *p) {
+    const TY(oplora_exact) *const l = p->layer;
+    const oplora_adamw *const a = &l->adamw;
+    const double corrected1 = 1 - pow(a->beta1, (double)a->step), corrected2 = 1 - pow(a->beta2, (double)a->step);
+    p->hidden = TY(numbers_of)(a, corrected1, corrected2, a->hidden_lr, a->hidden_lr * a->weight_decay);
+    for (int64_t f = 0; f < l->n_factors; f++) {
+        const double lr = l->factors[f].lr, decay = lr * l->factors[f].weight_decay;
+        p->rates[f] = (TY(rates)){TY(numbers_of)(a, corrected1, corrected2, lr * a->weight_ratio, decay),
+                                  TY(numbers_of)(a, corrected1, corrected2, lr, decay)};
+    }
 }
 
 static oplora_status TY(check)(const TY(oplora_exact) *layers, int64_t n_layers, int steps) {
@@ -83,6 +102,8 @@ static oplora_status TY(check)(const TY(oplora_exact) *layers, int64_t n_layers,
         OPLORA_RETURN_IF(steps && !oplora_adamw_is_valid(&l->adamw), OPLORA_EVALUE);
         for (int64_t f = 0; f < l->n_factors; f++) {
             OPLORA_RETURN_IF(l->factors[f].rows < 1 || l->factors[f].rows > l->N - rows, OPLORA_ESIZE);
+            OPLORA_RETURN_IF(steps && !(isfinite(l->factors[f].lr) && isfinite(l->factors[f].weight_decay)),
+                             OPLORA_EVALUE);
             rows += l->factors[f].rows;
         }
         OPLORA_RETURN_IF(rows != l->N, OPLORA_ESIZE);
@@ -113,6 +134,7 @@ static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers,
         p.ones = take(a, 1, sizeof(T));
         p.dz = take(a, l->Z, sizeof(T));
         p.latent = take(a, l->Z, sizeof(double));
+        p.rates = take(a, l->n_factors, sizeof(TY(rates)));
         p.partial = take(a, p.tasks * (l->H + 2), sizeof(double));
         if (!a->memory) continue;
         p.W2 = l->parameters;
@@ -121,10 +143,7 @@ static TY(job) TY(plan_layers)(const TY(oplora_exact) *layers, int64_t n_layers,
         p.c1 = p.W1 + l->H * l->Z;
         p.z = p.c1 + l->H;
         p.ones[0] = 1;
-        const oplora_adamw *const adamw = &l->adamw;
-        p.outer = TY(numbers_of)(adamw, adamw->weight_lr, adamw->lr * adamw->weight_decay);
-        p.bias = TY(numbers_of)(adamw, adamw->lr, adamw->lr * adamw->weight_decay);
-        p.hidden = TY(numbers_of)(adamw, adamw->hidden_lr, adamw->hidden_lr * adamw->weight_decay);
+        TY(set_rates)(&p);
         job.plans[i] = p;
     }
     if (a->memory) job.spans[n_spans] = (TY(span)){.first_task = task, .plan = n_layers};
@@ -143,6 +162,7 @@ int64_t TY(oplora_exact_workspace_bytes)(const TY(oplora_exact) *layers, int64_t
 typedef struct {
     TY(plan) *plan;
     const TY(oplora_factor) *factor;
+    int64_t index; /* of the factor */
     double *partial;
     int64_t row, offset, count; /* first row in W2, first entry in the factor, entries */
 } TY(task);
@@ -165,6 +185,7 @@ static TY(task) TY(task_at)(const TY(job) *job, const TY(span) *span, int64_t ta
     const int64_t offset = (task - span->first_task) * CHUNK, left = factor->rows - offset;
     return (TY(task)){plan,
                       factor,
+                      span->factor,
                       plan->partial + (task - plan->first_task) * (plan->layer->H + 2),
                       span->row + offset,
                       offset,
@@ -222,18 +243,20 @@ static void TY(update_task)(const TY(task) *t) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const TY(plan) *const p = t->plan;
     const TY(oplora_exact) *const l = p->layer;
+    const TY(rates) *const rates = &p->rates[t->index];
+    const double *const decay = l->decay + t->index * l->H;
     const T *const g = t->factor->g + t->offset;
     T v[CHUNK] = {0};
     const int64_t bias = l->H * l->N + t->row;
-    kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &p->bias);
+    kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &rates->bias);
     for (int64_t j = 0; j < l->H; j++) {
         const int64_t at = j * l->N + t->row;
         T *const column = l->parameters + at;
         if (p->h[j] != 0 || l->moving[j]) {
             kernels->adamw(column, l->exp_avg + at, l->exp_avg_sq + at, g, p->h[j], p->h_next[j], v, t->count,
-                           &p->outer);
+                           &rates->outer);
         } else if (p->h_next[j] != 0) { /* it wakes: what it owes to weight decay is paid now */
-            const T owed = (T)(l->decay[j] * p->outer.keep);
+            const T owed = (T)(decay[j] * rates->outer.keep);
             for (int64_t i = 0; owed != 1 && i < t->count; i++) column[i] *= owed;
             kernels->axpy((const T *const[]){column}, &p->h_next[j], 1, v, t->count);
         }
@@ -319,10 +342,12 @@ static void TY(step_hidden)(TY(plan) *p, int measured_before) {
 static void TY(settle_columns)(const TY(plan) *p) {
     const TY(oplora_exact) *const l = p->layer;
     for (int64_t j = 0; j < l->H; j++) {
-        if (p->h[j] != 0)
-            l->moving[j] = 1;
-        else if (!l->moving[j])
-            l->decay[j] = p->h_next[j] != 0 ? 1 : l->decay[j] * p->outer.keep;
+        if (p->h[j] != 0) l->moving[j] = 1;
+        if (l->moving[j]) continue;
+        for (int64_t f = 0; f < l->n_factors; f++) {
+            double *const decay = &l->decay[f * l->H + j];
+            *decay = p->h_next[j] != 0 ? 1 : *decay * p->rates[f].outer.keep;
+        }
     }
 }
 

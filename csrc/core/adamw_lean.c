@@ -21,6 +21,10 @@
  * sums, W^T g and that matrix, and one that turns A and U and moves the output. The basis [U, row A, row g] is
  * everything that both truncations and the output combine; what multiplies it is a few numbers.
  *
+ * keep and rate may differ from factor to factor. Those of the map are then the largest ones, a factor's are kappa keep and
+ * rho rate, and its rows of the basis are [kappa U, rho row A, rho row g]: with these all of the above holds, and both
+ * truncations weigh a row by the step it makes. kappa and rho multiply a block's sums and the few numbers, not its rows.
+ *
  * Rows are cut into blocks that stay in the first-level cache, blocks into parts that do not depend on who does them,
  * and sums run in the order of blocks and parts. Layers are one thread's work each; one so large that the others would
  * wait for it is spread over all of them. */
@@ -85,12 +89,17 @@ typedef struct {
     T weight[BASIS], rotate_U[RANK][BASIS], rotate_A[RANK][RANK + 1]; /* second pass: of the basis, and of [A, g] */
 } TY(rows);
 
+/* What a factor's rows have of their own: c's keep and rate, kappa and rho. */
+typedef struct {
+    double keep, rate, kappa, rho;
+} TY(share);
+
 typedef struct {
     TY(rows) rows;
     int64_t inputs;
-    T *Q, *B, *r;         /* (d, inputs), (k, inputs), (inputs) */
-    double *scale, *mean; /* s, and the mean of R */
-    double keep, rate, beta1;
+    T *Q, *B, *r;                          /* (d, inputs), (k, inputs), (inputs) */
+    double *scale, *mean;                  /* s, and the mean of R */
+    double keep, rate, beta1, start_keep;  /* start_keep shrinks s */
     double *K, *col, *Q_next, *directions; /* scratch: (BASIS, inputs), (inputs), (d, inputs), (k, inputs) */
     double *sums;                          /* scratch: the basis' Gram matrix (p, p), then U^T g (d) */
     double dropped_moment, dropped_weight;
@@ -106,9 +115,8 @@ static double TY(square)(const T *x, int64_t n) {
 }
 
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
-static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const oplora_adamw *a, double weight_rate,
-                            double bias_rate, double decay, const uint32_t key[4]) {
-    const double corrected1 = 1 - pow(a->beta1, (double)a->step), corrected2 = 1 - pow(a->beta2, (double)a->step);
+static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const oplora_adamw *a, const uint32_t key[4]) {
+    const double corrected2 = 1 - pow(a->beta2, (double)a->step);
     const double mean_x = TY(square)(x, map->inputs) / (double)map->inputs;
     const double fresh = (1 - a->beta2) * mean_x * (square_g / (double)map->rows.rows);
     *map->mean = a->beta2 * *map->mean + fresh;
@@ -123,15 +131,11 @@ static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const opl
         root += c;
         live += c > 0;
     }
-    map->keep = 1 - decay;
-    map->rate = weight_rate / corrected1;
     map->beta1 = a->beta1;
     map->rows.numbers = (TY(lean_numbers)){.beta1_rest = (T)(1 - a->beta1),
                                            .beta2 = (T)a->beta2,
                                            .beta2_rest = (T)(1 - a->beta2),
                                            .second = (T)((1 - a->beta2) * mean_x),
-                                           .keep = (T)map->keep,
-                                           .rate = (T)(bias_rate / corrected1),
                                            .eps = (T)fmax(a->eps, LEAST_EPS),
                                            .eps_row = (T)fmax(live ? a->eps * (double)live / root : a->eps, LEAST_EPS),
                                            .inverse_root = (T)(1 / sqrt(corrected2)),
@@ -140,6 +144,9 @@ static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const opl
     map->rows.round_key[0] = key[0] ^ 0x9E3779B9u;
     for (int i = 1; i < map->rows.k; i++) map->rows.round_key[i] = key[1] + (uint32_t)i * key[2];
 }
+
+/* Of vector i of the basis, d of which are U's. */
+static double TY(scale_of)(const TY(share) *share, int i, int d) { return i < d ? share->kappa : share->rho; }
 
 /* Adds U^T g. */
 static void TY(reduce_along)(const TY(rows) *r, const T *g, int64_t first, int64_t n, double *sums) {
@@ -151,15 +158,21 @@ static void TY(reduce_along)(const TY(rows) *r, const T *g, int64_t first, int64
 }
 
 /* First pass over the rows [first, first + n), n at most BLOCK: adds to the sums. */
-static void TY(reduce_block)(const TY(rows) *r, const T *g, int64_t first, int64_t n, double *sums) {
+static void TY(reduce_block)(const TY(rows) *r, const TY(share) *share, const T *g, int64_t first, int64_t n,
+                             double *sums) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const int d = r->d, k = r->k, p = TY(basis_size)(r);
     T row[BLOCK], scaled_g[BLOCK], wide[BLOCK], scaled_A[RANK][BLOCK];
     const T *basis[BASIS];
     double sum[BASIS];
     if (d == 2 && k == 1) {
+        double block[4 * 4 + 2] = {0};
         kernels->lean_reduce21(r->A + first, r->R + first, r->U + first, r->U + r->rows + first, g, n, &r->numbers,
-                               sums);
+                               block);
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j <= i; j++)
+                sums[i * 4 + j] += TY(scale_of)(share, i, 2) * TY(scale_of)(share, j, 2) * block[i * 4 + j];
+        for (int i = 16; i < 18; i++) sums[i] += block[i];
         return;
     }
     kernels->lean_scale(r->R + first, g, n, &r->numbers, row, scaled_g);
@@ -171,7 +184,7 @@ static void TY(reduce_block)(const TY(rows) *r, const T *g, int64_t first, int64
     basis[d + k] = scaled_g;
     for (int i = 0; i < p; i++) {
         kernels->dot(basis, i + 1, basis[i], n, sum);
-        for (int j = 0; j <= i; j++) sums[i * p + j] += sum[j];
+        for (int j = 0; j <= i; j++) sums[i * p + j] += TY(scale_of)(share, i, d) * TY(scale_of)(share, j, d) * sum[j];
     }
     TY(reduce_along)(r, g, first, n, sums);
 }
@@ -249,8 +262,26 @@ static void TY(finish_map)(TY(map) *map, const T *x, const T *x_next) {
     for (int a = 0; a < TY(basis_size)(r); a++) r->weight[a] = (T)weight[a];
 }
 
+/* What the second pass multiplies a factor's rows with. */
+typedef struct {
+    TY(lean_numbers) numbers;
+    T weight[BASIS], rotate_U[RANK][BASIS];
+} TY(turn);
+
+static void TY(turn_of)(const TY(rows) *r, const TY(share) *share, TY(turn) *turn) {
+    turn->numbers = r->numbers;
+    turn->numbers.keep = (T)share->keep;
+    turn->numbers.rate = (T)share->rate;
+    for (int a = 0; a < TY(basis_size)(r); a++) {
+        const T scale = (T)TY(scale_of)(share, a, r->d);
+        turn->weight[a] = r->weight[a] * scale;
+        for (int i = 0; i < r->d; i++) turn->rotate_U[i][a] = r->rotate_U[i][a] * scale;
+    }
+}
+
 /* Second pass over the rows [first, first + n). */
-static void TY(update_block)(const TY(rows) *r, const T *g, const T *base, int64_t first, int64_t n, T *out) {
+static void TY(update_block)(const TY(rows) *r, const TY(turn) *turn, const T *g, const T *base, int64_t first,
+                             int64_t n, T *out) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const int d = r->d, k = r->k, p = TY(basis_size)(r);
     T row[BLOCK], scaled_g[BLOCK], wide[RANK][BLOCK], scaled_A[RANK][BLOCK], turned[RANK][BLOCK];
@@ -258,10 +289,12 @@ static void TY(update_block)(const TY(rows) *r, const T *g, const T *base, int64
     if (d == 2 && k == 1) {
         T *const U = r->U + first;
         kernels->lean_update21(U, U + r->rows, r->A + first, r->m + first, r->S + first, r->R + first, g, base, first,
-                               n, &r->numbers, r->weight, r->rotate_U[0], r->rotate_U[1], r->rotate_A[0], out);
+                               n, &turn->numbers, turn->weight, turn->rotate_U[0], turn->rotate_U[1], r->rotate_A[0],
+                               out);
         return;
     }
-    kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, first, n, &r->numbers, row, scaled_g, out);
+    kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, first, n, &turn->numbers, row, scaled_g,
+                         out);
     for (int i = 0; i < d; i++) basis[i] = r->U + i * r->rows + first;
     for (int i = 0; i < k; i++) {
         kernels->lean_widen(r->A + i * r->rows + first, row, n, wide[i], scaled_A[i]);
@@ -270,10 +303,10 @@ static void TY(update_block)(const TY(rows) *r, const T *g, const T *base, int64
     }
     basis[d + k] = scaled_g;
     moment[k] = g;
-    kernels->axpy(basis, r->weight, p, out, n);
+    kernels->axpy(basis, turn->weight, p, out, n);
     for (int i = 0; i < d; i++) {
         memset(turned[i], 0, (size_t)n * sizeof(T));
-        kernels->axpy(basis, r->rotate_U[i], p, turned[i], n);
+        kernels->axpy(basis, turn->rotate_U[i], p, turned[i], n);
     }
     for (int i = 0; i < d; i++) memcpy(r->U + i * r->rows + first, turned[i], (size_t)n * sizeof(T));
     for (int i = 0; i < k; i++) {
@@ -291,7 +324,8 @@ typedef struct {
     T *pre, *z, *z_avg, *z_avg_sq;
     T *h, *h_next, *d, *z_next, *change; /* scratch: (H) four times, Z, max(H, Z) */
     double *dh;
-    double *part_sums; /* (parts, sums of the outer map, H): the last is W0^T g over W0's bound */
+    double *part_sums;     /* (parts, sums of the outer map, H): the last is W0^T g over W0's bound */
+    double corrected1, lr; /* 1 - beta1^t, the largest rate of a factor */
     int64_t first_part, parts, chunks;
     double bound;
     int spreads; /* over the threads; who does the work changes no bit */
@@ -380,6 +414,34 @@ static TY(plan) TY(plan_of)(const TY(oplora_lean) *l) {
     p.hidden.scale = l->scalars + 2;
     p.hidden.mean = l->scalars + 3;
     return p;
+}
+
+/* ---- the factors' rates ---- */
+
+static double TY(keep_of)(const TY(oplora_factor) *f) { return 1 - f->lr * f->weight_decay; }
+
+/* The largest of the factors' rates and keeps, which are the map's; and the keep of the random ones, which is W0's. */
+static void TY(find_rates)(TY(plan) *p) {
+    const TY(oplora_lean) *const l = p->layer;
+    TY(map) *const map = &p->outer;
+    const TY(oplora_factor) *random = NULL;
+    p->corrected1 = 1 - pow(l->adamw.beta1, (double)l->adamw.step);
+    p->lr = map->keep = 0;
+    for (const TY(oplora_factor) *f = l->factors; f < l->factors + l->n_factors; f++) {
+        if (fabs(f->lr) > fabs(p->lr)) p->lr = f->lr;
+        if (fabs(TY(keep_of)(f)) > fabs(map->keep)) map->keep = TY(keep_of)(f);
+        if (f->random && !random) random = f;
+    }
+    map->rate = p->lr * l->adamw.weight_ratio / p->corrected1;
+    map->start_keep = random ? TY(keep_of)(random) : map->keep;
+}
+
+static TY(share) TY(share_of)(const TY(plan) *p, const TY(oplora_factor) *f) {
+    const double keep = TY(keep_of)(f);
+    return (TY(share)){.keep = keep,
+                       .rate = f->lr / p->corrected1,
+                       .kappa = p->outer.keep != 0 ? keep / p->outer.keep : 1,
+                       .rho = p->lr != 0 ? f->lr / p->lr : 1};
 }
 
 /* ---- W0: the random rows of W2, a block at a time ---- */
@@ -472,10 +534,11 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
     memset(sums, 0, (size_t)TY(part_size)(p->layer) * sizeof *sums);
     for (int64_t c = TY(part_begin)(p, part); c < TY(part_begin)(p, part + 1); c++) {
         const TY(chunk) chunk = TY(chunk_at)(p->layer, c);
+        const TY(share) share = TY(share_of)(p, chunk.factor);
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
             const T *const g = chunk.factor->g + chunk.entry + at;
             const int64_t n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
-            if (p->wants & WANTS_GRAM) TY(reduce_block)(r, g, chunk.row + at, n, sums);
+            if (p->wants & WANTS_GRAM) TY(reduce_block)(r, &share, g, chunk.row + at, n, sums);
             if (p->wants == WANTS_DH) TY(reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & WANTS_DH && chunk.factor->random)
                 TY(random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums);
@@ -486,10 +549,13 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
 static void TY(update_part)(const TY(plan) *p, int64_t part) {
     for (int64_t c = TY(part_begin)(p, part); c < TY(part_begin)(p, part + 1); c++) {
         const TY(chunk) chunk = TY(chunk_at)(p->layer, c);
+        const TY(share) share = TY(share_of)(p, chunk.factor);
+        TY(turn) turn;
+        TY(turn_of)(&p->outer.rows, &share, &turn);
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
             const int64_t entry = chunk.entry + at, n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
             const TY(oplora_factor) *const f = chunk.factor;
-            TY(update_block)(&p->outer.rows, f->g + entry, f->base ? f->base + entry : NULL, chunk.row + at, n,
+            TY(update_block)(&p->outer.rows, &turn, f->g + entry, f->base ? f->base + entry : NULL, chunk.row + at, n,
                              f->out + entry);
             if (f->random) TY(random_update)(p->layer, chunk.range, p->change, entry, n, f->out + entry);
         }
@@ -516,13 +582,13 @@ static void TY(rounding_key)(const TY(oplora_lean) *l, uint32_t map, uint32_t ke
 
 static void TY(begin_layer)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
-    const oplora_adamw *const a = &l->adamw;
     uint32_t key[4];
     TY(find_hidden)(p, p->h);
     memset(p->outer.sums, 0, (size_t)TY(part_size)(l) * sizeof(double));
     if (!(p->wants & WANTS_GRAM)) return;
     TY(rounding_key)(l, 0, key);
-    TY(prepare_map)(&p->outer, p->h, l->report[0], a, a->weight_lr, a->lr, a->lr * a->weight_decay, key);
+    TY(find_rates)(p);
+    TY(prepare_map)(&p->outer, p->h, l->report[0], &l->adamw, key);
 }
 
 static void TY(add_part)(TY(plan) *p, const double *sums) {
@@ -586,11 +652,14 @@ static void TY(step_hidden)(TY(plan) *p) {
     uint32_t key[4];
     TY(report_hidden)(p);
     TY(rounding_key)(l, 1, key);
-    const double decay = a->hidden_lr * a->weight_decay;
-    TY(prepare_map)(map, p->z, TY(square)(p->d, l->H), a, a->hidden_lr, a->hidden_lr, decay, key);
+    map->keep = map->start_keep = 1 - a->hidden_lr * a->weight_decay;
+    map->rate = a->hidden_lr / p->corrected1;
+    const TY(share) share = {map->keep, map->rate, 1, 1};
+    TY(turn) turn;
+    TY(prepare_map)(map, p->z, TY(square)(p->d, l->H), a, key);
     memset(map->sums, 0, (size_t)TY(sums_size)(&map->rows) * sizeof(double));
     for (int64_t j = 0; j < l->H; j += BLOCK)
-        TY(reduce_block)(&map->rows, p->d + j, j, l->H - j < BLOCK ? l->H - j : BLOCK, map->sums);
+        TY(reduce_block)(&map->rows, &share, p->d + j, j, l->H - j < BLOCK ? l->H - j : BLOCK, map->sums);
     TY(solve_map)(map, p->z);
 
     const TY(adamw_numbers) numbers = {.beta1_rest = (T)(1 - a->beta1),
@@ -603,13 +672,14 @@ static void TY(step_hidden)(TY(plan) *p) {
     memcpy(p->z_next, p->z, (size_t)l->Z * sizeof(T));
     kernels->adamw(p->z_next, p->z_avg, p->z_avg_sq, p->change, 1, 0, NULL, l->Z, &numbers);
     TY(finish_map)(map, p->z, p->z_next);
-    const double bound = oplora_start_bound(OPLORA_UNIFORM, l->Z) * map->keep * *map->scale;
+    const double bound = oplora_start_bound(OPLORA_UNIFORM, l->Z) * map->start_keep * *map->scale;
     for (int64_t i = 0; i < l->Z; i++) p->change[i] = (T)(bound * ((double)p->z_next[i] - p->z[i]));
+    TY(turn_of)(&map->rows, &share, &turn);
     for (int64_t j = 0; j < l->H; j += BLOCK)
-        TY(update_block)(&map->rows, p->d + j, NULL, j, l->H - j < BLOCK ? l->H - j : BLOCK, p->pre + j);
+        TY(update_block)(&map->rows, &turn, p->d + j, NULL, j, l->H - j < BLOCK ? l->H - j : BLOCK, p->pre + j);
     for (int64_t j = 0; j < l->H; j++) p->pre[j] += (T)kernels->uniform_dot(&s, (uint32_t)j, 0, p->change, l->Z);
     memcpy(p->z, p->z_next, (size_t)l->Z * sizeof(T));
-    *map->scale *= map->keep;
+    *map->scale *= map->start_keep;
     TY(find_hidden)(p, p->h_next);
 }
 
@@ -621,9 +691,9 @@ static void TY(solve_layer)(TY(plan) *p) {
     TY(step_hidden)(p);
     TY(solve_map)(map, p->h);
     TY(finish_map)(map, p->h, p->h_next);
-    const double bound = p->bound * map->keep * *map->scale;
+    const double bound = p->bound * map->start_keep * *map->scale;
     for (int64_t j = 0; j < l->H; j++) p->change[j] = (T)(bound * ((double)p->h_next[j] - p->h[j]));
-    *map->scale *= map->keep;
+    *map->scale *= map->start_keep;
     l->report[5] = map->dropped_moment;
     l->report[6] = map->dropped_weight;
     l->report[7] = p->hidden.dropped_moment;
@@ -789,6 +859,17 @@ int64_t TY(oplora_lean_workspace_bytes)(const TY(oplora_lean) *layers, int64_t n
     return a.used;
 }
 
+static oplora_status TY(check_rates)(const TY(oplora_lean) *l) {
+    const TY(oplora_factor) *random = NULL;
+    OPLORA_RETURN_IF(!oplora_adamw_is_valid(&l->adamw), OPLORA_EVALUE);
+    for (const TY(oplora_factor) *f = l->factors; f < l->factors + l->n_factors; f++) {
+        OPLORA_RETURN_IF(!isfinite(f->lr) || !isfinite(f->weight_decay), OPLORA_EVALUE);
+        OPLORA_RETURN_IF(f->random && random && TY(keep_of)(f) != TY(keep_of)(random), OPLORA_EVALUE);
+        if (f->random) random = f;
+    }
+    return OPLORA_OK;
+}
+
 static oplora_status TY(prepare)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, int needs_dh,
                                  void *workspace, TY(job) *job) {
     OPLORA_FORWARD(TY(check)(layers, n_layers));
@@ -796,7 +877,7 @@ static oplora_status TY(prepare)(const TY(oplora_lean) *layers, int64_t n_layers
     for (const TY(oplora_lean) *l = layers; l < layers + n_layers; l++) {
         OPLORA_RETURN_IF(!l->numbers || !l->moments || !l->scalars || !l->report, OPLORA_ENULL);
         OPLORA_RETURN_IF(needs_dh && !l->dh, OPLORA_ENULL);
-        OPLORA_RETURN_IF(steps && !oplora_adamw_is_valid(&l->adamw), OPLORA_EVALUE);
+        if (steps) OPLORA_FORWARD(TY(check_rates)(l));
         for (int64_t f = 0; f < l->n_factors; f++) {
             OPLORA_RETURN_IF(!l->factors[f].g, OPLORA_ENULL);
             OPLORA_RETURN_IF(steps && !l->factors[f].out, OPLORA_ENULL);

@@ -104,33 +104,37 @@ oplora_status oplora_generate_backward_f64(const double *g, const double *z, con
 
 /* ---- adamw_exact.c: AdamW on every generator of a model, fused with the next generation ---- */
 
-/* AdamW's numbers for one layer's step; `step` counts this layer's own steps from 1. `lr` is the rate of c2, `weight_lr`
- * of W2, `hidden_lr` of z, W1 and c1. Weight decay is decoupled, as in torch.optim.AdamW, and shrinks W2 and c2 by lr
- * weight_decay, the others by hidden_lr weight_decay. */
+/* AdamW's numbers for one layer's step, beside those that each of its factors has; `step` counts this layer's own steps
+ * from 1. `weight_ratio` is the rate of W2's rows over that of the factor they make (its c2's), `hidden_lr` the rate of z,
+ * W1 and c1. Weight decay is decoupled, as in torch.optim.AdamW: `weight_decay` is the hidden path's, which shrinks by
+ * hidden_lr weight_decay. */
 typedef struct {
-    double lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay;
+    double weight_ratio, hidden_lr, beta1, beta2, eps, weight_decay;
     int64_t step;
 } oplora_adamw;
 
 /* One factor tensor (lora_A or lora_B): its entries are the next `rows` rows of W2. `g` is its gradient, `base`
- * (or NULL) a kept start: the factor becomes base + v. Lean state makes W2's start anew at every step, and needs to know
- * whether these rows are `random`: the i-th such factor of a layer is the i-th range of oplora_start. */
+ * (or NULL) a kept start: the factor becomes base + v. Its rows of c2 move at the rate `lr`, those of W2 at lr
+ * weight_ratio, and both shrink by lr weight_decay a step. Lean state makes W2's start anew at every step, and needs to
+ * know whether these rows are `random`: the i-th such factor of a layer is the i-th range of oplora_start. */
 typedef struct {
     int64_t rows;
     const float *g, *base;
     float *out;
     int random;
+    double lr, weight_decay;
 } oplora_factor_f32;
 typedef struct {
     int64_t rows;
     const double *g, *base;
     double *out;
     int random;
+    double lr, weight_decay;
 } oplora_factor_f64;
 
-/* One layer. decay (H) and moving (H) keep what a column owes: while moving[j] is 0 column j of W2 has zero moments
- * and its true value is decay[j] times the stored one, so weight decay on units that never fired touches no memory.
- * Start with all decay 1 and all moving 0.
+/* One layer. decay (n_factors, H) and moving (H) keep what a column owes: while moving[j] is 0 column j of W2 has zero
+ * moments and its true value is, in the rows of factor f, decay[f H + j] times the stored one, so weight decay on units
+ * that never fired touches no memory. Start with all decay 1 and all moving 0.
  *
  * report (oplora_exact_report_size(H) numbers) is filled by each call:
  *     [0] ||g||^2   [1] how many entries of g are NaN or infinite   [2] ||dz||^2 + ||dW1||^2 + ||dc1||^2
@@ -247,7 +251,8 @@ oplora_status oplora_lean_start_f64(const oplora_lean_f64 *layer, double latent_
 int64_t oplora_lean_workspace_bytes_f32(const oplora_lean_f32 *layers, int64_t n_layers);
 int64_t oplora_lean_workspace_bytes_f64(const oplora_lean_f64 *layers, int64_t n_layers);
 
-/* As oplora_exact_measure and oplora_exact_step. */
+/* As oplora_exact_measure and oplora_exact_step. W2's start has one scale: random factors of a layer that shrink by
+ * different lr weight_decay are OPLORA_EVALUE. */
 oplora_status oplora_lean_measure_f32(const oplora_lean_f32 *layers, int64_t n_layers, void *workspace,
                                       oplora_parallel_fn par);
 oplora_status oplora_lean_measure_f64(const oplora_lean_f64 *layers, int64_t n_layers, void *workspace,
@@ -271,6 +276,20 @@ oplora_status oplora_merge(void *W, oplora_dtype dtype, const float *A, const fl
 
 /* values[i] rounded once to dtype, for whole tensors that an adapter replaces (biases, modules_to_save). */
 oplora_status oplora_round(const float *values, int64_t n, oplora_dtype dtype, void *out);
+
+/* ---- fingerprint.c: whether somebody wrote into a tensor ---- */
+
+typedef struct {
+    const void *data;
+    int64_t bytes;
+} oplora_bytes;
+
+/* out[i]: a 64-bit hash of tensor i's bytes, which changes with the value and the place of every one of them. The same
+ * for any number of threads; not for comparing machines of another byte order.
+ * workspace: oplora_fingerprint_workspace_bytes(tensors, n) bytes, aligned for uint64_t; -1 for sizes below 0. */
+int64_t oplora_fingerprint_workspace_bytes(const oplora_bytes *tensors, int64_t n);
+oplora_status oplora_fingerprint(const oplora_bytes *tensors, int64_t n, uint64_t *out, void *workspace,
+                                 oplora_parallel_fn par);
 
 #ifdef __cplusplus
 }

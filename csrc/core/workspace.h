@@ -25,9 +25,8 @@ static inline void *take(arena *a, int64_t count, int64_t size) {
 }
 
 static inline int oplora_adamw_is_valid(const oplora_adamw *a) {
-    return isfinite(a->lr) && isfinite(a->weight_lr) && isfinite(a->hidden_lr) && a->beta1 >= 0 && a->beta1 < 1 &&
-           a->beta2 >= 0 && a->beta2 < 1 && a->eps >= 0 && isfinite(a->eps) && isfinite(a->weight_decay) &&
-           a->step >= 1;
+    return isfinite(a->weight_ratio) && isfinite(a->hidden_lr) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 &&
+           a->beta2 < 1 && a->eps >= 0 && isfinite(a->eps) && isfinite(a->weight_decay) && a->step >= 1;
 }
 
 #endif

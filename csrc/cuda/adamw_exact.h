@@ -12,10 +12,11 @@ extern "C" {
 OPLORA_CUDA_API int64_t oplora_cuda_exact_table_bytes(const oplora_exact_f32 *layers, int64_t n_layers);
 OPLORA_CUDA_API int64_t oplora_cuda_exact_workspace_bytes(const oplora_exact_f32 *layers, int64_t n_layers);
 
-/* adamw: where on the device each layer's numbers are; the layers' own are not looked at. halves: NULL, or of every
- * factor of every layer in order. */
+/* adamw: where on the device each layer's numbers are, and rates: where those of its factors, lr and weight_decay one
+ * after another; the layers' own are not looked at. halves: NULL, or of every factor of every layer in order. */
 OPLORA_CUDA_API oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers,
-                                                            oplora_adamw *const *adamw, const oplora_cuda_half *halves,
+                                                            oplora_adamw *const *adamw, const double *const *rates,
+                                                            const oplora_cuda_half *halves,
                                                             oplora_cuda_verdict *verdict, void *workspace, void *table,
                                                             oplora_cuda_plan *plan);
 

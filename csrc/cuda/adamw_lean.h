@@ -12,11 +12,11 @@ extern "C" {
 OPLORA_CUDA_API int64_t oplora_cuda_lean_table_bytes(const oplora_lean_f32 *layers, int64_t n_layers);
 OPLORA_CUDA_API int64_t oplora_cuda_lean_workspace_bytes(const oplora_lean_f32 *layers, int64_t n_layers);
 
-/* adamw, halves: as in oplora_cuda_exact_plan_layers. A layer's dh may be NULL. */
+/* adamw, rates, halves: as in oplora_cuda_exact_plan_layers. A layer's dh may be NULL. */
 OPLORA_CUDA_API oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers,
-                                                           oplora_adamw *const *adamw, const oplora_cuda_half *halves,
-                                                           oplora_cuda_verdict *verdict, void *workspace, void *table,
-                                                           oplora_cuda_plan *plan);
+                                                           oplora_adamw *const *adamw, const double *const *rates,
+                                                           const oplora_cuda_half *halves, oplora_cuda_verdict *verdict,
+                                                           void *workspace, void *table, oplora_cuda_plan *plan);
 
 /* oplora_lean_start of every layer, oplora_lean_measure and oplora_lean_step. */
 OPLORA_CUDA_API int oplora_cuda_lean_start(const oplora_cuda_plan *plan, const void *table, double latent_std,

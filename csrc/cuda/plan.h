@@ -6,7 +6,8 @@
  * wait for the device, keep no pointer and return a cudaError_t.
  *
  * Rates and step counts are read from the device when a step runs, and the step adds 1 to each layer's count: so it can be
- * captured in a CUDA graph, and rates change without a new plan. Whether all gradients are finite is known on the device
+ * captured in a CUDA graph, and rates change without a new plan. On the device oplora_adamw's `step` is how many steps were
+ * done. Of lean state's random factors of one layer the first one's decay is W2's start's: let theirs be the same. Whether all gradients are finite is known on the device
  * alone: if one is not, every report's [0] and [1] say so and nothing else is changed. */
 #ifndef OPLORA_CUDA_PLAN_H
 #define OPLORA_CUDA_PLAN_H
@@ -20,7 +21,7 @@ extern "C" {
 #endif
 
 /* Of this interface: a library that was built from other sources is not called. */
-enum { OPLORA_CUDA_VERSION = 1 };
+enum { OPLORA_CUDA_VERSION = 2 };
 OPLORA_CUDA_API int oplora_cuda_version(void);
 
 /* CUDA's sentence for a cudaError_t. */

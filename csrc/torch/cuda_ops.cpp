@@ -147,21 +147,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> generate_backward(const Tensor &g, co
 
 // ---- plans ----
 
-enum { ADAMW_ROW = sizeof(oplora_adamw) / sizeof(double) }; // of `adamw`, whose last number is the step's 64 bits
+// Where on the device each layer's numbers are.
+struct DeviceNumbers {
+    std::vector<oplora_adamw *> adamw;
+    std::vector<const double *> rates;
 
-// adamw (all layers, ADAMW_ROW): where each of these layers' numbers are, by its row.
-std::vector<oplora_adamw *> adamw_of(const char *op, Place place, const Tensor &adamw, const std::vector<int64_t> &rows,
-                                     size_t n_layers) {
-    STD_TORCH_CHECK(adamw.dim() == 2 && adamw.size(1) == ADAMW_ROW && rows.size() == n_layers, "oplora::", op,
-                    ": adamw needs ", static_cast<int>(ADAMW_ROW), " numbers a layer, rows a number");
-    check(op, "adamw", adamw, ScalarType::Double, adamw.numel(), place);
-    std::vector<oplora_adamw *> numbers;
-    for (const int64_t row : rows) {
-        STD_TORCH_CHECK(row >= 0 && row < adamw.size(0), "oplora::", op, ": adamw has no row ", row);
-        numbers.push_back(reinterpret_cast<oplora_adamw *>(out<double>(adamw)) + row);
+    template <class L> DeviceNumbers(const L &layers, const Tensor &all, const Tensor &all_rates, const Tensor &rows) {
+        const Table table = layers.rows_of(all, all_rates, rows);
+        for (size_t i = 0; i < layers.layers.size(); i++) {
+            adamw.push_back(reinterpret_cast<oplora_adamw *>(out<double>(all)) + table[i][0]);
+            rates.push_back(in<double>(all_rates) + RATES * table[i][1]);
+        }
     }
-    return numbers;
-}
+};
 
 oplora_dtype half_dtype(const char *op, const Tensor &t) {
     const ScalarType dtype = t.scalar_type();
@@ -177,7 +175,7 @@ std::vector<oplora_cuda_half> set_tensors(L &layers, const OptionalTensors &fact
                                           const OptionalTensors &bases, const Tensors &grads) {
     const char *const op = layers.op;
     const size_t n = layers.factors.size();
-    STD_TORCH_CHECK(factors.size() == n && rounded.size() == n && bases.size() == n &&
+    STD_TORCH_CHECK(factors.size() == n && rounded.size() == n && (bases.empty() || bases.size() == n) &&
                         (grads.empty() || grads.size() == n),
                     "oplora::", op, ": factors, rounded, bases and grads need a tensor (or None) a factor");
     std::vector<oplora_cuda_half> halves(n, {nullptr, nullptr, OPLORA_F32});
@@ -188,7 +186,7 @@ std::vector<oplora_cuda_half> set_tensors(L &layers, const OptionalTensors &fact
             check(op, "a factor", *factors[f], ScalarType::Float, to.rows, layers.place);
             to.out = out<float>(*factors[f]);
         }
-        if (bases[f]) {
+        if (!bases.empty() && bases[f]) {
             check(op, "a base", *bases[f], ScalarType::Float, to.rows, layers.place);
             to.base = in<float>(*bases[f]);
         }
@@ -223,7 +221,7 @@ using Plan = std::tuple<Tensor, Tensor, Tensor>; // plan, table, workspace
 
 // verdict (2): a plan writes what it finds there.
 template <class L, class TableBytes, class WorkspaceBytes, class PlanLayers>
-Plan make_plan(L &layers, const std::vector<oplora_adamw *> &adamw, const std::vector<oplora_cuda_half> &halves,
+Plan make_plan(L &layers, const DeviceNumbers &numbers, const std::vector<oplora_cuda_half> &halves,
                const Tensor &verdict, TableBytes table_bytes, WorkspaceBytes workspace_bytes, PlanLayers plan_layers) {
     const int64_t in_table = table_bytes(layers.layers.data(), layers.count());
     const int64_t in_workspace = workspace_bytes(layers.layers.data(), layers.count());
@@ -232,37 +230,34 @@ Plan make_plan(L &layers, const std::vector<oplora_adamw *> &adamw, const std::v
     Tensor workspace = torch::stable::new_empty(verdict, {&in_workspace, 1}, ScalarType::Byte);
     oplora_cuda_plan made;
     check(layers.op, "verdict", verdict, ScalarType::Int, 2, layers.place);
-    check_core(layers.op, plan_layers(layers.layers.data(), layers.count(), adamw.data(), halves.data(),
-                                      reinterpret_cast<oplora_cuda_verdict *>(out<int>(verdict)), out<char>(workspace),
-                                      out<char>(table), &made));
+    check_core(layers.op, plan_layers(layers.layers.data(), layers.count(), numbers.adamw.data(), numbers.rates.data(),
+                                      halves.data(), reinterpret_cast<oplora_cuda_verdict *>(out<int>(verdict)),
+                                      out<char>(workspace), out<char>(table), &made));
     std::memcpy(out<char>(plan), &made, sizeof made);
     return {plan, table, workspace};
 }
 
-Plan cuda_exact_plan(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensors decay, Tensors moving,
-                     OptionalTensors factors, OptionalTensors rounded, OptionalTensors bases, Tensors grads,
-                     std::vector<int64_t> sizes, const Tensor &adamw, std::vector<int64_t> rows, const Tensor &verdict,
-                     const Tensor &report) {
+Plan cuda_exact_plan(const Tensor &parameters, const Tensor &exp_avg, const Tensor &exp_avg_sq, const Tensor &decay,
+                     const Tensor &moving, OptionalTensors factors, OptionalTensors rounded, OptionalTensors bases,
+                     Tensors grads, const Tensor &sizes, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
+                     const Tensor &verdict, const Tensor &report) {
     const char *const op = "cuda_exact_plan";
-    ExactLayers<float> layers(op, parameters, sizes, place_of(op, adamw));
+    ExactLayers<float> layers(op, sizes, place_of(op, adamw));
     layers.set_rows(rows_like(factors, rounded));
-    layers.set_parameters(parameters);
-    layers.set_state("exp_avg", exp_avg, [](auto &layer, float *p) { layer.exp_avg = p; });
-    layers.set_state("exp_avg_sq", exp_avg_sq, [](auto &layer, float *p) { layer.exp_avg_sq = p; });
-    layers.set_columns(decay, moving);
+    layers.set_state(parameters, exp_avg, exp_avg_sq, decay, moving);
     layers.set_report(report);
     const auto halves = set_tensors(layers, factors, rounded, bases, grads);
-    return make_plan(layers, adamw_of(op, layers.place, adamw, rows, layers.layers.size()), halves, verdict,
+    return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
                      CUDA_CALL(oplora_cuda_exact_table_bytes), CUDA_CALL(oplora_cuda_exact_workspace_bytes),
                      CUDA_CALL(oplora_cuda_exact_plan_layers));
 }
 
 Plan cuda_lean_plan(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, OptionalTensors factors,
-                    OptionalTensors rounded, OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes,
-                    std::vector<int64_t> random, int64_t seed, const Tensor &adamw, std::vector<int64_t> rows,
+                    OptionalTensors rounded, OptionalTensors bases, Tensors grads, const Tensor &sizes,
+                    const Tensor &random, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
                     const Tensor &verdict, const Tensor &report, const Tensor &dh) {
     const char *const op = "cuda_lean_plan";
-    LeanLayers<float> layers(op, sizes, seed, place_of(op, adamw));
+    LeanLayers<float> layers(op, sizes, place_of(op, adamw));
     layers.set_rows(rows_like(factors, rounded));
     layers.set_state(numbers, moments, scalars);
     layers.set_random(random);
@@ -271,7 +266,7 @@ Plan cuda_lean_plan(const Tensor &numbers, const Tensor &moments, const Tensor &
     const auto halves = set_tensors(layers, factors, rounded, bases, grads);
     for (const auto &factor : layers.factors)
         STD_TORCH_CHECK(factor.out, "oplora::", op, ": lean state needs every factor's value before rounding");
-    return make_plan(layers, adamw_of(op, layers.place, adamw, rows, layers.layers.size()), halves, verdict,
+    return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
                      CUDA_CALL(oplora_cuda_lean_table_bytes), CUDA_CALL(oplora_cuda_lean_workspace_bytes),
                      CUDA_CALL(oplora_cuda_lean_plan_layers));
 }
@@ -336,14 +331,14 @@ void cuda_lean_step_(const Tensor &plan, const Tensor &table, const Tensor &work
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
-    m.def("cuda_exact_plan(Tensor[] parameters, Tensor[] exp_avg, Tensor[] exp_avg_sq, Tensor[] decay, "
-          "Tensor[] moving, Tensor?[] factors, Tensor?[] rounded, Tensor?[] bases, Tensor[] grads, int[] sizes, "
-          "Tensor adamw, int[] rows, Tensor verdict, Tensor report) -> (Tensor, Tensor, Tensor)");
+    m.def("cuda_exact_plan(Tensor parameters, Tensor exp_avg, Tensor exp_avg_sq, Tensor decay, Tensor moving, "
+          "Tensor?[] factors, Tensor?[] rounded, Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor adamw, "
+          "Tensor rates, Tensor rows, Tensor verdict, Tensor report) -> (Tensor, Tensor, Tensor)");
     m.def("cuda_exact_measure_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
     m.def("cuda_exact_step_(Tensor plan, Tensor table, Tensor(a!) workspace, Tensor? veto, bool measured) -> ()");
     m.def("cuda_exact_generate_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
     m.def("cuda_lean_plan(Tensor numbers, Tensor moments, Tensor scalars, Tensor?[] factors, Tensor?[] rounded, "
-          "Tensor?[] bases, Tensor[] grads, int[] sizes, int[] random, int seed, Tensor adamw, int[] rows, "
+          "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor random, Tensor adamw, Tensor rates, Tensor rows, "
           "Tensor verdict, Tensor report, Tensor dh) -> (Tensor, Tensor, Tensor)");
     m.def("cuda_lean_start_(Tensor plan, Tensor table, Tensor(a!) workspace, float latent_std) -> ()");
     m.def("cuda_lean_measure_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");

@@ -7,7 +7,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -122,7 +124,36 @@ inline Sizes generator_sizes(const char *op, const Tensor &z, const Tensor &W1, 
 
 using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
-enum { ADAMW = 7 }; // numbers a layer in `adamw`
+
+// Rows of `width` integers in a tensor on the CPU: numbers that Python hands over unboxed.
+struct Table {
+    const int64_t *numbers;
+    int64_t count, width;
+
+    Table(const char *op, const char *name, const Tensor &t, int64_t width) : width(width) {
+        check(op, name, t, ScalarType::Long, t.numel());
+        STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == width, "oplora::", op, ": ", name, " needs ", width,
+                        " integers a layer");
+        count = t.size(0);
+        numbers = in<int64_t>(t);
+    }
+
+    const int64_t *operator[](size_t row) const { return numbers + static_cast<int64_t>(row) * width; }
+};
+
+// Numbers of a row of `adamw`: oplora_adamw's, whose last is an int64, how many steps were done.
+enum { ADAMW = sizeof(oplora_adamw) / sizeof(double), RATES = 2 };
+
+inline bool fits(int64_t begin, int64_t count, int64_t size) {
+    return begin >= 0 && begin <= size && count <= size - begin;
+}
+
+// Rows of `columns` numbers in float64, as many as there are.
+inline void check_rows(const char *op, const char *name, const Tensor &t, int64_t columns, Place place) {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == columns, "oplora::", op, ": ", name, " needs rows of ", columns,
+                    " numbers");
+    check(op, name, t, ScalarType::Double, t.numel(), place);
+}
 
 inline int64_t report_size(const oplora_exact_f32 &layer) { return oplora_exact_report_size(layer.H); }
 inline int64_t report_size(const oplora_exact_f64 &layer) { return oplora_exact_report_size(layer.H); }
@@ -136,28 +167,34 @@ template <class T, class Layer> struct Layers {
     const char *op;
     Place place;
 
-    Layers(const char *op, Place place, const std::vector<int64_t> &n_factors)
-        : layers(n_factors.size()), op(op), place(place) {
+    // H and Z are the first columns of sizes, `n_factors` is the one with a layer's number of factors
+    Layers(const char *op, Place place, const Table &sizes, int n_factors)
+        : layers(static_cast<size_t>(sizes.count)), op(op), place(place) {
         int64_t sum = 0;
-        for (const int64_t count : n_factors) {
-            STD_TORCH_CHECK(count >= 1 && count < (int64_t{1} << 32), "oplora::", op, ": a layer needs a factor");
-            sum += count;
+        for (size_t i = 0; i < layers.size(); i++) {
+            layers[i].H = sizes[i][0];
+            layers[i].Z = sizes[i][1];
+            layers[i].n_factors = sizes[i][n_factors];
+            STD_TORCH_CHECK(layers[i].n_factors >= 1 && layers[i].n_factors < (int64_t{1} << 32), "oplora::", op,
+                            ": a layer needs a factor");
+            sum += layers[i].n_factors;
         }
-        factors.resize(sum);
-        for (size_t i = 0, f = 0; i < layers.size(); f += layers[i++].n_factors) {
-            layers[i].n_factors = n_factors[i];
+        factors.resize(static_cast<size_t>(sum));
+        for (size_t i = 0, f = 0; i < layers.size(); f += static_cast<size_t>(layers[i++].n_factors))
             layers[i].factors = factors.data() + f;
-        }
     }
 
-    // rows of each factor, and with them N; H and Z are there
+    // rows of each factor, and with them N
     void set_rows(const Tensors &tensors) {
         STD_TORCH_CHECK(tensors.size() == factors.size(), "oplora::", op, ": ", tensors.size(), " factors, expected ",
                         factors.size());
         size_t f = 0;
         for (auto &layer : layers) {
             layer.N = 0;
-            for (int64_t k = 0; k < layer.n_factors; k++, f++) layer.N += factors[f].rows = tensors[f].numel();
+            for (int64_t k = 0; k < layer.n_factors; k++, f++) {
+                layer.N += factors[f].rows = tensors[f].numel();
+                STD_TORCH_CHECK(factors[f].rows > 0, "oplora::", op, ": a factor is empty");
+            }
             STD_TORCH_CHECK(oplora_size(layer.H, layer.Z, layer.N) > 0, "oplora::", op,
                             ": H, Z and N must be at least 1, are ", layer.H, ", ", layer.Z, ", ", layer.N);
         }
@@ -171,25 +208,50 @@ template <class T, class Layer> struct Layers {
         }
     }
 
+    // bases: none at all, or a base or None a factor
     void set_factors(const Tensors &tensors, const OptionalTensors &bases) {
-        STD_TORCH_CHECK(bases.size() == factors.size(), "oplora::", op, ": a base (or None) a factor is needed");
+        STD_TORCH_CHECK(bases.empty() || bases.size() == factors.size(), "oplora::", op,
+                        ": a base (or None) a factor is needed");
         for (size_t f = 0; f < factors.size(); f++) {
             check(op, "a factor", tensors[f], core<T>::dtype, factors[f].rows, place);
             factors[f].out = out<T>(tensors[f]);
-            if (!bases[f]) continue;
+            if (bases.empty() || !bases[f]) continue;
             check(op, "a base", *bases[f], core<T>::dtype, factors[f].rows, place);
             factors[f].base = in<T>(*bases[f]);
         }
     }
 
-    void set_adamw(const std::vector<double> &adamw, const std::vector<int64_t> &steps) {
-        STD_TORCH_CHECK(adamw.size() == ADAMW * layers.size() && steps.size() == layers.size(), "oplora::", op,
-                        ": adamw needs (lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay) a layer, steps one "
-                        "number");
+    // Rows of `rows`: a layer's in adamw, and in rates that of its first factor, which the others follow.
+    Table rows_of(const Tensor &adamw, const Tensor &rates, const Tensor &rows) const {
+        const Table table(op, "rows", rows, 2);
+        check_rows(op, "adamw", adamw, ADAMW, place);
+        check_rows(op, "rates", rates, RATES, place);
+        STD_TORCH_CHECK(table.count == count(), "oplora::", op, ": rows needs a row a layer");
         for (size_t i = 0; i < layers.size(); i++) {
-            const double *const a = &adamw[ADAMW * i];
-            layers[i].adamw = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], steps[i]};
+            STD_TORCH_CHECK(fits(table[i][0], 1, adamw.size(0)), "oplora::", op, ": adamw has no row ", table[i][0]);
+            STD_TORCH_CHECK(fits(table[i][1], layers[i].n_factors, rates.size(0)), "oplora::", op, ": rates has no ",
+                            layers[i].n_factors, " rows from row ", table[i][1]);
         }
+        return table;
+    }
+
+    void set_adamw(const Tensor &adamw, const Tensor &rates, const Table &rows) {
+        size_t f = 0;
+        for (size_t i = 0; i < layers.size(); i++) {
+            std::memcpy(&layers[i].adamw, in<double>(adamw) + ADAMW * rows[i][0], sizeof(oplora_adamw));
+            STD_TORCH_CHECK(layers[i].adamw.step >= 0 && layers[i].adamw.step < INT64_MAX, "oplora::", op,
+                            ": a step count below 0");
+            layers[i].adamw.step++; // of steps done it becomes the number of this one
+            const double *rate = in<double>(rates) + RATES * rows[i][1];
+            for (int64_t k = 0; k < layers[i].n_factors; k++, f++, rate += RATES)
+                factors[f].lr = rate[0], factors[f].weight_decay = rate[1];
+        }
+    }
+
+    // after a step that was done
+    void count_steps(const Tensor &adamw, const Table &rows) const {
+        for (size_t i = 0; i < layers.size(); i++)
+            std::memcpy(out<double>(adamw) + ADAMW * rows[i][0] + ADAMW - 1, &layers[i].adamw.step, sizeof(int64_t));
     }
 
     void set_report(const Tensor &report) {
@@ -206,90 +268,77 @@ template <class T, class Layer> struct Layers {
     int64_t count() const { return static_cast<int64_t>(layers.size()); }
 };
 
-// Column `column` of a table of `width` numbers a layer.
-inline std::vector<int64_t> column(const char *op, const std::vector<int64_t> &table, size_t width, size_t column) {
-    STD_TORCH_CHECK(table.size() % width == 0, "oplora::", op, ": sizes needs ", width, " numbers a layer");
-    std::vector<int64_t> values;
-    for (size_t i = column; i < table.size(); i += width) values.push_back(table[i]);
-    return values;
-}
-
-// ---- exact ----
+// ---- the state of all layers lies in a few tensors, so that a call hands over few ----
 
 template <class T> struct ExactLayers : Layers<T, typename core<T>::exact> {
-    enum { SIZES = 3 }; // H, Z, factors
+    // H, Z, factors, where the layer begins in the three tensors of its numbers, in `decay`, in `moving`
+    enum { SIZES = 6 };
 
-    ExactLayers(const char *op, const Tensors &parameters, const std::vector<int64_t> &sizes, Place place = {})
-        : Layers<T, typename core<T>::exact>(op, place, column(op, sizes, SIZES, 2)) {
-        STD_TORCH_CHECK(parameters.size() == this->layers.size(), "oplora::", op,
-                        ": sizes needs (H, Z, factors) a layer");
-        for (size_t i = 0; i < parameters.size(); i++) {
-            this->layers[i].H = sizes[SIZES * i];
-            this->layers[i].Z = sizes[SIZES * i + 1];
-        }
+    ExactLayers(const char *op, const Tensor &sizes, Place place = {})
+        : ExactLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
+
+    void set_parameters(const Tensor &t) {
+        set_numbers("parameters", t, [](auto &layer, T *p) { layer.parameters = p; });
     }
 
-    template <class Set> void set_state(const char *name, const Tensors &tensors, Set set) {
-        STD_TORCH_CHECK(tensors.size() == this->layers.size(), "oplora::", this->op, ": ", name,
-                        " needs a tensor a layer");
-        for (size_t i = 0; i < tensors.size(); i++) {
-            auto &layer = this->layers[i];
-            check(this->op, name, tensors[i], core<T>::dtype, oplora_size(layer.H, layer.Z, layer.N), this->place);
-            set(layer, out<T>(tensors[i]));
-        }
-    }
-
-    void set_parameters(const Tensors &tensors) {
-        set_state("parameters", tensors, [](auto &layer, T *p) { layer.parameters = p; });
-    }
-
-    void set_columns(const Tensors &decay, const Tensors &moving) {
-        STD_TORCH_CHECK(decay.size() == this->layers.size() && moving.size() == this->layers.size(),
-                        "oplora::", this->op, ": decay and moving need a tensor a layer");
-        for (size_t i = 0; i < decay.size(); i++) {
-            auto &layer = this->layers[i];
-            check(this->op, "decay", decay[i], ScalarType::Double, layer.H, this->place);
-            check(this->op, "moving", moving[i], ScalarType::Byte, layer.H, this->place);
-            layer.decay = out<double>(decay[i]);
-            layer.moving = out<uint8_t>(moving[i]);
+    void set_state(const Tensor &parameters, const Tensor &exp_avg, const Tensor &exp_avg_sq, const Tensor &decay,
+                   const Tensor &moving) {
+        set_parameters(parameters);
+        set_numbers("exp_avg", exp_avg, [](auto &layer, T *p) { layer.exp_avg = p; });
+        set_numbers("exp_avg_sq", exp_avg_sq, [](auto &layer, T *p) { layer.exp_avg_sq = p; });
+        check(this->op, "decay", decay, ScalarType::Double, decay.numel(), this->place);
+        check(this->op, "moving", moving, ScalarType::Byte, moving.numel(), this->place);
+        for (size_t i = 0; i < this->layers.size(); i++) {
+            auto &layer = this->layers[i]; // of which oplora_size found that H N fits, and N >= n_factors
+            STD_TORCH_CHECK(fits(sizes[i][4], layer.n_factors * layer.H, decay.numel()) &&
+                                fits(sizes[i][5], layer.H, moving.numel()),
+                            "oplora::", this->op, ": a layer does not lie within decay and moving");
+            layer.decay = out<double>(decay) + sizes[i][4];
+            layer.moving = out<uint8_t>(moving) + sizes[i][5];
         }
     }
 
     std::unique_ptr<void, Free> scratch() const {
         return workspace(this->op, core<T>::exact_workspace_bytes(this->layers.data(), this->count()));
     }
-};
 
-// ---- lean: the state of all layers lies in three tensors, so that a call hands over few ----
+  private:
+    const Table sizes;
 
-template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
-    // H, Z, weight_rank, moment_rank, start, layer, factors, where the layer's numbers, moments and scalars begin
-    enum { SIZES = 10 };
+    ExactLayers(const char *op, const Table &sizes, Place place)
+        : Layers<T, typename core<T>::exact>(op, place, sizes, 2), sizes(sizes) {}
 
-    LeanLayers(const char *op, const std::vector<int64_t> &sizes, int64_t seed, Place place = {})
-        : Layers<T, typename core<T>::lean>(op, place, column(op, sizes, SIZES, 6)), sizes(sizes) {
+    template <class Set> void set_numbers(const char *name, const Tensor &t, Set set) {
+        check(this->op, name, t, core<T>::dtype, t.numel(), this->place);
         for (size_t i = 0; i < this->layers.size(); i++) {
-            const int64_t *const n = &sizes[SIZES * i];
             auto &layer = this->layers[i];
-            layer.H = n[0], layer.Z = n[1], layer.weight_rank = n[2], layer.moment_rank = n[3];
-            layer.start = n[4] ? OPLORA_SIGN : OPLORA_UNIFORM;
-            layer.layer = static_cast<uint32_t>(n[5]);
-            layer.seed = static_cast<uint64_t>(seed);
+            STD_TORCH_CHECK(fits(sizes[i][3], oplora_size(layer.H, layer.Z, layer.N), t.numel()), "oplora::", this->op,
+                            ": a layer does not lie within ", name);
+            set(layer, out<T>(t) + sizes[i][3]);
         }
     }
+};
+
+template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
+    // H, Z, weight_rank, moment_rank, start (1: signs), layer, factors, where the layer's numbers, moments and scalars
+    // begin, seed
+    enum { SIZES = 11 };
+
+    LeanLayers(const char *op, const Tensor &sizes, Place place = {})
+        : LeanLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
 
     void set_state(const Tensor &numbers, const Tensor &moments, const Tensor &scalars) {
         check(this->op, "numbers", numbers, core<T>::dtype, numbers.numel(), this->place);
         check(this->op, "moments", moments, core<T>::moment_dtype, moments.numel(), this->place);
         check(this->op, "scalars", scalars, ScalarType::Double, scalars.numel(), this->place);
         for (size_t i = 0; i < this->layers.size(); i++) {
-            const int64_t *const at = &sizes[SIZES * i + 7];
+            const int64_t *const at = sizes[i] + 7;
             auto &l = this->layers[i];
             const int64_t n = oplora_lean_numbers(l.H, l.Z, l.N, l.weight_rank, l.moment_rank);
             const int64_t m = oplora_lean_moments(l.H, l.Z, l.N, l.weight_rank, l.moment_rank);
             STD_TORCH_CHECK(n > 0 && m > 0, "oplora::", this->op, ": ranks must be in 1 .. 8");
-            STD_TORCH_CHECK(fits(at[0], n, numbers) && fits(at[1], m, moments) &&
-                                fits(at[2], OPLORA_LEAN_SCALARS, scalars),
+            STD_TORCH_CHECK(fits(at[0], n, numbers.numel()) && fits(at[1], m, moments.numel()) &&
+                                fits(at[2], OPLORA_LEAN_SCALARS, scalars.numel()),
                             "oplora::", this->op, ": a layer's state does not lie within the tensors");
             l.numbers = out<T>(numbers) + at[0];
             l.moments = out<typename core<T>::moment>(moments) + at[1];
@@ -297,10 +346,9 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
         }
     }
 
-    void set_random(const std::vector<int64_t> &random) {
-        STD_TORCH_CHECK(random.size() == this->factors.size(), "oplora::", this->op,
-                        ": random needs a number a factor");
-        for (size_t f = 0; f < random.size(); f++) this->factors[f].random = random[f] != 0;
+    void set_random(const Tensor &random) {
+        check(this->op, "random", random, ScalarType::Long, static_cast<int64_t>(this->factors.size()));
+        for (size_t f = 0; f < this->factors.size(); f++) this->factors[f].random = in<int64_t>(random)[f] != 0;
     }
 
     void set_dh(const Tensor &dh) {
@@ -319,10 +367,20 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
     }
 
   private:
-    const std::vector<int64_t> &sizes;
+    const Table sizes;
 
-    static bool fits(int64_t begin, int64_t count, const Tensor &t) {
-        return begin >= 0 && begin <= t.numel() && count <= t.numel() - begin;
+    LeanLayers(const char *op, const Table &sizes, Place place)
+        : Layers<T, typename core<T>::lean>(op, place, sizes, 6), sizes(sizes) {
+        for (size_t i = 0; i < this->layers.size(); i++) {
+            const int64_t *const n = sizes[i];
+            auto &layer = this->layers[i];
+            STD_TORCH_CHECK(n[4] == 0 || n[4] == 1, "oplora::", op, ": start must be 0 or 1, is ", n[4]);
+            STD_TORCH_CHECK(n[5] >= 0 && n[5] <= UINT32_MAX, "oplora::", op, ": no layer has number ", n[5]);
+            layer.weight_rank = n[2], layer.moment_rank = n[3];
+            layer.start = n[4] ? OPLORA_SIGN : OPLORA_UNIFORM;
+            layer.layer = static_cast<uint32_t>(n[5]);
+            layer.seed = static_cast<uint64_t>(n[10]);
+        }
     }
 };
 

@@ -50,11 +50,10 @@ bool finite(const char *op, oplora_status status) {
     return true;
 }
 
-bool exact_measure_(Tensors parameters, Tensors grads, std::vector<int64_t> sizes, const Tensor &report) {
-    if (parameters.empty()) return true;
-    return for_dtype("exact_measure_", parameters[0], [&](auto type) {
+bool exact_measure_(const Tensor &parameters, Tensors grads, const Tensor &sizes, const Tensor &report) {
+    return for_dtype("exact_measure_", parameters, [&](auto type) {
         using T = decltype(type);
-        ExactLayers<T> layers("exact_measure_", parameters, sizes);
+        ExactLayers<T> layers("exact_measure_", sizes);
         layers.set_rows(grads);
         layers.set_parameters(parameters);
         layers.set_gradients(grads);
@@ -65,33 +64,31 @@ bool exact_measure_(Tensors parameters, Tensors grads, std::vector<int64_t> size
     });
 }
 
-bool exact_step_(Tensors parameters, Tensors exp_avg, Tensors exp_avg_sq, Tensors decay, Tensors moving,
-                 Tensors factors, OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes,
-                 std::vector<double> adamw, std::vector<int64_t> steps, const Tensor &report, bool measured) {
-    if (parameters.empty()) return true;
-    return for_dtype("exact_step_", parameters[0], [&](auto type) {
+bool exact_step_(const Tensor &parameters, const Tensor &exp_avg, const Tensor &exp_avg_sq, const Tensor &decay,
+                 const Tensor &moving, Tensors factors, OptionalTensors bases, Tensors grads, const Tensor &sizes,
+                 const Tensor &adamw, const Tensor &rates, const Tensor &rows, const Tensor &report, bool measured) {
+    return for_dtype("exact_step_", parameters, [&](auto type) {
         using T = decltype(type);
-        ExactLayers<T> layers("exact_step_", parameters, sizes);
+        ExactLayers<T> layers("exact_step_", sizes);
         layers.set_rows(factors);
-        layers.set_parameters(parameters);
-        layers.set_state("exp_avg", exp_avg, [](auto &layer, T *p) { layer.exp_avg = p; });
-        layers.set_state("exp_avg_sq", exp_avg_sq, [](auto &layer, T *p) { layer.exp_avg_sq = p; });
-        layers.set_columns(decay, moving);
+        layers.set_state(parameters, exp_avg, exp_avg_sq, decay, moving);
         layers.set_factors(factors, bases);
         layers.set_gradients(grads);
-        layers.set_adamw(adamw, steps);
         layers.set_report(report);
+        const Table of_layers = layers.rows_of(adamw, rates, rows);
+        layers.set_adamw(adamw, rates, of_layers);
         const auto memory = layers.scratch();
-        return finite(layers.op, core<T>::exact_step(layers.layers.data(), layers.count(), measured, memory.get(),
-                                                     torch_parallel_for));
+        const bool done = finite(layers.op, core<T>::exact_step(layers.layers.data(), layers.count(), measured,
+                                                                memory.get(), torch_parallel_for));
+        if (done) layers.count_steps(adamw, of_layers);
+        return done;
     });
 }
 
-void exact_generate_(Tensors parameters, Tensors factors, OptionalTensors bases, std::vector<int64_t> sizes) {
-    if (parameters.empty()) return;
-    for_dtype("exact_generate_", parameters[0], [&](auto type) {
+void exact_generate_(const Tensor &parameters, Tensors factors, OptionalTensors bases, const Tensor &sizes) {
+    for_dtype("exact_generate_", parameters, [&](auto type) {
         using T = decltype(type);
-        ExactLayers<T> layers("exact_generate_", parameters, sizes);
+        ExactLayers<T> layers("exact_generate_", sizes);
         layers.set_rows(factors);
         layers.set_parameters(parameters);
         layers.set_factors(factors, bases);
@@ -102,13 +99,13 @@ void exact_generate_(Tensors parameters, Tensors factors, OptionalTensors bases,
 }
 
 void lean_start_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors factors,
-                 std::vector<int64_t> sizes, std::vector<int64_t> random, int64_t seed, double latent_std) {
+                 const Tensor &sizes, const Tensor &random, double latent_std) {
     for_dtype("lean_start_", numbers, [&](auto type) {
         using T = decltype(type);
-        LeanLayers<T> layers("lean_start_", sizes, seed);
+        LeanLayers<T> layers("lean_start_", sizes);
         layers.set_rows(factors);
         layers.set_state(numbers, moments, scalars);
-        layers.set_factors(factors, OptionalTensors(factors.size()));
+        layers.set_factors(factors, {});
         layers.set_random(random);
         for (const auto &layer : layers.layers)
             check_core(layers.op, core<T>::lean_start(&layer, latent_std, torch_parallel_for));
@@ -116,11 +113,10 @@ void lean_start_(const Tensor &numbers, const Tensor &moments, const Tensor &sca
 }
 
 bool lean_measure_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors grads,
-                   std::vector<int64_t> sizes, std::vector<int64_t> random, int64_t seed, const Tensor &report,
-                   const Tensor &dh) {
+                   const Tensor &sizes, const Tensor &random, const Tensor &report, const Tensor &dh) {
     return for_dtype("lean_measure_", numbers, [&](auto type) {
         using T = decltype(type);
-        LeanLayers<T> layers("lean_measure_", sizes, seed);
+        LeanLayers<T> layers("lean_measure_", sizes);
         layers.set_rows(grads);
         layers.set_state(numbers, moments, scalars);
         layers.set_random(random);
@@ -134,24 +130,46 @@ bool lean_measure_(const Tensor &numbers, const Tensor &moments, const Tensor &s
 }
 
 bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors factors,
-                OptionalTensors bases, Tensors grads, std::vector<int64_t> sizes, std::vector<int64_t> random,
-                int64_t seed, std::vector<double> adamw, std::vector<int64_t> steps, const Tensor &report,
-                std::optional<Tensor> dh) {
+                OptionalTensors bases, Tensors grads, const Tensor &sizes, const Tensor &random, const Tensor &adamw,
+                const Tensor &rates, const Tensor &rows, const Tensor &report, std::optional<Tensor> dh) {
     return for_dtype("lean_step_", numbers, [&](auto type) {
         using T = decltype(type);
-        LeanLayers<T> layers("lean_step_", sizes, seed);
+        LeanLayers<T> layers("lean_step_", sizes);
         layers.set_rows(factors);
         layers.set_state(numbers, moments, scalars);
         layers.set_random(random);
         layers.set_factors(factors, bases);
         layers.set_gradients(grads);
-        layers.set_adamw(adamw, steps);
         layers.set_report(report);
         if (dh) layers.set_dh(*dh);
+        const Table of_layers = layers.rows_of(adamw, rates, rows);
+        layers.set_adamw(adamw, rates, of_layers);
         const auto memory = layers.scratch();
-        return finite(layers.op, core<T>::lean_step(layers.layers.data(), layers.count(), dh.has_value(), memory.get(),
-                                                    torch_parallel_for));
+        const bool done = finite(layers.op, core<T>::lean_step(layers.layers.data(), layers.count(), dh.has_value(),
+                                                               memory.get(), torch_parallel_for));
+        if (done) layers.count_steps(adamw, of_layers);
+        return done;
     });
+}
+
+// ---- fingerprint ----
+
+// One that is not contiguous is copied first: in the order of its elements.
+Tensor fingerprint(Tensors tensors) {
+    const char *const op = "fingerprint";
+    std::vector<oplora_bytes> bytes;
+    bytes.reserve(tensors.size());
+    for (auto &t : tensors) {
+        STD_TORCH_CHECK(t.is_cpu(), "oplora::", op, ": expected CPU tensors");
+        if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+        bytes.push_back({t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size())});
+    }
+    const int64_t n = static_cast<int64_t>(bytes.size());
+    Tensor hashes = torch::stable::empty({&n, 1}, ScalarType::Long, std::nullopt,
+                                         torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const auto memory = workspace(op, oplora_fingerprint_workspace_bytes(bytes.data(), n));
+    check_core(op, oplora_fingerprint(bytes.data(), n, out<uint64_t>(hashes), memory.get(), torch_parallel_for));
+    return hashes;
 }
 
 } // namespace
@@ -159,18 +177,19 @@ bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scal
 STABLE_TORCH_LIBRARY(oplora, m) {
     m.def("generate(Tensor z, Tensor W1, Tensor c1, Tensor W2, Tensor c2) -> Tensor");
     m.def("generate_backward(Tensor g, Tensor z, Tensor W1, Tensor c1, Tensor W2) -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def("exact_measure_(Tensor[] parameters, Tensor[] grads, int[] sizes, Tensor(a!) report) -> bool");
-    m.def("exact_step_(Tensor(a!)[] parameters, Tensor(b!)[] exp_avg, Tensor(c!)[] exp_avg_sq, Tensor(d!)[] decay, "
-          "Tensor(e!)[] moving, Tensor(f!)[] factors, Tensor?[] bases, Tensor[] grads, int[] sizes, float[] adamw, "
-          "int[] steps, Tensor(g!) report, bool measured) -> bool");
-    m.def("exact_generate_(Tensor[] parameters, Tensor(a!)[] factors, Tensor?[] bases, int[] sizes) -> ()");
-    m.def("lean_start_(Tensor(a!) numbers, Tensor moments, Tensor(b!) scalars, Tensor(c!)[] factors, int[] sizes, "
-          "int[] random, int seed, float latent_std) -> ()");
-    m.def("lean_measure_(Tensor numbers, Tensor moments, Tensor scalars, Tensor[] grads, int[] sizes, int[] random, "
-          "int seed, Tensor(a!) report, Tensor(b!) dh) -> bool");
+    m.def("exact_measure_(Tensor parameters, Tensor[] grads, Tensor sizes, Tensor(a!) report) -> bool");
+    m.def("exact_step_(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) decay, "
+          "Tensor(e!) moving, Tensor(f!)[] factors, Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor(h!) adamw, "
+          "Tensor rates, Tensor rows, Tensor(g!) report, bool measured) -> bool");
+    m.def("exact_generate_(Tensor parameters, Tensor(a!)[] factors, Tensor?[] bases, Tensor sizes) -> ()");
+    m.def("lean_start_(Tensor(a!) numbers, Tensor moments, Tensor(b!) scalars, Tensor(c!)[] factors, Tensor sizes, "
+          "Tensor random, float latent_std) -> ()");
+    m.def("lean_measure_(Tensor numbers, Tensor moments, Tensor scalars, Tensor[] grads, Tensor sizes, Tensor random, "
+          "Tensor(a!) report, Tensor(b!) dh) -> bool");
     m.def("lean_step_(Tensor(a!) numbers, Tensor(b!) moments, Tensor(c!) scalars, Tensor(d!)[] factors, "
-          "Tensor?[] bases, Tensor[] grads, int[] sizes, int[] random, int seed, float[] adamw, int[] steps, "
+          "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor random, Tensor(f!) adamw, Tensor rates, Tensor rows, "
           "Tensor(e!) report, Tensor? dh) -> bool");
+    m.def("fingerprint(Tensor[] tensors) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
@@ -183,3 +202,6 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
     m.impl("lean_measure_", TORCH_BOX(&lean_measure_));
     m.impl("lean_step_", TORCH_BOX(&lean_step_));
 }
+
+// no tensor at all tells no device
+STABLE_TORCH_LIBRARY_IMPL(oplora, CompositeExplicitAutograd, m) { m.impl("fingerprint", TORCH_BOX(&fingerprint)); }

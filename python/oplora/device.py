@@ -29,7 +29,7 @@ __all__ = [
     "share_devices",
 ]
 
-ADAMW = 8  # float64 numbers of a layer: oplora_core.h's oplora_adamw, whose last are the step's 64 bits
+ADAMW = 7  # float64 numbers of a layer: oplora_core.h's oplora_adamw, whose last are the 64 bits of the steps done
 _LIBRARY = Path(__file__).with_name("liboplora_cuda.so")
 
 
@@ -101,29 +101,39 @@ class Plan:
 class Device:
     """What all layers on one device share: AdamW's numbers, the verdict, and the last plan."""
 
-    def __init__(self, device: torch.device, count: int) -> None:
+    def __init__(self, device: torch.device, counts: Sequence[int]) -> None:
+        """counts: how many factors each layer has."""
         self.device = device
-        self.adamw = torch.zeros(count, ADAMW, dtype=torch.float64, device=device)
-        self.steps = self.adamw.view(torch.int64)[:, ADAMW - 1]  # the number of each layer's next step
-        self.steps.fill_(1)
+        self.adamw = torch.zeros(len(counts), ADAMW, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(sum(counts), 2, dtype=torch.float64, device=device)  # of every factor
+        self.first_rates = [sum(counts[:i]) for i in range(len(counts))]
+        self.steps = self.adamw.view(torch.int64)[:, ADAMW - 1]  # how many each layer has done
         self.verdict = torch.zeros(2, dtype=torch.int32, device=device)  # not finite, steps that were refused
         self.plan: Plan | None = None
-        self._numbers: list[float | None] = [None] * (ADAMW - 1)
+        self._numbers: list[float | None] = [None] * ADAMW
         self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._refusals_told = 0
 
     def set_numbers(self, numbers: Sequence[float | Tensor]) -> None:
-        """lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay, of all layers; those that changed are written.
+        """lr, weight_ratio, hidden_lr, beta1, beta2, eps, weight_decay, of all layers; those that changed are written.
 
         A tensor is copied on the device at every step, also at each replay of a captured one.
         """
+        places = [[self.rates[:, 0]], *([column] for column in self.adamw.unbind(1)[: ADAMW - 1])]
+        places[-1].append(self.rates[:, 1])
         for i, number in enumerate(numbers):
             if isinstance(number, Tensor):
-                self.adamw[:, i].copy_(number)
+                for column in places[i]:
+                    column.copy_(number)
                 self._numbers[i] = None
             elif number != self._numbers[i]:
-                self.adamw[:, i].fill_(number)
+                for column in places[i]:
+                    column.fill_(number)
                 self._numbers[i] = number
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """Where the numbers of some layers are, as the ops take it."""
+        return torch.tensor([[row, self.first_rates[row]] for row in rows], dtype=torch.int64)
 
     def tell_verdict(self) -> None:
         """Has the verdict sent to the host, which does not wait for it."""
@@ -150,7 +160,7 @@ def share_devices(states: Sequence[State]) -> None:
         if runs_on_device(state.factors.device):
             by_device.setdefault(state.factors.device, []).append(state)
     for device, some in by_device.items():
-        shared = Device(device, len(some))
+        shared = Device(device, [len(state.factors.shapes) for state in some])
         for row, state in enumerate(some):
             state.shared, state.row = shared, row
 

@@ -5,6 +5,7 @@ pages of moments that no step has touched (units that never fired) are not resid
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .device import DeviceLayers, Plan, PlanTensors, runs_on_device, share_devic
 from .factors import Factors
 from .staging import Staging
 from .start import Settings, allocate, count_parameters, start_parameters
-from .state import Layers, State, by_kind, finish, kind_of, targets
+from .state import Layers, State, by_kind, finish, kind_of, step_numbers, targets
 
 __all__ = ["ExactLayers", "ExactState"]
 
@@ -25,14 +26,14 @@ class ExactState(State):
     KIND = "exact"
     KEYS = ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving")
 
-    def __init__(self, factors: Factors, settings: Settings, memory: Sequence[Tensor]) -> None:
-        self.factors = factors
+    def __init__(self, factors: Factors, settings: Settings, arenas: "Arenas") -> None:
+        self.factors, self.arenas = factors, arenas
         self.H, self.Z, self.N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
-        self.parameters, self.exp_avg, self.exp_avg_sq = memory
+        views, self.offsets = arenas.next_views()
+        self.parameters, self.exp_avg, self.exp_avg_sq, decay, self.moving = views
+        self.decay = decay.view(len(factors.shapes), self.H)
         start_parameters(self.parameters, factors, settings)
         self.staging: Staging | None = None
-        self.decay = torch.ones(self.H, dtype=torch.float64, device=factors.device)
-        self.moving = torch.zeros(self.H, dtype=torch.uint8, device=factors.device)
 
     @staticmethod
     def bytes_needed(factors: Factors, settings: Settings) -> int:
@@ -42,13 +43,8 @@ class ExactState(State):
     def make_all(cls, factors: Sequence[Factors], settings: Settings) -> list["ExactState"]:
         """The generators of all layers; the parameters of those of one dtype and device lie in one piece of memory, and
         so do their moments."""
-        pieces: dict[tuple[torch.dtype, torch.device], list[Iterator[Tensor]]] = {}
-        for kind, some in by_kind(factors).items():
-            counts = [count_parameters(f, settings) for f in some]
-            pieces[kind] = [
-                iter(allocate(sum(counts), *kind, huge_pages=is_w2).split(counts)) for is_w2 in (True, False, False)
-            ]
-        states = [cls(f, settings, [next(p) for p in pieces[kind_of(f)]]) for f in factors]
+        arenas = {kind: Arenas(some, settings, *kind) for kind, some in by_kind(factors).items()}
+        states = [cls(f, settings, arenas[kind_of(f)]) for f in factors]
         share_devices(states)
         return states
 
@@ -70,6 +66,19 @@ class ExactState(State):
     def absorb_edits(self, parameters: list[torch.nn.Parameter]) -> bool:
         return self.factors.adopt_edits(parameters, self.generate)
 
+    def check_state(self, saved: Any) -> None:
+        super().check_state(self._with_decay_of_factors(saved))
+
+    def load_state(self, saved: dict[str, Any]) -> None:
+        super().load_state(self._with_decay_of_factors(saved))
+
+    def _with_decay_of_factors(self, saved: Any) -> Any:
+        """Earlier versions saved one decay for the rows of all factors."""
+        decay = saved.get("decay") if isinstance(saved, dict) else None
+        if not isinstance(decay, Tensor) or decay.shape != (self.H,):
+            return saved
+        return {**saved, "decay": decay.expand(self.decay.shape)}
+
     def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
         h = report[3 : 3 + self.H]
         return float(h.square().sum()), int(h.count_nonzero()), float(report[0]), float(report[2])
@@ -83,10 +92,40 @@ class ExactState(State):
         return StagedLayers() if runs_on_device(self.factors.placed) else ExactLayers()
 
 
+class Arenas:
+    """The memory of all layers of one dtype and device: a tensor for each of a state's KEYS."""
+
+    def __init__(
+        self, factors: Sequence[Factors], settings: Settings, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        H = settings.hidden_width
+        counts = [(count_parameters(f, settings), len(f.shapes) * H, H) for f in factors]
+        numbers, decays, units = (sum(column) for column in zip(*counts, strict=True))
+        self.tensors = (
+            *(allocate(numbers, dtype, device, huge_pages=is_w2) for is_w2 in (True, False, False)),
+            torch.ones(decays, dtype=torch.float64, device=device),
+            torch.zeros(units, dtype=torch.uint8, device=device),
+        )
+        self._views = iter(list(self._cut(counts)))  # a generator could not be copied
+
+    def _cut(self, counts: Sequence[tuple[int, int, int]]) -> Iterator[tuple[list[Tensor], list[int]]]:
+        at = [0, 0, 0]
+        for some in counts:
+            places = [0, 0, 0, 1, 2]
+            yield (
+                [t[at[place] : at[place] + some[place]] for t, place in zip(self.tensors, places, strict=True)],
+                list(at),
+            )
+            at = [begin + count for begin, count in zip(at, some, strict=True)]
+
+    def next_views(self) -> tuple[list[Tensor], list[int]]:
+        return next(self._views)
+
+
 class ExactLayers(Layers):
     def measure(self) -> Tensor:
         report = self.new_report()
-        parameters = [state.parameters for state in self.states]
+        parameters = self.states[0].arenas.tensors[0]
         torch.ops.oplora.exact_measure_(parameters, self.inputs(), _sizes(self.states), report)
         return report
 
@@ -109,13 +148,12 @@ class ExactLayers(Layers):
             report = self.new_report()
         written = self.targets()
         done = torch.ops.oplora.exact_step_(
-            *_tensors(states),
+            *states[0].arenas.tensors,
             written,
             self.bases(),
             self.inputs(),
             _sizes(states),
-            list(adamw) * len(states),
-            [s.steps + 1 for s in states],
+            *step_numbers(states, adamw),
             report,
             measured,
         )
@@ -178,13 +216,8 @@ class ExactDeviceLayers(DeviceLayers, ExactLayers):
         torch.ops.oplora.cuda_exact_step_(*plan.arguments(), veto, measured)
 
 
-def _tensors(states: Sequence[ExactState]) -> list[list[Tensor]]:
-    """parameters, exp_avg, exp_avg_sq, decay, moving, each of every layer: as a step's op takes them."""
-    return [[getattr(state, key) for state in states] for key in ExactState.KEYS]
-
-
-def _sizes(states: Sequence[ExactState]) -> list[int]:
-    return [n for s in states for n in (s.H, s.Z, len(s.factors.shapes))]
+def _sizes(states: Sequence[ExactState]) -> Tensor:
+    return torch.tensor([[s.H, s.Z, len(s.factors.shapes), *s.offsets] for s in states])
 
 
 def _plan(
@@ -197,14 +230,15 @@ def _plan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     shared = states[0].shared
     plan: tuple[Tensor, Tensor, Tensor] = torch.ops.oplora.cuda_exact_plan(
-        *_tensors(states),
+        *states[0].arenas.tensors,
         factors,
         rounded,
         bases,
         gradients,
         _sizes(states),
         shared.adamw,
-        [s.row for s in states],
+        shared.rates,
+        shared.rows([s.row for s in states]),
         shared.verdict,
         report,
     )
@@ -213,7 +247,7 @@ def _plan(
 
 def _generate(states: Sequence[ExactState], out: list[Tensor], bases: Sequence[Tensor | None]) -> None:
     if states[0].shared is None:
-        torch.ops.oplora.exact_generate_([s.parameters for s in states], out, list(bases), _sizes(states))
+        torch.ops.oplora.exact_generate_(states[0].arenas.tensors[0], out, list(bases), _sizes(states))
         return
     size = sum(state.report_size for state in states)
     report = torch.zeros(size, dtype=torch.float64, device=states[0].shared.device)

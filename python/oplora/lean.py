@@ -16,7 +16,7 @@ from .device import DeviceLayers, Plan, PlanTensors, share_devices
 from .errors import OPLoRAValueError
 from .factors import Factors
 from .start import Settings, allocate
-from .state import Layers, State, by_kind, check_like, finish, kind_of
+from .state import Layers, State, by_kind, check_like, finish, kind_of, step_numbers
 
 __all__ = ["LeanLayers", "LeanState"]
 
@@ -42,9 +42,14 @@ class LeanState(State):
         self.weight_rank, self.moment_rank = ranks
         self.random = [int(random) for random in factors.is_random()]
         self.numbers, self.moments, self.scalars, offsets = arenas.next_views()
-        kind = int(settings.start == "sign")
-        self.sizes = [self.H, self.Z, *ranks, kind, self.index, len(factors.shapes), *offsets]  # as ops.cpp wants them
+        self.offsets = offsets
         self.masters: list[Tensor | None] = [None] * len(factors.shapes)
+
+    def sizes(self, offsets: Sequence[int]) -> list[int]:
+        """As ops.cpp wants them; offsets: where numbers, moments and scalars begin."""
+        kind, seed = int(self.start == "sign"), _signed(self.seed)
+        ranks = (self.weight_rank, self.moment_rank)
+        return [self.H, self.Z, *ranks, kind, self.index, len(self.factors.shapes), *offsets, seed]
 
     @staticmethod
     def counts(factors: Factors, settings: Settings, ranks: tuple[int, int]) -> tuple[int, int]:
@@ -91,18 +96,18 @@ class LeanState(State):
 
     def _write_start(self, written: list[Tensor]) -> None:
         state = (self.numbers, self.moments, self.scalars)
-        sizes = [*self.sizes[:7], 0, 0, 0]  # the views begin where the layer does
-        seed, latent_std = _signed(self.seed), self.latent_std
+        sizes = torch.tensor([self.sizes([0, 0, 0])])  # the views begin where the layer does
+        random, latent_std = torch.tensor(self.random), self.latent_std
         if self.shared is None:
-            torch.ops.oplora.lean_start_(*state, written, sizes, self.random, seed, latent_std)
+            torch.ops.oplora.lean_start_(*state, written, sizes, random, latent_std)
             return
         report, dh = (
             torch.zeros(size, dtype=torch.float64, device=self.shared.device) for size in (self.report_size, self.H)
         )
         none = [None] * len(written)
-        numbers = (self.shared.adamw, [self.row], self.shared.verdict, report, dh)
+        numbers = (self.shared.adamw, self.shared.rates, self.shared.rows([self.row]), self.shared.verdict, report, dh)
         plan, table, workspace = torch.ops.oplora.cuda_lean_plan(
-            *state, written, none, none, [], sizes, self.random, seed, *numbers
+            *state, written, none, none, [], sizes, random, *numbers
         )
         torch.ops.oplora.cuda_lean_start_(plan, table.to(self.shared.device), workspace, latent_std)
 
@@ -171,7 +176,6 @@ class LeanState(State):
         self.seed, self.index = saved["seed"], saved["layer"]
         self.latent_std = saved.get("latent_std", self.latent_std)
         self.random = list(saved.get("random", _random_before(self.factors)))
-        self.sizes[5] = self.index
         if self.shared is not None:
             self.shared.plan = None  # it knows the start
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
@@ -181,7 +185,6 @@ class LeanState(State):
     def take_over(self, old: Any) -> None:
         super().take_over(old)
         self.seed, self.index, self.latent_std, self.random = old.seed, old.index, old.latent_std, old.random
-        self.sizes[5] = self.index
         device = self.factors.device
         self.masters = [None if master is None else master.to(device) for master in old.masters]
 
@@ -236,8 +239,7 @@ class LeanLayers(Layers):
             self.bases(),
             self.gradients,
             *self._sizes(),
-            list(adamw) * len(states),
-            [state.steps + 1 for state in states],
+            *step_numbers(states, adamw),
             report,
             self.dh if measured else None,
         )
@@ -261,13 +263,9 @@ class LeanLayers(Layers):
         arenas = self.states[0].arenas
         return arenas.numbers, arenas.moments, arenas.scalars
 
-    def _sizes(self) -> tuple[list[int], list[int], int]:
-        sizes: list[int] = []
-        random: list[int] = []
-        for state in self.states:
-            sizes += state.sizes
-            random += state.random
-        return sizes, random, _signed(self.states[0].seed)
+    def _sizes(self) -> tuple[Tensor, Tensor]:
+        random = [number for state in self.states for number in state.random]
+        return torch.tensor([state.sizes(state.offsets) for state in self.states]), torch.tensor(random)
 
 
 class LeanDeviceLayers(DeviceLayers, LeanLayers):
@@ -278,7 +276,8 @@ class LeanDeviceLayers(DeviceLayers, LeanLayers):
         return report
 
     def make_plan(self, tensors: PlanTensors) -> tuple[Tensor, Tensor, Tensor]:
-        numbers = (self.shared.adamw, self.rows, self.shared.verdict, tensors.report, tensors.dh)
+        shared = self.shared
+        numbers = (shared.adamw, shared.rates, shared.rows(self.rows), shared.verdict, tensors.report, tensors.dh)
         factors = (tensors.factors, tensors.rounded, self.bases(), tensors.gradients)
         plan: tuple[Tensor, Tensor, Tensor] = torch.ops.oplora.cuda_lean_plan(
             *self._state(), *factors, *self._sizes(), *numbers

@@ -328,10 +328,10 @@ class AdamW(torch.optim.Optimizer):
             self.param_groups[-1] = self._plain.param_groups[-1]
 
     def _numbers(self) -> Sequence[float | Tensor]:
-        """lr, weight_lr, hidden_lr, beta1, beta2, eps, weight_decay: as Layers.step takes them."""
+        """lr, weight_ratio, hidden_lr, beta1, beta2, eps, weight_decay: as Layers.step takes them."""
         group = self.param_groups[0]
         lr = group["lr"] if self._on_device and isinstance(group["lr"], Tensor) else float(group["lr"])
-        rates = [lr, lr * self._weight_rate, lr * group["hidden_lr_ratio"]]
+        rates = [lr, self._weight_rate, lr * group["hidden_lr_ratio"]]
         return [*rates, *group["betas"], group["eps"], group["weight_decay"]]
 
     def _others(self) -> Iterable[nn.Parameter]:

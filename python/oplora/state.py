@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import OPLoRATypeError, OPLoRAValueError
 from .factors import Factors
 
-__all__ = ["Layers", "State", "by_kind", "check_like", "finish", "kind_of", "targets"]
+__all__ = ["Layers", "State", "by_kind", "check_like", "finish", "kind_of", "step_numbers", "targets"]
 
 
 class State(ABC):
@@ -33,14 +33,14 @@ class State(ABC):
     @property
     def steps(self) -> int:
         """How many steps were done; on a GPU this waits for it."""
-        return self._steps if self.shared is None else int(self.shared.steps[self.row]) - 1
+        return self._steps if self.shared is None else int(self.shared.steps[self.row])
 
     @steps.setter
     def steps(self, steps: int) -> None:
         if self.shared is None:
             self._steps = steps
         else:
-            self.shared.steps[self.row] = steps + 1
+            self.shared.steps[self.row] = steps
 
     @property
     @abstractmethod
@@ -175,7 +175,7 @@ class Layers(ABC):
     def step(self, adamw: Sequence[float | Tensor], report: Tensor | None) -> tuple[bool, Tensor]:
         """One AdamW step of all layers and their next factors. The report of `measure` saves a pass.
 
-        adamw: oplora_core.h's oplora_adamw, in its order, but for the step.
+        adamw: lr, weight_ratio, hidden_lr, beta1, beta2, eps, weight_decay.
 
         Returns whether it was done, which it is not where a gradient is not finite, and the report.
         """
@@ -226,6 +226,17 @@ def by_kind(factors: Sequence[Factors]) -> dict[tuple[torch.dtype, torch.device]
     for some in factors:
         kinds.setdefault(kind_of(some), []).append(some)
     return kinds
+
+
+def step_numbers(states: Sequence[State], adamw: Sequence[float | Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """adamw, rates and rows as the core's ops take them: AdamW's numbers of every layer and of every factor."""
+    lr, *numbers, weight_decay = adamw
+    counts = [len(state.factors.shapes) for state in states]
+    table = torch.tensor([[*numbers, weight_decay, 0.0]] * len(states), dtype=torch.float64)
+    table.view(torch.int64)[:, -1] = torch.tensor([state.steps for state in states])
+    rates = torch.tensor([[lr, weight_decay]] * sum(counts), dtype=torch.float64)
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+    return table, rates, torch.tensor(list(enumerate(firsts)), dtype=torch.int64)
 
 
 def targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -305,9 +305,10 @@ static void TY(reference_adamw)(double *p, double *m, double *s, double g, doubl
 }
 
 /* The reference of the exact step: dW2 = g h^T entry by entry, every column touched. */
-static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, const oplora_adamw *a) {
+static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, const TY(oplora_exact) *l) {
     const int64_t H = t->H, Z = t->Z, N = t->N, c2 = H * N, W1 = c2 + N, c1 = W1 + H * Z, z = c1 + H;
-    const double outer = a->lr * a->weight_decay, hidden = a->hidden_lr * a->weight_decay;
+    const oplora_adamw *const a = &l->adamw;
+    const double hidden = a->hidden_lr * a->weight_decay;
     double *const old = zeros(Z + H * Z, 8);
     memcpy(old, t->p + z, (size_t)Z * 8);
     memcpy(old + Z, t->p + W1, (size_t)(H * Z) * 8);
@@ -316,12 +317,15 @@ static void TY(reference_step)(TY(truth) *t, double *m, double *s, const T *g, c
         for (int64_t n = 0; t->h[j] > 0 && n < N; n++) t->dh[j] += TY(w2)(t, n, j) * g[n];
     }
     t->hidden_square = 0;
-    for (int64_t j = 0; j < H; j++)
-        for (int64_t n = 0; n < N; n++) {
+    for (int64_t n = 0; n < N; n++) {
+        const TY(oplora_factor) *const f = &l->factors[n >= l->factors[0].rows];
+        const double decay = f->lr * f->weight_decay;
+        for (int64_t j = 0; j < H; j++) {
             const int64_t at = j * N + n;
-            TY(reference_adamw)(&t->p[at], &m[at], &s[at], g[n] * t->h[j], a->weight_lr, outer, a);
+            TY(reference_adamw)(&t->p[at], &m[at], &s[at], g[n] * t->h[j], f->lr * a->weight_ratio, decay, a);
         }
-    for (int64_t n = 0; n < N; n++) TY(reference_adamw)(&t->p[c2 + n], &m[c2 + n], &s[c2 + n], g[n], a->lr, outer, a);
+        TY(reference_adamw)(&t->p[c2 + n], &m[c2 + n], &s[c2 + n], g[n], f->lr, decay, a);
+    }
     for (int64_t j = 0; j < H; j++) {
         for (int64_t i = 0; i < Z; i++) {
             const int64_t at = W1 + j * Z + i;
@@ -355,19 +359,20 @@ static void TY(make_fast)(TY(fast) *f, int64_t H, int64_t Z, int64_t rows_a, int
                               zeros(size, sizeof(T)),
                               zeros(size, sizeof(T)),
                               zeros(size, sizeof(T)),
-                              zeros(H, 8),
+                              zeros(2 * H, 8),
                               zeros(H, 1),
                               NULL,
                               rows_b ? 2 : 1,
                               {0},
                               zeros(oplora_exact_report_size(H), 8)}};
     TY(oplora_start)(f->layer.parameters, H, Z, N, 1, index, 0.3, OPLORA_UNIFORM, &(oplora_rows){0, rows_a}, 1, NULL);
-    for (int64_t j = 0; j < H; j++) f->layer.decay[j] = 1;
+    for (int64_t j = 0; j < 2 * H; j++) f->layer.decay[j] = 1;
     for (int k = 0; k < f->layer.n_factors; k++) {
         const int64_t rows = k ? rows_b : rows_a;
         T *const base = zeros(rows, sizeof(T));
         for (int64_t i = 0; i < rows; i++) base[i] = (T)noise();
-        f->factors[k] = (TY(oplora_factor)){rows, zeros(rows, sizeof(T)), k ? base : NULL, zeros(rows, sizeof(T)), 0};
+        f->factors[k] = (TY(oplora_factor)){rows, zeros(rows, sizeof(T)), k ? base : NULL, zeros(rows, sizeof(T)),
+                                            .weight_decay = 0.7};
         if (!k) free(base);
     }
     f->layer.factors = f->factors;
@@ -385,9 +390,14 @@ static void TY(free_fast)(TY(fast) *f) {
 }
 
 /* Gradients that come and go, and rates that push units over zero and back. */
-static void TY(set_step)(TY(fast) *f, int64_t step) {
-    f->layer.adamw =
-        (oplora_adamw){step % 5 == 3 ? 0 : 1e-2, step % 5 == 3 ? 0 : 3e-3, 0.2, 0.9, 0.999, 1e-8, 0.7, step};
+static void TY(set_step)(TY(fast) *f, int64_t step, int rates_differ) {
+    f->layer.adamw = (oplora_adamw){0.3, 0.2, 0.9, 0.999, 1e-8, 0.7, step};
+    for (int k = 0; k < f->layer.n_factors; k++) f->factors[k].lr = step % 5 == 3 ? 0 : 1e-2;
+    if (rates_differ) { /* also in what moves at all */
+        f->factors[1].lr *= step % 7 == 2 ? 0 : 4;
+        f->factors[0].lr *= step % 7 != 5;
+        f->factors[1].weight_decay = 0.05;
+    }
     for (int k = 0; k < f->layer.n_factors; k++)
         for (int64_t i = 0; i < f->factors[k].rows; i++) ((T *)f->factors[k].g)[i] = (T)(step % 4 ? noise() : 0);
 }
@@ -400,7 +410,7 @@ static int64_t TY(count_still)(const TY(oplora_exact) *l) {
 }
 
 /* All layers in one call, small and large ones mixed, against the reference; the same bits for every split. */
-static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t steps) {
+static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t steps, int rates_differ) {
     enum { MOST = 4 };
     TY(fast) fast[SPLITS][MOST];
     TY(truth) truth[MOST];
@@ -425,7 +435,7 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
             TY(oplora_exact) layers[MOST];
             noise_state = seed;
             for (int64_t i = 0; i < n_layers; i++) {
-                TY(set_step)(&fast[s][i], step);
+                TY(set_step)(&fast[s][i], step, rates_differ);
                 layers[i] = fast[s][i].layer;
             }
             void *const workspace = zeros(TY(oplora_exact_workspace_bytes)(layers, n_layers), 1);
@@ -439,7 +449,7 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
             memcpy(g, f->factors[0].g, (size_t)f->factors[0].rows * sizeof(T));
             if (f->layer.n_factors == 2)
                 memcpy(g + f->factors[0].rows, f->factors[1].g, (size_t)f->factors[1].rows * sizeof(T));
-            TY(reference_step)(&truth[i], moments[i][0], moments[i][1], g, &f->layer.adamw);
+            TY(reference_step)(&truth[i], moments[i][0], moments[i][1], g, &f->layer);
             double scale = 0, error = 0;
             for (int64_t n = 0; n < f->layer.N; n++) {
                 const int k = n >= f->factors[0].rows;
@@ -455,8 +465,11 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
             const double square = f->layer.report[2], expected = truth[i].hidden_square;
             CHECK(fabs(square - expected) <= expected * (sizeof(T) == sizeof(float) ? 1e-2 : 1e-9));
             for (int64_t j = 0; j < f->layer.H; j++) { /* what a still column is worth, paid or owed */
+                const int64_t last = f->layer.N - 1, owed = j + (f->layer.n_factors - 1) * f->layer.H;
                 const double worth = f->layer.decay[j] * f->layer.parameters[j * f->layer.N];
+                const double worth_last = f->layer.decay[owed] * f->layer.parameters[j * f->layer.N + last];
                 CHECK(f->layer.moving[j] || TY(near)(worth, TY(w2)(&truth[i], 0, j), 1));
+                CHECK(f->layer.moving[j] || TY(near)(worth_last, TY(w2)(&truth[i], last, j), 1));
             }
             deaths += TY(count_still)(&f->layer);
             CHECK(fabs(f->layer.report[0] - squares) <= 1e-12 * squares && f->layer.report[1] == 0);
@@ -495,7 +508,7 @@ static void TY(test_exact)(const int64_t (*sizes)[4], int64_t n_layers, int64_t 
 static void TY(test_refusals)(void) {
     TY(fast) f;
     TY(make_fast)(&f, 4, 3, 50, 20, 0);
-    TY(set_step)(&f, 1);
+    TY(set_step)(&f, 1, 0);
     TY(oplora_exact) layer = f.layer;
     void *const workspace = zeros(TY(oplora_exact_workspace_bytes)(&layer, 1), 1);
     const int64_t size = oplora_size(4, 3, 70);
@@ -518,15 +531,21 @@ static void TY(test_refusals)(void) {
     CHECK(TY(oplora_exact_step)(NULL, 0, 0, NULL, NULL) == OPLORA_OK);
     CHECK(TY(oplora_exact_step)(&layer, 1, 0, NULL, NULL) == OPLORA_ENULL);
     CHECK(TY(oplora_exact_step)(&layer, -1, 0, workspace, NULL) == OPLORA_ESIZE);
-    const oplora_adamw wrong[] = {{NAN, 0, 0, 0.9, 0.999, 1e-8, 0, 1}, {0, INFINITY, 0, 0.9, 0.999, 1e-8, 0, 1},
-                                  {0, 0, NAN, 0.9, 0.999, 1e-8, 0, 1}, {0, 0, 0, 0.9, 0.999, 1e-8, NAN, 1},
-                                  {0, 0, 0, 1, 0.999, 1e-8, 0, 1},     {0, 0, 0, 0.9, -1, 1e-8, 0, 1},
-                                  {0, 0, 0, 0.9, 0.999, -1, 0, 1},     {0, 0, 0, 0.9, 0.999, 1e-8, 0, 0}};
+    const oplora_adamw wrong[] = {{NAN, 0, 0.9, 0.999, 1e-8, 0, 1}, {INFINITY, 0, 0.9, 0.999, 1e-8, 0, 1},
+                                  {0, NAN, 0.9, 0.999, 1e-8, 0, 1}, {0, 0, 0.9, 0.999, 1e-8, NAN, 1},
+                                  {0, 0, 1, 0.999, 1e-8, 0, 1},     {0, 0, 0.9, -1, 1e-8, 0, 1},
+                                  {0, 0, 0.9, 0.999, -1, 0, 1},     {0, 0, 0.9, 0.999, 1e-8, 0, 0}};
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
         layer.adamw = wrong[i];
         CHECK(TY(oplora_exact_step)(&layer, 1, 0, workspace, NULL) == OPLORA_EVALUE);
     }
     layer = f.layer;
+    for (int i = 0; i < 2; i++) {
+        double *const number = i ? &f.factors[1].lr : &f.factors[0].weight_decay, kept = *number;
+        *number = i ? INFINITY : NAN;
+        CHECK(TY(oplora_exact_step)(&layer, 1, 0, workspace, NULL) == OPLORA_EVALUE);
+        *number = kept;
+    }
     layer.N = 71;
     CHECK(TY(oplora_exact_step)(&layer, 1, 0, workspace, NULL) == OPLORA_ESIZE);
     CHECK(TY(oplora_exact_workspace_bytes)(&layer, 1) == -1);
@@ -548,9 +567,11 @@ static void TY(test_type)(void) {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) TY(test_generate)(sizes[i][0], sizes[i][1], sizes[i][2]);
     /* H, Z, rows of A, rows of B */
     static const int64_t small[][4] = {{32, 16, 2048, 333}, {1, 1, 1, 0}, {70, 3, 31, 33}, {5, 128, 4097, 2047}};
-    TY(test_exact)(small, 4, 24);
+    TY(test_exact)(small, 4, 24, 0);
+    TY(test_exact)(small, 4, 24, 1);
     static const int64_t mixed[][4] = {{4, 8, 100, 60}, {120, 4, 12000, 7000}, {3, 5, 17, 1}, {7, 9, 5, 5}};
-    TY(test_exact)(mixed, 4, 4); /* the second is too large for one thread */
+    for (int rates_differ = 0; rates_differ < 2; rates_differ++)
+        TY(test_exact)(mixed, 4, 4, rates_differ); /* the second is too large for one thread */
     TY(test_refusals)();
 }
 

@@ -225,6 +225,7 @@ typedef struct {
     int64_t rows, inputs;
     int d, k;
     double *W0, *U, *Q, *A, *B, *R, *r, *c, *m, *S; /* W0 as columns */
+    double *lr, *decay; /* of each row's c: its rate, and what a step takes of it and of W */
     double scale, mean, dropped_moment, dropped_weight;
 } dense_map;
 
@@ -243,11 +244,13 @@ static dense_map make_map(int64_t rows, int64_t inputs, int d, int k) {
                        .c = zeros(rows, 8),
                        .m = zeros(rows, 8),
                        .S = zeros(rows, 8),
+                       .lr = zeros(rows, 8),
+                       .decay = zeros(rows, 8),
                        .scale = 1};
 }
 
 static void free_map(dense_map *w) {
-    double *const all[] = {w->W0, w->U, w->Q, w->A, w->B, w->R, w->r, w->c, w->m, w->S};
+    double *const all[] = {w->W0, w->U, w->Q, w->A, w->B, w->R, w->r, w->c, w->m, w->S, w->lr, w->decay};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -302,18 +305,22 @@ static void map_second_moment(dense_map *w, const double *g, const double *x, co
     }
 }
 
-static void map_step(dense_map *w, const double *g, const double *x, double lr, double weight_lr, double decay,
+/* weight_ratio: W's rate over c's. decay: of s. A row's part in a truncation is as large as its step. */
+static void map_step(dense_map *w, const double *g, const double *x, double weight_ratio, double decay,
                      const oplora_adamw *a) {
     const int64_t rows = w->rows, n = w->inputs;
     const int d = w->d, k = w->k;
-    const double rate = weight_lr / (1 - pow(a->beta1, (double)a->step));
+    const double first = 1 - pow(a->beta1, (double)a->step);
     double *const row = zeros(rows, 8), *const root = zeros(n, 8), *const left = zeros(k * rows, 8);
     double *const right = zeros(k * n, 8), *const X = zeros((d + k + 1) * rows, 8),
-                  *const K = zeros((d + k + 1) * n, 8);
+                  *const K = zeros((d + k + 1) * n, 8), *const A = zeros(k * rows, 8);
+    double fastest = 0;
     map_second_moment(w, g, x, a, row, root);
-    for (int64_t i = 0; i < rows; i++) { /* row M col */
-        for (int b = 0; b < k; b++) X[b * rows + i] = row[i] * w->A[b * rows + i];
-        X[k * rows + i] = row[i] * g[i];
+    for (int64_t i = 0; i < rows; i++) fastest = fmax(fastest, w->lr[i]);
+    for (int64_t i = 0; i < rows; i++) { /* rate row M col */
+        const double rate = fastest > 0 ? w->lr[i] / fastest * row[i] : row[i];
+        for (int b = 0; b < k; b++) X[b * rows + i] = rate * w->A[b * rows + i];
+        X[k * rows + i] = rate * g[i];
     }
     for (int64_t j = 0; j < n; j++) {
         const double col = root[j] > 0 ? 1 / root[j] : 0;
@@ -321,18 +328,25 @@ static void map_step(dense_map *w, const double *g, const double *x, double lr, 
         K[k * n + j] = (1 - a->beta1) * x[j] * col;
     }
     w->dropped_moment = truncated(X, k + 1, rows, K, n, k, left, right);
-    for (int b = 0; b < k; b++) {
-        for (int64_t i = 0; i < rows; i++) w->A[b * rows + i] = left[b * rows + i] / row[i];
+    for (int b = 0; b < k; b++) /* what is kept of M itself, also where the rate is 0: M's projection */
+        for (int c = 0; c <= k; c++) {
+            const double along = dot(K + c * n, right + b * n, n);
+            for (int64_t i = 0; i < rows; i++) A[b * rows + i] += along * (c < k ? w->A[c * rows + i] : g[i]);
+        }
+    memcpy(w->A, A, (size_t)(k * rows) * 8);
+    for (int b = 0; b < k; b++)
         for (int64_t j = 0; j < n; j++) w->B[b * n + j] = right[b * n + j] * root[j];
+    for (int64_t i = 0; i < rows; i++) { /* keep U Q^T - rate (row A) (B col)^T */
+        for (int b = 0; b < d; b++) X[b * rows + i] = (1 - w->decay[i]) * w->U[b * rows + i];
+        for (int b = 0; b < k; b++) X[(d + b) * rows + i] = w->lr[i] * weight_ratio * row[i] * A[b * rows + i];
     }
-    memcpy(X, w->U, (size_t)(d * rows) * 8); /* keep U Q^T - rate (row A) (B col)^T */
-    memcpy(X + d * rows, left, (size_t)(k * rows) * 8);
-    for (int64_t j = 0; j < d * n; j++) K[j] = (1 - decay) * w->Q[j];
-    for (int64_t j = 0; j < k * n; j++) K[d * n + j] = -rate * right[j];
+    memcpy(K, w->Q, (size_t)(d * n) * 8);
+    for (int64_t j = 0; j < k * n; j++) K[d * n + j] = -right[j] / first;
     w->dropped_weight = truncated(X, d + k, rows, K, n, d, w->U, w->Q);
     w->scale *= 1 - decay;
-    reference_adamw(w->c, w->m, w->S, g, rows, lr, decay, a);
-    double *const all[] = {row, root, left, right, X, K};
+    for (int64_t i = 0; i < rows; i++)
+        reference_adamw(w->c + i, w->m + i, w->S + i, g + i, 1, w->lr[i], w->decay[i], a);
+    double *const all[] = {row, root, left, right, X, K, A};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -348,8 +362,8 @@ static void dense_generate(dense *t) {
     map_output(&t->outer, t->h, t->v);
 }
 
-/* Returns how many units went on or off. */
-static int64_t dense_step(dense *t, const double *g, const oplora_adamw *a) {
+/* decay: of W2's start. Returns how many units went on or off. */
+static int64_t dense_step(dense *t, const double *g, double decay, const oplora_adamw *a) {
     const int64_t H = t->hidden.rows, Z = t->hidden.inputs;
     int64_t toggled = 0;
     double *const was = zeros(H, 8);
@@ -364,8 +378,12 @@ static int64_t dense_step(dense *t, const double *g, const oplora_adamw *a) {
     t->report[0] = dot(g, g, t->outer.rows);
     t->report[2] = dot(t->dz, t->dz, Z) + dot(t->dh, t->dh, H) * (dot(t->z, t->z, Z) + 1);
     t->report[3] = dot(t->h, t->h, H);
-    map_step(&t->outer, g, t->h, a->lr, a->weight_lr, a->lr * a->weight_decay, a);
-    map_step(&t->hidden, t->dh, t->z, a->hidden_lr, a->hidden_lr, a->hidden_lr * a->weight_decay, a);
+    for (int64_t j = 0; j < H; j++) {
+        t->hidden.lr[j] = a->hidden_lr;
+        t->hidden.decay[j] = a->hidden_lr * a->weight_decay;
+    }
+    map_step(&t->outer, g, t->h, a->weight_ratio, decay, a);
+    map_step(&t->hidden, t->dh, t->z, 1, a->hidden_lr * a->weight_decay, a);
     reference_adamw(t->z, t->z_avg, t->z_avg_sq, t->dz, Z, a->hidden_lr, a->hidden_lr * a->weight_decay, a);
     t->report[5] = t->outer.dropped_moment;
     t->report[6] = t->outer.dropped_weight;
@@ -833,7 +851,8 @@ static void TY(unmake)(TY(made) *f) {
 }
 
 static void TY(set_gradients)(TY(made) *f, int64_t step, double scale) {
-    f->layer.adamw = (oplora_adamw){1e-2, 5e-3, 2e-2, 0.9, 0.999, 1e-8, 0.5, step};
+    f->layer.adamw = (oplora_adamw){0.5, 2e-2, 0.9, 0.999, 1e-8, 0.5, step};
+    for (int i = 0; i < f->layer.n_factors; i++) f->factors[i].lr = 1e-2, f->factors[i].weight_decay = 0.5;
     for (int i = 0; i < f->layer.n_factors; i++)
         for (int64_t n = 0; n < f->factors[i].rows; n++)
             ((T *)f->factors[i].g)[n] = (T)(scale * (step % 4 && !(step == 1 && !i) ? noise() + 0.2 : 0));
@@ -845,6 +864,12 @@ static int TY(same_state)(const TY(made) *a, const TY(made) *b) {
     return !memcmp(a->layer.numbers, b->layer.numbers, (size_t)a->n_numbers * sizeof(T)) &&
            !memcmp(a->layer.moments, b->layer.moments, (size_t)a->n_moments * sizeof(TY(oplora_moment))) &&
            !memcmp(a->layer.scalars, b->layer.scalars, OPLORA_LEAN_SCALARS * sizeof(double));
+}
+
+static void TY(step_alone)(TY(made) *f, oplora_status expected) {
+    void *const workspace = zeros(TY(oplora_lean_workspace_bytes)(&f->layer, 1), 1);
+    CHECK(TY(oplora_lean_step)(&f->layer, 1, 0, workspace, NULL) == expected);
+    free(workspace);
 }
 
 /* ---- against the dense reference ---- */
@@ -967,8 +992,26 @@ static void TY(check_state)(const TY(made) *f, const dense *t, double bound) {
     for (int i = 0; i < 4; i++) CHECK(fabs(l->scalars[i] - scalars[i]) <= bound * scalars[i]);
 }
 
+/* The state keeps a scale also where no row starts at random. */
+static double TY(least_decay)(const TY(oplora_lean) *l) {
+    double least = INFINITY;
+    for (int k = 0; k < l->n_factors; k++) least = fmin(least, l->factors[k].lr * l->factors[k].weight_decay);
+    return least;
+}
+
+/* A rate and a decay to each factor; what starts at random decays alike. Some do not move at all. */
+static void TY(set_rates)(TY(made) *f, int index) {
+    int random = 0;
+    for (int k = 0; k < f->layer.n_factors; k++) random += f->factors[k].random;
+    for (int k = 0; k < f->layer.n_factors; k++) {
+        f->factors[k].lr = ldexp(random > 1 ? 1e-2 : 4e-3, 2 * ((k + index) % 3));
+        f->factors[k].weight_decay = random > 1 ? 5e-3 / f->factors[k].lr : 0.5 + 2 * k;
+        if (random < 2 && k == 1 && index % 3 == 1) f->factors[k].lr = 0;
+    }
+}
+
 /* All layers in one call, measured at every second step. */
-static void TY(test_reference)(const shape *shapes, int n_layers, int64_t steps) {
+static void TY(test_reference)(const shape *shapes, int n_layers, int64_t steps, int rates_differ) {
     enum { LAYERS = MIXED };
     TY(made) made[LAYERS];
     TY(oplora_lean) layers[LAYERS];
@@ -988,16 +1031,24 @@ static void TY(test_reference)(const shape *shapes, int n_layers, int64_t steps)
         const int measured = step % 2 == 0;
         for (int i = 0; i < n_layers; i++) {
             TY(set_gradients)(&made[i], step, pow(10, (double)(step % 3) - 1));
+            if (rates_differ) TY(set_rates)(&made[i], i + (int)step / 8);
             layers[i] = made[i].layer;
         }
         if (measured) CHECK(TY(oplora_lean_measure)(layers, n_layers, workspace, splits[step % SPLITS]) == OPLORA_OK);
         CHECK(TY(oplora_lean_step)(layers, n_layers, measured, workspace, splits[step % SPLITS]) == OPLORA_OK);
         for (int i = 0; i < n_layers; i++) {
             const TY(oplora_lean) *const l = &layers[i];
-            double *const g = zeros(l->N, 8);
-            for (int64_t k = 0, n = 0; k < l->n_factors; k++)
-                for (int64_t row = 0; row < l->factors[k].rows; row++) g[n++] = l->factors[k].g[row];
-            toggled += dense_step(&truth[i], g, &l->adamw);
+            double *const g = zeros(l->N, 8), start_decay = TY(least_decay)(l);
+            for (int64_t k = 0, n = 0; k < l->n_factors; k++) {
+                const double lr = l->factors[k].lr, decay = lr * l->factors[k].weight_decay;
+                if (l->factors[k].random) start_decay = decay;
+                for (int64_t row = 0; row < l->factors[k].rows; row++, n++) {
+                    g[n] = l->factors[k].g[row];
+                    truth[i].outer.lr[n] = lr;
+                    truth[i].outer.decay[n] = decay;
+                }
+            }
+            toggled += dense_step(&truth[i], g, start_decay, &l->adamw);
             free(g);
             /* in float, moments are bfloat16 from the second step on */
             const double error = TY(factor_error)(&made[i], &truth[i], start[i]);
@@ -1025,8 +1076,56 @@ static void TY(test_reference)(const shape *shapes, int n_layers, int64_t steps)
 }
 
 static void TY(test_references)(void) {
-    TY(test_reference)(mixed, MIXED, 20);
-    TY(test_reference)(large, LARGE, 3);
+    for (int rates_differ = 0; rates_differ < 2; rates_differ++) {
+        TY(test_reference)(mixed, MIXED, 20, rates_differ);
+        TY(test_reference)(large, LARGE, 3, rates_differ);
+    }
+}
+
+/* Of one unit and one latent number the second moment R r^T and W are whole at rank one, so lean state is exact state,
+ * whatever its factors' rates and decays are. */
+static void TY(test_one_unit_is_exact)(void) {
+    enum { A_ROWS = 70, B_ROWS = 33, N = A_ROWS + B_ROWS, SIZE = 2 * N + 3, STEPS = 40 };
+    static const shape like = {1, 1, {A_ROWS, B_ROWS, 0}, 1, 0, 1, 1, OPLORA_UNIFORM};
+    TY(made) f;
+    T parameters[SIZE], exp_avg[SIZE] = {0}, exp_avg_sq[SIZE] = {0}, out[N];
+    double decay[2] = {1, 1}, report[5], error = 0, way = 0;
+    uint8_t moving = 0;
+    const uint32_t seed = noise_state;   /* the other tests keep their gradients */
+    for (uint32_t index = 0;; index++) { /* until the unit is on */
+        TY(make)(&f, &like, index);
+        memset(parameters, 0, sizeof parameters);
+        CHECK(TY(oplora_start)(parameters, 1, 1, N, SEED, index, 0.3, OPLORA_UNIFORM, &(oplora_rows){0, A_ROWS}, 1,
+                               NULL) == OPLORA_OK);
+        if (TY(view_of)(&f.layer).pre[0] > 0) break;
+        TY(unmake)(&f);
+    }
+    TY(oplora_factor) factors[2];
+    TY(oplora_exact)
+    exact = {1, 1, N, parameters, exp_avg, exp_avg_sq, decay, &moving, factors, 2, f.layer.adamw, report};
+    for (int64_t step = 1; step <= STEPS; step++) {
+        TY(set_gradients)(&f, step, 1);
+        for (int k = 0; k < 2; k++) {
+            f.factors[k].lr = step % 7 == 5 + k ? 0 : k ? 1.6e-2 : 1e-3;
+            f.factors[k].weight_decay = k ? 0.1 : 3;
+            factors[k] = f.factors[k];
+            factors[k].out = out + k * A_ROWS;
+        }
+        f.layer.adamw.hidden_lr = 1e-4;
+        exact.adamw = f.layer.adamw;
+        void *const workspace = zeros(TY(oplora_exact_workspace_bytes)(&exact, 1), 1);
+        CHECK(TY(oplora_exact_step)(&exact, 1, 0, workspace, NULL) == OPLORA_OK);
+        free(workspace);
+        TY(step_alone)(&f, OPLORA_OK);
+        for (int n = 0; n < N; n++) {
+            const double mine = n < A_ROWS ? f.factors[0].out[n] : f.factors[1].out[n - A_ROWS];
+            error = fmax(error, fabs(mine - out[n]));
+            way = fmax(way, fabs(mine));
+        }
+        if (!TY(is_float)) CHECK(error <= 1e-12 * way); /* in float, moments are bfloat16 */
+    }
+    TY(unmake)(&f);
+    noise_state = seed;
 }
 
 /* ---- the same bits ---- */
@@ -1111,7 +1210,7 @@ static void TY(test_measured_step_reads_dh)(void) {
         if (s == 0) TY(set_gradients)(&f[0], 2, 1);
         for (int k = 0; k < 2; k++)
             memcpy((T *)f[s].factors[k].g, f[0].factors[k].g, (size_t)f[0].factors[k].rows * sizeof(T));
-        f[s].layer.adamw = (oplora_adamw){1e-3, 1e-3, 1e-3, 0.9, 0.999, 1e-8, 0, 1};
+        f[s].layer.adamw = (oplora_adamw){1, 1e-3, 0.9, 0.999, 1e-8, 0, 1};
         memcpy(start, TY(view_of)(&f[s].layer).z, sizeof start);
         void *const workspace = zeros(TY(oplora_lean_workspace_bytes)(&f[s].layer, 1), 1);
         CHECK(TY(oplora_lean_measure)(&f[s].layer, 1, workspace, NULL) == OPLORA_OK);
@@ -1146,12 +1245,6 @@ static int TY(is_finite)(const TY(made) *f, int squares_fit) {
     return 1;
 }
 
-static void TY(step_alone)(TY(made) *f, oplora_status expected) {
-    void *const workspace = zeros(TY(oplora_lean_workspace_bytes)(&f->layer, 1), 1);
-    CHECK(TY(oplora_lean_step)(&f->layer, 1, 0, workspace, NULL) == expected);
-    free(workspace);
-}
-
 /* Gradients of any size, all steps or now and then among others, with eps and without. */
 static void TY(test_edges)(const shape *like) {
     static const double scales[] = {0, 1e-42, 1e-30, 1, 1e15, 1e30, TY(is_float) ? 2.8e38 : 1e150};
@@ -1172,6 +1265,7 @@ static void TY(test_edges)(const shape *like) {
     for (int64_t step = 1; step <= 1200; step++) {
         TY(set_gradients)(&f, step, 1);
         f.layer.adamw.weight_decay = 50;
+        for (int k = 0; k < f.layer.n_factors; k++) f.factors[k].weight_decay = 50;
         TY(step_alone)(&f, OPLORA_OK);
     }
     CHECK(f.layer.scalars[0] == 0 && TY(is_finite)(&f, 1));
@@ -1187,7 +1281,8 @@ static void TY(test_rate_zero)(const shape *like) {
     TY(make)(&kept, like, 3);
     for (int64_t step = 1; step <= 12; step++) {
         TY(set_gradients)(&f, step, 1);
-        if (step % 6) f.layer.adamw.lr = f.layer.adamw.weight_lr = f.layer.adamw.hidden_lr = 0;
+        if (step % 6) f.layer.adamw.hidden_lr = 0;
+        for (int k = 0; step % 6 && k < f.layer.n_factors; k++) f.factors[k].lr = 0;
         TY(copy_state)(&kept, &f);
         TY(step_alone)(&f, OPLORA_OK);
         if (step % 6 == 0) continue;
@@ -1226,7 +1321,8 @@ static void TY(test_drift)(void) {
     void *const workspace = zeros(TY(oplora_lean_workspace_bytes)(&f.layer, 1), 1);
     double first = 1, second = 1;
     for (int64_t step = 1; step <= STEPS; step++) {
-        f.layer.adamw = (oplora_adamw){1e-3, 1e-3, 1e-4, 0.9, 0.999, 1e-8, 0.01, step};
+        f.layer.adamw = (oplora_adamw){1, 1e-4, 0.9, 0.999, 1e-8, 0.01, step};
+        for (int k = 0; k < 2; k++) f.factors[k].lr = 1e-3, f.factors[k].weight_decay = 0.01;
         for (int k = 0; k < 2; k++) /* towards 1, with noise */
             for (int64_t n = 0; n < f.factors[k].rows; n++)
                 ((T *)f.factors[k].g)[n] = f.factors[k].out[n] - 1 + (T)(0.1 * noise());
@@ -1297,8 +1393,7 @@ static void TY(test_refusals)(void) {
     REFUSED(layer.n_factors = 1, OPLORA_ESIZE);
     REFUSED(layer.n_factors = 0, OPLORA_ESIZE);
     REFUSED(layer.start = (oplora_start_kind)2, OPLORA_EVALUE);
-    REFUSED(layer.adamw.lr = NAN, OPLORA_EVALUE);
-    REFUSED(layer.adamw.weight_lr = NAN, OPLORA_EVALUE);
+    REFUSED(layer.adamw.weight_ratio = NAN, OPLORA_EVALUE);
     REFUSED(layer.adamw.hidden_lr = -INFINITY, OPLORA_EVALUE);
     REFUSED(layer.adamw.beta1 = 1, OPLORA_EVALUE);
     REFUSED(layer.adamw.beta1 = NAN, OPLORA_EVALUE);
@@ -1325,11 +1420,14 @@ static void TY(test_refusals)(void) {
     BAD_FACTOR(bad[1].rows = 0, OPLORA_ESIZE);
     BAD_FACTOR(bad[1].rows = -20, OPLORA_ESIZE);
     BAD_FACTOR(bad[0].rows = INT64_MAX, OPLORA_ESIZE);
+    BAD_FACTOR(bad[0].lr = NAN, OPLORA_EVALUE);
+    BAD_FACTOR(bad[1].weight_decay = INFINITY, OPLORA_EVALUE);
+    BAD_FACTOR((bad[1].random = 1, bad[1].lr *= 2), OPLORA_EVALUE); /* W2's start has one scale */
 #undef BAD_FACTOR
 #undef REFUSED
     T ones[33] = {0};
     TY(oplora_factor) many[33]; /* more random factors than there are streams */
-    for (int i = 0; i < 33; i++) many[i] = (TY(oplora_factor)){1, ones + i, NULL, ones + i, i < 32};
+    for (int i = 0; i < 33; i++) many[i] = (TY(oplora_factor)){1, ones + i, NULL, ones + i, i < 32, 0, 0};
     layer = f.layer;
     layer.factors = many, layer.n_factors = layer.N = 33;
     CHECK(TY(oplora_lean_workspace_bytes)(&layer, 1) == -1);
@@ -1423,6 +1521,7 @@ static void TY(test_type)(void) {
     }
     TY(test_rounding_is_unbiased)();
     TY(test_references)();
+    TY(test_one_unit_is_exact)();
     TY(test_steps)(12);
     TY(test_measured_step_reads_dh)();
     for (int i = 0; i < EDGE_SHAPES; i++) {

@@ -1,0 +1,118 @@
+/* fingerprint: a hash of a tensor's bytes, by which it is known that nobody wrote into it.
+ *
+ * A piece of PIECE bytes is hashed as XXH64 hashes (Collet, xxHash), in LANES lanes instead of four, so that multiplications
+ * of several lanes are under way together: lane l takes the words l, l + LANES, ... with
+ *
+ *     lane = rotate(lane + word MULTIPLIER_2, 31) MULTIPLIER_1
+ *
+ * which is one to one in the lane and in the word: one byte that changes always changes the result, more of them with all
+ * but certainty. What a piece, and then a tensor, is hashed to is made of its lanes (its pieces) in order in the same way.
+ * Bytes are read once; pieces of all tensors are spread over the threads. */
+#include "dispatch.h"
+#include "oplora_core.h"
+
+#include <string.h>
+
+enum { LANES = 8, BLOCK = 8 * LANES, PIECE = 1 << 18 };
+static const uint64_t MULTIPLIER_1 = 0x9E3779B185EBCA87u, MULTIPLIER_2 = 0xC2B2AE3D27D4EB4Fu;
+static const uint64_t MULTIPLIER_3 = 0x165667B19E3779F9u, ADDEND = 0x85EBCA77C2B2AE63u;
+
+static uint64_t rotate(uint64_t x, int by) { return x << by | x >> (64 - by); }
+
+static inline uint64_t next(uint64_t lane, uint64_t word) {
+    return rotate(lane + word * MULTIPLIER_2, 31) * MULTIPLIER_1;
+}
+
+static uint64_t merge(uint64_t hash, uint64_t part) { return rotate(hash ^ next(0, part), 27) * MULTIPLIER_1 + ADDEND; }
+
+/* Every bit of x in every bit of the result. */
+static uint64_t spread(uint64_t x) {
+    x = (x ^ x >> 33) * MULTIPLIER_2;
+    x = (x ^ x >> 29) * MULTIPLIER_3;
+    return x ^ x >> 32;
+}
+
+static void take_block(uint64_t lane[LANES], const char *block) {
+    uint64_t word[LANES];
+    memcpy(word, block, BLOCK);
+    for (int l = 0; l < LANES; l++) lane[l] = next(lane[l], word[l]);
+}
+
+static uint64_t hash_piece(const char *data, int64_t bytes) {
+    uint64_t lane[LANES], hash = (uint64_t)bytes;
+    int64_t at = 0;
+    for (int l = 0; l < LANES; l++) lane[l] = (uint64_t)(l + 1) * MULTIPLIER_3;
+    for (; at + BLOCK <= bytes; at += BLOCK) take_block(lane, data + at);
+    if (at < bytes) {
+        char rest[BLOCK] = {0};
+        memcpy(rest, data + at, (size_t)(bytes - at));
+        take_block(lane, rest);
+    }
+    for (int l = 0; l < LANES; l++) hash = merge(hash, lane[l]);
+    return hash;
+}
+
+typedef struct {
+    const oplora_bytes *tensors;
+    int64_t *first; /* piece of each tensor, and behind the last */
+    uint64_t *hashes;
+    int64_t n;
+} job;
+
+static int64_t pieces_of(int64_t bytes) { return bytes / PIECE + (bytes % PIECE != 0); }
+
+static void hash_pieces(int64_t begin, int64_t end, void *context) {
+    const job *const j = context;
+    int64_t low = 0, high = j->n;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (j->first[middle] <= begin)
+            low = middle;
+        else
+            high = middle;
+    }
+    for (int64_t p = begin; p < end; p++) {
+        while (p >= j->first[low + 1]) low++;
+        const int64_t at = (p - j->first[low]) * PIECE, left = j->tensors[low].bytes - at;
+        j->hashes[p] = hash_piece((const char *)j->tensors[low].data + at, left < PIECE ? left : PIECE);
+    }
+}
+
+static int64_t count_pieces(const oplora_bytes *tensors, int64_t n) {
+    int64_t count = 0;
+    if (n < 0 || n > INT64_MAX / 64 || (n > 0 && !tensors)) return -1;
+    for (int64_t i = 0; i < n; i++)
+        if (tensors[i].bytes < 0 || __builtin_add_overflow(count, pieces_of(tensors[i].bytes), &count)) return -1;
+    return count > INT64_MAX / 64 ? -1 : count;
+}
+
+int64_t oplora_fingerprint_workspace_bytes(const oplora_bytes *tensors, int64_t n) {
+    const int64_t pieces = count_pieces(tensors, n);
+    return pieces < 0 ? -1 : (int64_t)sizeof(int64_t) * (n + 1 + pieces);
+}
+
+oplora_status oplora_fingerprint(const oplora_bytes *tensors, int64_t n, uint64_t *out, void *workspace,
+                                 oplora_parallel_fn par) {
+    const int64_t pieces = count_pieces(tensors, n);
+    OPLORA_RETURN_IF(n > 0 && (!tensors || !out || !workspace), OPLORA_ENULL);
+    OPLORA_RETURN_IF(pieces < 0, OPLORA_ESIZE);
+    if (n == 0) return OPLORA_OK;
+    job j = {tensors, workspace, NULL, n};
+    double bytes = 0;
+    j.hashes = (uint64_t *)(j.first + n + 1);
+    j.first[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        OPLORA_RETURN_IF(tensors[i].bytes > 0 && !tensors[i].data, OPLORA_ENULL);
+        j.first[i + 1] = j.first[i] + pieces_of(tensors[i].bytes);
+        bytes += (double)tensors[i].bytes;
+    }
+    /* small tensors by the handful: a thread is not woken for less than a piece */
+    const int64_t grain = 1 + (int64_t)(PIECE * (double)pieces / (bytes + 1));
+    OPLORA_FORWARD(oplora_parallel(par, pieces, grain, hash_pieces, &j));
+    for (int64_t i = 0; i < n; i++) {
+        uint64_t hash = (uint64_t)tensors[i].bytes;
+        for (int64_t p = j.first[i]; p < j.first[i + 1]; p++) hash = merge(hash, j.hashes[p]);
+        out[i] = spread(hash);
+    }
+    return OPLORA_OK;
+}
