@@ -15,10 +15,16 @@ import oplora
 from oplora.engines import LayerState
 from oplora.engines.settings import count_parameters, start_parameters, views
 
+Rate = float | Tensor  # one for all rows, or one a row
+
 
 def truncated(product: Tensor, rank: int) -> Tensor:
     U, s, Vh = torch.linalg.svd(product, full_matrices=False)
     return (U[:, :rank] * s[:rank]) @ Vh[:rank]
+
+
+def column(rate: Rate) -> Rate:
+    return rate[:, None] if isinstance(rate, Tensor) else rate
 
 
 class LeanMap:
@@ -27,21 +33,23 @@ class LeanMap:
     def __init__(self, W0: Tensor, ranks: tuple[int, int]) -> None:
         rows, inputs = W0.shape
         self.W0, self.ranks = W0, ranks
-        self.scale, self.mean, self.t = 1.0, 0.0, 0
+        self.scale: Rate = 1.0
+        self.mean, self.t = 0.0, 0
         self.change, self.moment = torch.zeros_like(W0), torch.zeros_like(W0)
         self.R, self.r = W0.new_zeros(rows), W0.new_zeros(inputs)
         self.c, self.m, self.S = W0.new_zeros(rows), W0.new_zeros(rows), W0.new_zeros(rows)
 
     @property
     def W(self) -> Tensor:
-        return self.scale * self.W0 + self.change
+        return column(self.scale) * self.W0 + self.change
 
     def output(self, x: Tensor) -> Tensor:
         return self.W @ x + self.c
 
     def step(
-        self, g: Tensor, x: Tensor, lr: float, weight_lr: float, decay: float, b: Sequence[float], eps: float
+        self, g: Tensor, x: Tensor, lr: Rate, weight_ratio: float, decay: Rate, b: Sequence[float], eps: float
     ) -> None:
+        """weight_ratio: W's rate over c's. A row counts in both truncations by the step that it makes."""
         self.t += 1
         keep, first, second = 1 - decay, 1 - b[0] ** self.t, 1 - b[1] ** self.t
         mean_x = float(x.square().mean())
@@ -57,10 +65,17 @@ class LeanMap:
         col = torch.where(live, 1 / root, torch.zeros_like(root))
 
         moment = b[0] * self.moment + (1 - b[0]) * torch.outer(g, x)
-        update = truncated(row[:, None] * moment * col, self.ranks[1])
-        self.moment = update / row[:, None] * root
-        self.change = truncated(keep * self.change - weight_lr / first * update, self.ranks[0])
-        self.scale *= keep
+        fastest = float(torch.as_tensor(lr, dtype=torch.float64).max())
+        weight = row * (lr / fastest if fastest else 1.0)
+        scaled = weight[:, None] * moment * col
+        update = truncated(scaled, self.ranks[1])
+        # where a row does not move its moment is what the others' directions keep of it
+        directions = torch.linalg.svd(scaled, full_matrices=False)[2][: self.ranks[1]]
+        still = moment * col @ directions.T @ directions / col.where(live, torch.ones_like(col))
+        self.moment = torch.where(weight[:, None] > 0, update / weight[:, None] * root, still)
+        step = fastest * weight_ratio / first * update
+        self.change = truncated(column(keep) * self.change - step, self.ranks[0])
+        self.scale = self.scale * keep
 
         self.m = b[0] * self.m + (1 - b[0]) * g
         self.S = b[1] * self.S + (1 - b[1]) * g.square()
@@ -100,23 +115,25 @@ class LeanOracle:
     def step(
         self,
         g: Tensor,
-        lr: float,
-        weight_lr: float | None = None,
+        lr: Rate,
+        weight_ratio: float = 1.0,
         hidden_lr: float | None = None,
-        weight_decay: float = 0.01,
+        weight_decay: Rate = 0.01,
+        hidden_decay: float | None = None,
         b: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        weight_lr = lr if weight_lr is None else weight_lr
-        hidden_lr = lr if hidden_lr is None else hidden_lr
+        """lr and weight_decay: of all rows of W2 and c2, or of each; then the hidden path's must be given as well."""
+        hidden_lr = float(lr) if hidden_lr is None else hidden_lr
+        hidden_decay = float(weight_decay) if hidden_decay is None else hidden_decay
         h, (d, dz) = self.h, self.gradients(g)
-        self.outer.step(g, h, lr, weight_lr, lr * weight_decay, b, eps)
-        self.hidden.step(d, self.z, hidden_lr, hidden_lr, hidden_lr * weight_decay, b, eps)
+        self.outer.step(g, h, lr, weight_ratio, lr * weight_decay, b, eps)
+        self.hidden.step(d, self.z, hidden_lr, 1.0, hidden_lr * hidden_decay, b, eps)
         t = self.hidden.t
         self.z_m = b[0] * self.z_m + (1 - b[0]) * dz
         self.z_s = b[1] * self.z_s + (1 - b[1]) * dz.square()
         step = self.z_m / (1 - b[0] ** t) / ((self.z_s / (1 - b[1] ** t)).sqrt() + eps)
-        self.z = (1 - hidden_lr * weight_decay) * self.z - hidden_lr * step
+        self.z = (1 - hidden_lr * hidden_decay) * self.z - hidden_lr * step
 
 
 def values(state: LayerState) -> Tensor:
@@ -166,7 +183,7 @@ class Pair:
             oracle.step(
                 g * scale,
                 lr,
-                weight_lr=lr * 32 / state.engine.state.settings.hidden_width,
+                weight_ratio=32 / state.engine.state.settings.hidden_width,
                 hidden_lr=lr * ratio,
                 **numbers,
             )

@@ -301,6 +301,21 @@ def test_edits_are_gone_on_from(as_device, state):
     assert_same_bits(edited(True), edited(False))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_edits_of_16_bits_that_no_version_counts_are_gone_on_from(as_device, dtype):
+    def edited(on: bool) -> dict[str, torch.Tensor]:
+        as_device(on)
+        model, optimizer = trained(dtype=dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    (parameter.data if on else parameter).mul_(0.5)
+        train(model, optimizer, 2, dtype)
+        return factors(model)
+
+    assert_same_bits(edited(True), edited(False))
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_factors_of_any_layout(as_device, state):
     def transposed(on: bool) -> dict[str, torch.Tensor]:

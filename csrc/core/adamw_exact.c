@@ -341,12 +341,16 @@ static void TY(step_hidden)(TY(plan) *p, int measured_before) {
 /* After the second pass: which columns have moments now, and what the still ones owe. */
 static void TY(settle_columns)(const TY(plan) *p) {
     const TY(oplora_exact) *const l = p->layer;
-    for (int64_t j = 0; j < l->H; j++) {
-        if (p->h[j] != 0) l->moving[j] = 1;
-        if (l->moving[j]) continue;
-        for (int64_t f = 0; f < l->n_factors; f++) {
-            double *const decay = &l->decay[f * l->H + j];
-            *decay = p->h_next[j] != 0 ? 1 : *decay * p->rates[f].outer.keep;
+    const int64_t H = l->H;
+    const T *const h_next = p->h_next;
+    uint8_t *restrict const moving = l->moving;
+    for (int64_t j = 0; j < H; j++) moving[j] |= p->h[j] != 0;
+    for (int64_t f = 0; f < l->n_factors; f++) {
+        double *restrict const decay = l->decay + f * H;
+        const double keep = p->rates[f].outer.keep;
+        for (int64_t j = 0; j < H; j++) {
+            const double owed = h_next[j] != 0 ? 1 : decay[j] * keep;
+            decay[j] = moving[j] ? decay[j] : owed;
         }
     }
 }

@@ -115,8 +115,8 @@ static double TY(square)(const T *x, int64_t n) {
 }
 
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
-static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const oplora_adamw *a, const uint32_t key[4]) {
-    const double corrected2 = 1 - pow(a->beta2, (double)a->step);
+static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const oplora_adamw *a, double corrected2,
+                            const uint32_t key[4]) {
     const double mean_x = TY(square)(x, map->inputs) / (double)map->inputs;
     const double fresh = (1 - a->beta2) * mean_x * (square_g / (double)map->rows.rows);
     *map->mean = a->beta2 * *map->mean + fresh;
@@ -166,13 +166,8 @@ static void TY(reduce_block)(const TY(rows) *r, const TY(share) *share, const T 
     const T *basis[BASIS];
     double sum[BASIS];
     if (d == 2 && k == 1) {
-        double block[4 * 4 + 2] = {0};
         kernels->lean_reduce21(r->A + first, r->R + first, r->U + first, r->U + r->rows + first, g, n, &r->numbers,
-                               block);
-        for (int i = 0; i < 4; i++)
-            for (int j = 0; j <= i; j++)
-                sums[i * 4 + j] += TY(scale_of)(share, i, 2) * TY(scale_of)(share, j, 2) * block[i * 4 + j];
-        for (int i = 16; i < 18; i++) sums[i] += block[i];
+                               share->kappa, share->rho, sums);
         return;
     }
     kernels->lean_scale(r->R + first, g, n, &r->numbers, row, scaled_g);
@@ -324,8 +319,9 @@ typedef struct {
     T *pre, *z, *z_avg, *z_avg_sq;
     T *h, *h_next, *d, *z_next, *change; /* scratch: (H) four times, Z, max(H, Z) */
     double *dh;
-    double *part_sums;     /* (parts, sums of the outer map, H): the last is W0^T g over W0's bound */
-    double corrected1, lr; /* 1 - beta1^t, the largest rate of a factor */
+    double *part_sums;             /* (parts, sums of the outer map, H): the last is W0^T g over W0's bound */
+    double corrected1, corrected2; /* 1 - beta^t */
+    TY(share) *shares;             /* scratch: of each factor */
     int64_t first_part, parts, chunks;
     double bound;
     int spreads; /* over the threads; who does the work changes no bit */
@@ -368,6 +364,7 @@ static void TY(take_scratch)(TY(plan) *p, const TY(oplora_lean) *l, arena *a) {
     p->change = take(a, wider, sizeof(T));
     double *const dh = take(a, l->H, sizeof(double));
     p->dh = l->dh ? l->dh : dh;
+    p->shares = take(a, l->n_factors, sizeof(TY(share)));
     for (TY(map) *map = &p->outer; map; map = map == &p->outer ? &p->hidden : NULL) {
         const int64_t inputs = map == &p->outer ? l->H : l->Z;
         map->K = take(a, basis * inputs, sizeof(double));
@@ -420,28 +417,30 @@ static TY(plan) TY(plan_of)(const TY(oplora_lean) *l) {
 
 static double TY(keep_of)(const TY(oplora_factor) *f) { return 1 - f->lr * f->weight_decay; }
 
-/* The largest of the factors' rates and keeps, which are the map's; and the keep of the random ones, which is W0's. */
+/* The largest of the factors' rates and keeps, which are the map's; each factor's share of them; and the keep of the random
+ * ones, which is W0's. */
 static void TY(find_rates)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
     TY(map) *const map = &p->outer;
     const TY(oplora_factor) *random = NULL;
+    double lr = 0;
     p->corrected1 = 1 - pow(l->adamw.beta1, (double)l->adamw.step);
-    p->lr = map->keep = 0;
+    p->corrected2 = 1 - pow(l->adamw.beta2, (double)l->adamw.step);
+    map->keep = 0;
     for (const TY(oplora_factor) *f = l->factors; f < l->factors + l->n_factors; f++) {
-        if (fabs(f->lr) > fabs(p->lr)) p->lr = f->lr;
+        if (fabs(f->lr) > fabs(lr)) lr = f->lr;
         if (fabs(TY(keep_of)(f)) > fabs(map->keep)) map->keep = TY(keep_of)(f);
         if (f->random && !random) random = f;
     }
-    map->rate = p->lr * l->adamw.weight_ratio / p->corrected1;
+    map->rate = lr * l->adamw.weight_ratio / p->corrected1;
     map->start_keep = random ? TY(keep_of)(random) : map->keep;
-}
-
-static TY(share) TY(share_of)(const TY(plan) *p, const TY(oplora_factor) *f) {
-    const double keep = TY(keep_of)(f);
-    return (TY(share)){.keep = keep,
-                       .rate = f->lr / p->corrected1,
-                       .kappa = p->outer.keep != 0 ? keep / p->outer.keep : 1,
-                       .rho = p->lr != 0 ? f->lr / p->lr : 1};
+    for (int64_t f = 0; f < l->n_factors; f++) {
+        const double keep = TY(keep_of)(&l->factors[f]);
+        p->shares[f] = (TY(share)){.keep = keep,
+                                   .rate = l->factors[f].lr / p->corrected1,
+                                   .kappa = map->keep != 0 ? keep / map->keep : 1,
+                                   .rho = lr != 0 ? l->factors[f].lr / lr : 1};
+    }
 }
 
 /* ---- W0: the random rows of W2, a block at a time ---- */
@@ -534,11 +533,11 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
     memset(sums, 0, (size_t)TY(part_size)(p->layer) * sizeof *sums);
     for (int64_t c = TY(part_begin)(p, part); c < TY(part_begin)(p, part + 1); c++) {
         const TY(chunk) chunk = TY(chunk_at)(p->layer, c);
-        const TY(share) share = TY(share_of)(p, chunk.factor);
+        const TY(share) *const share = &p->shares[chunk.factor - p->layer->factors];
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
             const T *const g = chunk.factor->g + chunk.entry + at;
             const int64_t n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
-            if (p->wants & WANTS_GRAM) TY(reduce_block)(r, &share, g, chunk.row + at, n, sums);
+            if (p->wants & WANTS_GRAM) TY(reduce_block)(r, share, g, chunk.row + at, n, sums);
             if (p->wants == WANTS_DH) TY(reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & WANTS_DH && chunk.factor->random)
                 TY(random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums);
@@ -549,9 +548,8 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
 static void TY(update_part)(const TY(plan) *p, int64_t part) {
     for (int64_t c = TY(part_begin)(p, part); c < TY(part_begin)(p, part + 1); c++) {
         const TY(chunk) chunk = TY(chunk_at)(p->layer, c);
-        const TY(share) share = TY(share_of)(p, chunk.factor);
         TY(turn) turn;
-        TY(turn_of)(&p->outer.rows, &share, &turn);
+        TY(turn_of)(&p->outer.rows, &p->shares[chunk.factor - p->layer->factors], &turn);
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
             const int64_t entry = chunk.entry + at, n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
             const TY(oplora_factor) *const f = chunk.factor;
@@ -588,7 +586,7 @@ static void TY(begin_layer)(TY(plan) *p) {
     if (!(p->wants & WANTS_GRAM)) return;
     TY(rounding_key)(l, 0, key);
     TY(find_rates)(p);
-    TY(prepare_map)(&p->outer, p->h, l->report[0], &l->adamw, key);
+    TY(prepare_map)(&p->outer, p->h, l->report[0], &l->adamw, p->corrected2, key);
 }
 
 static void TY(add_part)(TY(plan) *p, const double *sums) {
@@ -656,7 +654,7 @@ static void TY(step_hidden)(TY(plan) *p) {
     map->rate = a->hidden_lr / p->corrected1;
     const TY(share) share = {map->keep, map->rate, 1, 1};
     TY(turn) turn;
-    TY(prepare_map)(map, p->z, TY(square)(p->d, l->H), a, key);
+    TY(prepare_map)(map, p->z, TY(square)(p->d, l->H), a, p->corrected2, key);
     memset(map->sums, 0, (size_t)TY(sums_size)(&map->rows) * sizeof(double));
     for (int64_t j = 0; j < l->H; j += BLOCK)
         TY(reduce_block)(&map->rows, &share, p->d + j, j, l->H - j < BLOCK ? l->H - j : BLOCK, map->sums);

@@ -91,7 +91,7 @@ typedef struct {
     void (*lean_widen)(const TY(oplora_moment) *A, const T *row, int64_t n, T *wide, T *scaled);
     void (*lean_round)(const T *v, int64_t first, uint32_t key, int shift, int64_t n, TY(oplora_moment) *A);
     void (*lean_reduce21)(const TY(oplora_moment) *A, const TY(oplora_moment) *R, const T *U0, const T *U1, const T *g,
-                          int64_t n, const TY(lean_numbers) *numbers, double *sums);
+                          int64_t n, const TY(lean_numbers) *numbers, double kappa, double rho, double *sums);
     void (*lean_update21)(T *U0, T *U1, TY(oplora_moment) *A, TY(oplora_moment) *m, TY(oplora_moment) *S,
                           TY(oplora_moment) *R, const T *g, const T *base, int64_t first, int64_t n,
                           const TY(lean_numbers) *numbers, const T *weight, const T *turn0, const T *turn1,

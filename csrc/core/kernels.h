@@ -360,13 +360,16 @@ static void FN(lean_round)(const T *restrict v, int64_t first, uint32_t key, int
 }
 
 /* The first pass at the default ranks, d = 2 and k = 1, with the bits of lean_scale, lean_widen and dot: adds to the lower
- * half of the Gram matrix (4, 4) of [U0, U1, row A, row g] and to U0^T g, U1^T g behind it. n is at most 512. */
+ * half of the Gram matrix (4, 4) of [U0, U1, row A, row g], whose vectors count kappa, kappa, rho and rho times, and to
+ * U0^T g, U1^T g behind it. n is at most 512. */
 static void FN(lean_reduce21)(const TY(oplora_moment) *restrict A, const TY(oplora_moment) *restrict R,
                               const T *restrict U0, const T *restrict U1, const T *restrict g, int64_t n,
-                              const TY(lean_numbers) *a, double *sums) {
+                              const TY(lean_numbers) *a, double kappa, double rho, double *sums) {
     enum { TILE = 64, SUMS = 12 };
     const T beta2 = a->beta2, second = a->second, inverse_root = a->inverse_root, eps_row = a->eps_row;
     static const int place[SUMS] = {0, 4, 5, 8, 9, 10, 12, 13, 14, 15, 16, 17};
+    const double uu = kappa * kappa, ur = rho * kappa, rr = rho * rho;
+    const double scale[SUMS] = {uu, uu, uu, ur, ur, rr, ur, ur, rr, rr, 1, 1};
     FN(piece) s[SUMS][PIECES] = {{{0}}};
     for (int64_t at = 0; at < n; at += TILE) {
         T padded[3][TILE], ra[TILE], rg[TILE];
@@ -409,7 +412,7 @@ static void FN(lean_reduce21)(const TY(oplora_moment) *restrict A, const TY(oplo
     for (int k = 0; k < SUMS; k++) {
         T lanes[FN(LANES)];
         memcpy(lanes, s[k], 64);
-        sums[place[k]] += FN(sum_lanes)(lanes);
+        sums[place[k]] += scale[k] * FN(sum_lanes)(lanes);
     }
 }
 

@@ -29,6 +29,11 @@ struct Numbers {
     float beta1_rest, beta2, beta2_rest, keep, rate, eps, inverse_root;
 };
 
+/* For a factor's rows of W2 and of c2. */
+struct Rates {
+    Numbers outer, bias;
+};
+
 struct Layer {
     int64_t H, Z, N;
     float *parameters, *exp_avg, *exp_avg_sq;
@@ -36,10 +41,12 @@ struct Layer {
     uint8_t *moving;
     double *report;
     oplora_adamw *adamw;
-    float *h, *h_next, *d, *dz;     /* scratch: (H) three times, (Z) */
-    double *latent, *partial;       /* scratch: (Z); (tasks, H + 2): dh, ||g||^2, how many are not finite */
-    Numbers *outer, *bias, *hidden; /* scratch: for W2, for c2, and for z, W1, c1 */
-    int64_t first_factor, first_task, tasks;
+    const double *rates;        /* (factors, 2) */
+    float *h, *h_next, *d, *dz; /* scratch: (H) three times, (Z) */
+    double *latent, *partial;   /* scratch: (Z); (tasks, H + 2): dh, ||g||^2, how many are not finite */
+    Numbers *hidden;            /* scratch: for z, W1, c1 */
+    Rates *of_factors;          /* scratch: (factors) */
+    int64_t first_factor, n_factors, first_task, tasks;
 };
 
 using Table = Model<Layer>;
@@ -48,6 +55,7 @@ using Table = Model<Layer>;
 struct Task {
     const Layer *layer;
     const Factor *factor;
+    int64_t index; /* of the factor in its layer */
     double *partial;
     int64_t row, offset, count; /* first row in W2, first entry in the factor, entries */
 };
@@ -65,7 +73,8 @@ __device__ Task task_at(const Table &t, int64_t task) {
         row += factor->rows;
     }
     const int64_t offset = task * CHUNK, left = factor->rows - offset;
-    return {&l, factor, partial, row + offset, offset, left < CHUNK ? left : CHUNK};
+    return {
+        &l, factor, factor - (t.factors + l.first_factor), partial, row + offset, offset, left < CHUNK ? left : CHUNK};
 }
 
 __device__ float *W1_of(const Layer &l) { return l.parameters + l.H * l.N + l.N; }
@@ -111,10 +120,13 @@ __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
         if (which == 1 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
     } else if (which == 2) {
         const oplora_adamw &a = *l.adamw;
-        const double corrected1 = 1 - pow(a.beta1, static_cast<double>(a.step));
-        const double corrected2 = 1 - pow(a.beta2, static_cast<double>(a.step));
-        *l.outer = numbers_of(a, a.weight_lr, a.lr * a.weight_decay, corrected1, corrected2);
-        *l.bias = numbers_of(a, a.lr, a.lr * a.weight_decay, corrected1, corrected2);
+        const double step = static_cast<double>(a.step + 1);
+        const double corrected1 = 1 - pow(a.beta1, step), corrected2 = 1 - pow(a.beta2, step);
+        for (int64_t f = 0; f < l.n_factors; f++) {
+            const double lr = l.rates[2 * f], decay = lr * l.rates[2 * f + 1];
+            l.of_factors[f] = {numbers_of(a, lr * a.weight_ratio, decay, corrected1, corrected2),
+                               numbers_of(a, lr, decay, corrected1, corrected2)};
+        }
         *l.hidden = numbers_of(a, a.hidden_lr, a.hidden_lr * a.weight_decay, corrected1, corrected2);
     }
 }
@@ -319,7 +331,8 @@ __device__ void update_entries(const Layer &l, const Numbers &a, int64_t index, 
 
 template <int COUNT> __device__ void update_rows(const Task &task) {
     const Layer &l = *task.layer;
-    const Numbers outer = *l.outer, bias = *l.bias;
+    const Numbers outer = l.of_factors[task.index].outer, bias = l.of_factors[task.index].bias;
+    const double *const decay = l.decay + task.index * l.H;
     for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
         const Some<COUNT> g = gradient_at<COUNT>(*task.factor, task.offset + n);
         Some<COUNT> v = {};
@@ -330,7 +343,7 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
             if (h != 0 || l.moving[j]) {
                 update_entries<COUNT>(l, outer, index, g, h, h_next, v);
             } else if (h_next != 0) { /* it wakes: what it owes to weight decay is paid now */
-                const float owed = static_cast<float>(l.decay[j] * outer.keep);
+                const float owed = static_cast<float>(decay[j] * outer.keep);
                 Some<COUNT> p = at<COUNT>(l.parameters + index);
 #pragma unroll
                 for (int k = 0; k < COUNT; k++) {
@@ -387,10 +400,12 @@ __global__ void __launch_bounds__(THREADS) settle_kernel(Table t) {
     }
     const Layer &l = t.layers[blockIdx.x];
     for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
-        if (l.h[j] != 0)
-            l.moving[j] = 1;
-        else if (!l.moving[j])
-            l.decay[j] = l.h_next[j] != 0 ? 1 : l.decay[j] * l.outer->keep;
+        if (l.h[j] != 0) l.moving[j] = 1;
+        if (l.moving[j]) continue;
+        for (int64_t f = 0; f < l.n_factors; f++) {
+            double &decay = l.decay[f * l.H + j];
+            decay = l.h_next[j] != 0 ? 1 : decay * l.of_factors[f].outer.keep;
+        }
     }
     if (threadIdx.x == 0) l.adamw->step++;
 }
@@ -406,7 +421,7 @@ int64_t tasks_of(const oplora_exact_f32 &l) {
 /* A layer with its scratch in the workspace; the same walk counts the bytes. */
 Layer plan_layer(const oplora_exact_f32 &l, arena *a) {
     Layer layer = {};
-    layer.H = l.H, layer.Z = l.Z, layer.N = l.N;
+    layer.H = l.H, layer.Z = l.Z, layer.N = l.N, layer.n_factors = l.n_factors;
     layer.parameters = l.parameters, layer.exp_avg = l.exp_avg, layer.exp_avg_sq = l.exp_avg_sq;
     layer.decay = l.decay, layer.moving = l.moving, layer.report = l.report;
     layer.tasks = tasks_of(l);
@@ -415,8 +430,8 @@ Layer plan_layer(const oplora_exact_f32 &l, arena *a) {
     layer.dz = static_cast<float *>(take(a, l.Z, sizeof(float)));
     layer.latent = static_cast<double *>(take(a, l.Z, sizeof(double)));
     layer.partial = static_cast<double *>(take(a, layer.tasks * (l.H + 2), sizeof(double)));
-    for (Numbers **numbers : {&layer.outer, &layer.bias, &layer.hidden})
-        *numbers = static_cast<Numbers *>(take(a, 1, sizeof(Numbers)));
+    layer.hidden = static_cast<Numbers *>(take(a, 1, sizeof(Numbers)));
+    layer.of_factors = static_cast<Rates *>(take(a, l.n_factors, sizeof(Rates)));
     return layer;
 }
 
@@ -448,10 +463,11 @@ int64_t oplora_cuda_exact_workspace_bytes(const oplora_exact_f32 *layers, int64_
 }
 
 oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int64_t n_layers,
-                                            oplora_adamw *const *adamw, const oplora_cuda_half *halves,
-                                            oplora_cuda_verdict *verdict, void *workspace, void *table,
-                                            oplora_cuda_plan *plan) {
-    if (!plan || (n_layers > 0 && (!layers || !adamw || !verdict || !workspace || !table))) return OPLORA_ENULL;
+                                            oplora_adamw *const *adamw, const double *const *rates,
+                                            const oplora_cuda_half *halves, oplora_cuda_verdict *verdict,
+                                            void *workspace, void *table, oplora_cuda_plan *plan) {
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !rates || !verdict || !workspace || !table)))
+        return OPLORA_ENULL;
     for (int64_t i = 0; i < n_layers; i++) {
         const oplora_exact_f32 &l = layers[i];
         if (!l.parameters || !l.exp_avg || !l.exp_avg_sq || !l.decay || !l.moving || !l.report) return OPLORA_ENULL;
@@ -464,6 +480,7 @@ oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int6
     for (int64_t i = 0; i < n_layers; i++) {
         Layer layer = plan_layer(layers[i], &a);
         layer.adamw = adamw[i];
+        layer.rates = rates[i];
         layer.first_factor = factor - to.factors;
         layer.first_task = to.first_part[i] = to.first_chunk[i] = task;
         factor = plan_factors(layers[i].factors, layers[i].n_factors, halves ? halves + layer.first_factor : nullptr,

@@ -36,9 +36,16 @@ using Lowrank = lowrank<THREADS>;
 
 /* The numbers of a step for the rows of a map; see lean_numbers in csrc/core/dispatch.h. */
 struct Numbers {
-    float beta1_rest, beta2, beta2_rest, second, keep, rate, eps, eps_row, inverse_root;
+    float beta1_rest, beta2, beta2_rest, second, eps, eps_row, inverse_root;
     uint32_t key, round_key[RANK];
     float weight[BASIS], rotate_U[RANK][BASIS], rotate_A[RANK][RANK + 1];
+};
+
+/* What a factor's rows have of their own: c's keep and rate, and how much of the map's largest keep and rate theirs are; the
+ * second pass' numbers with these in them. */
+struct Share {
+    double kappa, rho;
+    float keep, rate, weight[BASIS], rotate_U[RANK][BASIS];
 };
 
 struct Rows {
@@ -47,6 +54,8 @@ struct Rows {
     float *U;
     uint16_t *A, *m, *S, *R;
     Numbers *numbers;
+    Share *shares; /* of factors; the hidden map has one */
+    int64_t n_shares;
 };
 
 struct Map {
@@ -54,7 +63,7 @@ struct Map {
     int64_t inputs;
     float *Q, *B, *r;
     double *scale, *mean;                         /* s, and the mean of R */
-    double *steps;                                /* scratch: keep, rate, beta1 */
+    double *steps;                                /* scratch: keep, rate, beta1, keep of s */
     double *K, *col, *Q_next, *directions, *sums; /* scratch */
 };
 
@@ -69,6 +78,7 @@ struct Layer {
     double *dh, *report, *squares, *part_sums;
     double *corrections; /* scratch: 1 - beta1^step, 1 - beta2^step */
     oplora_adamw *adamw;
+    const double *rates; /* (factors, 2) */
     double bound, w1_bound;
     int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
 };
@@ -77,6 +87,7 @@ using Table = Model<Layer>;
 
 struct Chunk {
     const Factor *factor;
+    const Share *share;
     int64_t range, row, entry, rows;
 };
 
@@ -95,7 +106,8 @@ __device__ Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {
         range += factor->random != 0;
     }
     const int64_t left = factor->rows - chunk * PART;
-    return {factor, range, row + chunk * PART, chunk * PART, left < PART ? left : PART};
+    const Share *const share = l.outer.rows.shares + (factor - (t.factors + l.first_factor));
+    return {factor, share, range, row + chunk * PART, chunk * PART, left < PART ? left : PART};
 }
 
 __device__ oplora_stream w2_stream(const Layer &l, int64_t range) {
@@ -116,9 +128,10 @@ struct Tile {
     double sums[GROUPS][LANES + 1];
 };
 
-/* Adds the groups' sums of `count` columns, which lie in tile.lanes[group][column], to where(column): lanes in order, then
- * blocks in order. All threads call it; the tile is free again afterwards. */
-template <class Where> __device__ void add_tile(Tile &tile, int count, int blocks, const Where &where) {
+/* Adds the groups' sums of `count` columns, which lie in tile.lanes[group][column], to where(column), times scale(column):
+ * lanes in order, then blocks in order. All threads call it; the tile is free again afterwards. */
+template <class Where, class Scale>
+__device__ void add_tile(Tile &tile, int count, int blocks, const Where &where, const Scale &scale) {
     __syncthreads();
     double sum = 0;
     for (int l = 0; l < LANES && lane() < count; l++) sum += tile.lanes[group()][lane()][l];
@@ -126,7 +139,8 @@ template <class Where> __device__ void add_tile(Tile &tile, int count, int block
     __syncthreads();
     if (group() == 0 && lane() < count) {
         double *const total = where(lane());
-        for (int block = 0; block < blocks; block++) *total += tile.sums[block][lane()];
+        const double times = scale(lane());
+        for (int block = 0; block < blocks; block++) *total += times * tile.sums[block][lane()];
     }
     __syncthreads();
 }
@@ -171,8 +185,32 @@ template <int D, int K> __device__ int slot_of(int a, int d, int k) {
     return a < d ? a : a < d + k ? D + a - d : D + K;
 }
 
+/* Of vector a of the basis, d of which are U's. */
+__device__ double scale_of(const Share &share, int a, int d) { return a < d ? share.kappa : share.rho; }
+
+/* A pair's place among the sums, and its columns: of the Gram matrix, then U^T g, whose second column is p. */
+struct Pair {
+    int a, b, place;
+};
+__device__ Pair pair_at(int index, int p) {
+    if (index >= p * (p + 1) / 2) {
+        const int i = index - p * (p + 1) / 2;
+        return {i, p, p * p + i};
+    }
+    int a = 0;
+    for (; index > a; a++) index -= a + 1;
+    return {a, index, a * p + index};
+}
+
+/* By which a factor's sums of a pair count. */
+__device__ double scale_of_pair(const Share &share, int index, int p, int d) {
+    const Pair pair = pair_at(index, p);
+    return pair.b == p ? 1 : scale_of(share, pair.a, d) * scale_of(share, pair.b, d);
+}
+
 /* The Gram matrix's lower half and U^T g of a chunk, at the default ranks: twelve sums in one walk. */
-__device__ void reduce_defaults(const Rows &r, const Gradient &g, int64_t first, int64_t n, Tile &tile, double *sums) {
+__device__ void reduce_defaults(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n,
+                                Tile &tile, double *sums) {
     constexpr int SUMS = 12, BATCH = 4; /* of rows whose loads are under way together */
     const Numbers &a = *r.numbers;
     float s[SUMS] = {};
@@ -204,9 +242,12 @@ __device__ void reduce_defaults(const Rows &r, const Gradient &g, int64_t first,
 #pragma unroll
     for (int i = 0; i < SUMS; i++) tile.lanes[group()][i][lane()] = s[i];
     /* places 0, 4, 5, 8, 9, 10, 12 .. 17: the lower half of a matrix (4, 4), and two behind it */
-    add_tile(tile, SUMS, blocks_in(n), [&](int i) {
-        return sums + (i < 1 ? 0 : i < 3 ? i + 3 : i < 6 ? i + 5 : i + 6);
-    });
+    add_tile(
+        tile, SUMS, blocks_in(n),
+        [&](int i) {
+            return sums + (i < 1 ? 0 : i < 3 ? i + 3 : i < 6 ? i + 5 : i + 6);
+        },
+        [&](int i) { return scale_of_pair(share, i, 4, 2); });
 }
 
 /* The same at any ranks, a pair of columns after the other: rows are read again for each. Column p stands for g. */
@@ -219,22 +260,8 @@ __device__ float basis_at(const Rows &r, const Numbers &a, const Gradient &g, in
     return a.second > 0 ? row * g[i] : 0.f;
 }
 
-/* A pair's place among the sums, and its columns. */
-struct Pair {
-    int a, b, place;
-};
-__device__ Pair pair_at(int index, int p) {
-    if (index >= p * (p + 1) / 2) {
-        const int i = index - p * (p + 1) / 2;
-        return {i, p, p * p + i};
-    }
-    int a = 0;
-    for (; index > a; a++) index -= a + 1;
-    return {a, index, a * p + index};
-}
-
-__device__ void reduce_pairs(const Rows &r, const Gradient &g, int64_t first, int64_t n, int begin, int end, Tile &tile,
-                             double *sums) {
+__device__ void reduce_pairs(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n, int begin,
+                             int end, Tile &tile, double *sums) {
     const Numbers &a = *r.numbers;
     const int p = basis_size(r.d, r.k);
     for (int base = begin; base < end; base += LANES) {
@@ -249,23 +276,27 @@ __device__ void reduce_pairs(const Rows &r, const Gradient &g, int64_t first, in
             }
             tile.lanes[group()][c][lane()] = sum;
         }
-        add_tile(tile, count, blocks_in(n), [&](int c) { return sums + pair_at(base + c, p).place; });
+        add_tile(
+            tile, count, blocks_in(n), [&](int c) { return sums + pair_at(base + c, p).place; },
+            [&](int c) { return scale_of_pair(share, base + c, p, r.d); });
     }
 }
 
 template <bool DEFAULTS>
-__device__ void reduce_chunk(const Rows &r, const Gradient &g, int64_t first, int64_t n, Tile &tile, double *sums) {
+__device__ void reduce_chunk(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n, Tile &tile,
+                             double *sums) {
     const int p = basis_size(r.d, r.k);
     if (DEFAULTS)
-        reduce_defaults(r, g, first, n, tile, sums);
+        reduce_defaults(r, share, g, first, n, tile, sums);
     else
-        reduce_pairs(r, g, first, n, 0, p * (p + 1) / 2 + r.d, tile, sums);
+        reduce_pairs(r, share, g, first, n, 0, p * (p + 1) / 2 + r.d, tile, sums);
 }
 
 /* U^T g alone. */
-__device__ void reduce_along(const Rows &r, const Gradient &g, int64_t first, int64_t n, Tile &tile, double *sums) {
+__device__ void reduce_along(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n, Tile &tile,
+                             double *sums) {
     const int p = basis_size(r.d, r.k);
-    reduce_pairs(r, g, first, n, p * (p + 1) / 2, p * (p + 1) / 2 + r.d, tile, sums);
+    reduce_pairs(r, share, g, first, n, p * (p + 1) / 2, p * (p + 1) / 2 + r.d, tile, sums);
 }
 
 /* sums[j] += W0_j^T g over a chunk, in units of the bound, for units that are on: LANES units at a time. */
@@ -309,7 +340,7 @@ __device__ void random_reduce(const Layer &l, const Chunk &chunk, Tile &tile, do
                 tile.lanes[group()][c][lane()] = sum;
             }
         }
-        add_tile(tile, count, blocks_in(chunk.rows), [&](int c) { return sums + base + c; });
+        add_tile(tile, count, blocks_in(chunk.rows), [&](int c) { return sums + base + c; }, [](int) { return 1.0; });
     }
 }
 
@@ -345,8 +376,8 @@ __device__ void random_update(const Layer &l, const oplora_stream &s, const floa
 
 /* One row's step: the bias's AdamW on `out`, its moments, R, A and U; lean_update21 in csrc/core/kernels.h. */
 template <int D, int K>
-__device__ float update_row(const Rows &r, const Numbers &a, const Row<D, K> &old, float m_old, float S_old, float out,
-                            float kept_part, int64_t at) {
+__device__ float update_row(const Rows &r, const Numbers &a, const Share &share, const Row<D, K> &old, float m_old,
+                            float S_old, float out, float kept_part, int64_t at) {
     constexpr bool all = D == 2 && K == 1; /* every slot is used */
     const uint32_t noise = noise_of(static_cast<uint32_t>(at), a.key);
     const uint32_t other_noise = noise_of(static_cast<uint32_t>(at), a.round_key[0]);
@@ -354,28 +385,28 @@ __device__ float update_row(const Rows &r, const Numbers &a, const Row<D, K> &ol
     const float m_next = beta1 * m_old + a.beta1_rest * x;
     const float s_next = a.beta2 * S_old + a.beta2_rest * square;
     const float r_next = next_R(a, get_moment(old.R), x);
-    const float step = a.rate * m_next / (sqrtf(s_next) * a.inverse_root + a.eps);
+    const float step = share.rate * m_next / (sqrtf(s_next) * a.inverse_root + a.eps);
     float basis[D + K + 1];
     old.basis(a, row_scale(a, r_next), basis);
-    float value = out - (1 - a.keep) * kept_part - step;
+    float value = out - (1 - share.keep) * kept_part - step;
 #pragma unroll
     for (int c = 0; c < D; c++)
-        if (all || c < r.d) value += a.weight[c] * basis[c];
+        if (all || c < r.d) value += share.weight[c] * basis[c];
 #pragma unroll
     for (int c = 0; c < K; c++)
-        if (all || c < r.k) value += a.weight[r.d + c] * basis[D + c];
-    value += a.weight[r.d + r.k] * basis[D + K];
+        if (all || c < r.k) value += share.weight[r.d + c] * basis[D + c];
+    value += share.weight[r.d + r.k] * basis[D + K];
 #pragma unroll
     for (int i = 0; i < D; i++) {
         if (!all && i >= r.d) continue;
-        float turned = all ? a.rotate_U[i][0] * basis[0] : 0.f;
+        float turned = all ? share.rotate_U[i][0] * basis[0] : 0.f;
 #pragma unroll
         for (int c = all; c < D; c++)
-            if (all || c < r.d) turned += a.rotate_U[i][c] * basis[c];
+            if (all || c < r.d) turned += share.rotate_U[i][c] * basis[c];
 #pragma unroll
         for (int c = 0; c < K; c++)
-            if (all || c < r.k) turned += a.rotate_U[i][r.d + c] * basis[D + c];
-        turned += a.rotate_U[i][r.d + r.k] * basis[D + K];
+            if (all || c < r.k) turned += share.rotate_U[i][r.d + c] * basis[D + c];
+        turned += share.rotate_U[i][r.d + r.k] * basis[D + K];
         r.U[i * r.rows + at] = turned;
     }
 #pragma unroll
@@ -405,6 +436,13 @@ struct Output {
 __device__ Output output_of(const Factor &f, int64_t entry) {
     return {f.out + entry, f.base ? f.base + entry : nullptr, f.rounded ? f.rounded + entry : nullptr, f.dtype};
 }
+/* What the step goes on from: of 16 bits the value before rounding, unless somebody wrote into the factor itself. */
+__device__ float take(const Output &o, int64_t at) {
+    const float value = o.out[at];
+    if (!o.rounded) return value;
+    const uint16_t bits = o.rounded[at];
+    return to_half(value, o.dtype) == bits ? value : from_half(bits, o.dtype);
+}
 __device__ void put(const Output &o, int64_t at, float value) {
     o.out[at] = value;
     if (o.rounded) o.rounded[at] = to_half(value, o.dtype);
@@ -412,8 +450,8 @@ __device__ void put(const Output &o, int64_t at, float value) {
 
 /* The rows first .. first + n of a map, n at most PART, by all threads. With x, what W0 adds to the rows' output too. */
 template <bool DEFAULTS>
-__device__ void update_chunk(const Rows &r, const Gradient &g, const Output &o, int64_t first, int64_t n,
-                             const Layer &l, const oplora_stream *s, int64_t entry, const float *x) {
+__device__ void update_chunk(const Rows &r, const Share &share, const Gradient &g, const Output &o, int64_t first,
+                             int64_t n, const Layer &l, const oplora_stream *s, int64_t entry, const float *x) {
     constexpr int D = DEFAULTS ? 2 : RANK, K = DEFAULTS ? 1 : RANK;
     const Numbers &a = *r.numbers;
 #pragma unroll 1
@@ -431,13 +469,13 @@ __device__ void update_chunk(const Rows &r, const Gradient &g, const Output &o, 
                 old[i].load(r, gradient[i], first + at, valid);
                 m[i] = valid ? get_moment(r.m[first + at]) : 0.f;
                 S[i] = valid ? get_moment(r.S[first + at]) : 0.f;
-                value[i] = valid ? o.out[at] : 0.f;
+                value[i] = valid ? take(o, at) : 0.f;
                 kept[i] = valid && o.base ? value[i] - o.base[at] : value[i];
             }
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = row_of(part * ROWS + i);
-                if (at < n) value[i] = update_row(r, a, old[i], m[i], S[i], value[i], kept[i], first + at);
+                if (at < n) value[i] = update_row(r, a, share, old[i], m[i], S[i], value[i], kept[i], first + at);
             }
         } else {
 #pragma unroll
@@ -447,8 +485,8 @@ __device__ void update_chunk(const Rows &r, const Gradient &g, const Output &o, 
                 if (at >= n) continue;
                 Row<D, K> old;
                 old.load(r, g[at], first + at, true);
-                const float m = get_moment(r.m[first + at]), S = get_moment(r.S[first + at]), now = o.out[at];
-                value[i] = update_row(r, a, old, m, S, now, o.base ? now - o.base[at] : now, first + at);
+                const float m = get_moment(r.m[first + at]), S = get_moment(r.S[first + at]), now = take(o, at);
+                value[i] = update_row(r, a, share, old, m, S, now, o.base ? now - o.base[at] : now, first + at);
             }
         }
         if (x) random_update(l, *s, x, static_cast<uint64_t>(entry + group() * BLOCK + part * SUB), value);
@@ -508,8 +546,9 @@ __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int m
     }
     if (l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
     /* here, as a kernel with few registers: pow is a call */
-    l.corrections[0] = 1 - pow(l.adamw->beta1, static_cast<double>(l.adamw->step));
-    l.corrections[1] = 1 - pow(l.adamw->beta2, static_cast<double>(l.adamw->step));
+    const double step = static_cast<double>(l.adamw->step + 1);
+    l.corrections[0] = 1 - pow(l.adamw->beta1, step);
+    l.corrections[1] = 1 - pow(l.adamw->beta2, step);
 }
 
 /* Sums in order by one thread, as the core's plain loops. */
@@ -520,9 +559,9 @@ __device__ double square(const float *x, int64_t n) {
 }
 
 /* This step's rounding keys; map is 0 for W2, 1 for W1. */
-__device__ void rounding_key(const Layer &l, int64_t step, uint32_t map, uint32_t key[3]) {
+__device__ void rounding_key(const Layer &l, uint32_t map, uint32_t key[3]) {
     const oplora_stream s = {l.seed, l.layer, OPLORA_ROUNDING};
-    const uint4 words = philox(s, static_cast<uint64_t>(step), map);
+    const uint4 words = philox(s, static_cast<uint64_t>(l.adamw->step + 1), map);
     key[0] = words.x, key[1] = words.y, key[2] = words.z;
 }
 
@@ -535,9 +574,8 @@ struct Small {
 };
 
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
-__device__ void prepare_map(const Map &map, const float *x, double square_g, const oplora_adamw &a, double weight_rate,
-                            double bias_rate, double decay, const uint32_t key[3], const double corrections[2],
-                            double number[4]) {
+__device__ void prepare_map(const Map &map, const float *x, double square_g, const oplora_adamw &a,
+                            const uint32_t key[3], const double corrections[2], double number[4]) {
     const int t = static_cast<int>(threadIdx.x);
     if (t == 0) {
         const double mean_x = square(x, map.inputs) / static_cast<double>(map.inputs);
@@ -563,16 +601,12 @@ __device__ void prepare_map(const Map &map, const float *x, double square_g, con
             root += map.K[j];
             live += map.K[j] > 0;
         }
-        map.steps[0] = 1 - decay;
-        map.steps[1] = weight_rate / corrections[0];
         map.steps[2] = a.beta1;
         Numbers &numbers = *map.rows.numbers;
         numbers.beta1_rest = static_cast<float>(1 - a.beta1);
         numbers.beta2 = static_cast<float>(a.beta2);
         numbers.beta2_rest = static_cast<float>(1 - a.beta2);
         numbers.second = static_cast<float>((1 - a.beta2) * mean_x);
-        numbers.keep = static_cast<float>(1 - decay);
-        numbers.rate = static_cast<float>(bias_rate / corrections[0]);
         numbers.eps = static_cast<float>(fmax(a.eps, LEAST_EPS));
         numbers.eps_row = static_cast<float>(fmax(live ? a.eps * static_cast<double>(live) / root : a.eps, LEAST_EPS));
         numbers.inverse_root = static_cast<float>(1 / sqrt(corrections[1]));
@@ -588,16 +622,45 @@ __device__ void find_hidden(const Layer &l, float *h) {
     __syncthreads();
 }
 
+/* The largest of the factors' rates and keeps, which are the map's, each factor's share of them, and the keep of the first
+ * random one, which is W0's; as in the core. */
+__device__ void find_rates(const Table &t, const Layer &l) {
+    const Map &map = l.outer;
+    const double corrected1 = l.corrections[0];
+    double lr = 0, keep = 0, start_keep = 0;
+    bool random = false;
+    for (int64_t f = 0; f < l.n_factors; f++) {
+        const double own_lr = l.rates[2 * f], own_keep = 1 - own_lr * l.rates[2 * f + 1];
+        if (fabs(own_lr) > fabs(lr)) lr = own_lr;
+        if (fabs(own_keep) > fabs(keep)) keep = own_keep;
+        if (!random && t.factors[l.first_factor + f].random) {
+            random = true;
+            start_keep = own_keep;
+        }
+    }
+    map.steps[0] = keep;
+    map.steps[1] = lr * l.adamw->weight_ratio / corrected1;
+    map.steps[3] = random ? start_keep : keep;
+    for (int64_t f = 0; f < l.n_factors; f++) {
+        const double own_lr = l.rates[2 * f], own_keep = 1 - own_lr * l.rates[2 * f + 1];
+        Share &share = map.rows.shares[f];
+        share.kappa = keep != 0 ? own_keep / keep : 1;
+        share.rho = lr != 0 ? own_lr / lr : 1;
+        share.keep = static_cast<float>(own_keep);
+        share.rate = static_cast<float>(own_lr / corrected1);
+    }
+}
+
 __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
     SHARED_ARRAY(double, number, 4);
     if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     find_hidden(l, l.h);
     if (!(wants & WANTS_GRAM)) return;
-    const oplora_adamw &a = *l.adamw;
     uint32_t key[3];
-    rounding_key(l, a.step, 0, key);
-    prepare_map(l.outer, l.h, l.report[0], a, a.weight_lr, a.lr, a.lr * a.weight_decay, key, l.corrections, number);
+    if (threadIdx.x == 0) find_rates(t, l);
+    rounding_key(l, 0, key);
+    prepare_map(l.outer, l.h, l.report[0], *l.adamw, key, l.corrections, number);
 }
 
 /* ---- reduce ---- */
@@ -615,8 +678,8 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_ke
     for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const Gradient g = gradient_of(*chunk.factor, chunk.entry);
-        if (wants & WANTS_GRAM) reduce_chunk<DEFAULTS>(r, g, chunk.row, chunk.rows, tile[0], sums);
-        if (wants == WANTS_DH) reduce_along(r, g, chunk.row, chunk.rows, tile[0], sums);
+        if (wants & WANTS_GRAM) reduce_chunk<DEFAULTS>(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
+        if (wants == WANTS_DH) reduce_along(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
         if (wants & WANTS_DH && chunk.factor->random) random_reduce(l, chunk, tile[0], sums + sums_size(r.d, r.k));
     }
 }
@@ -712,6 +775,17 @@ __device__ void finish_map(const Map &map, const float *x, const float *x_next, 
             if (i == t) weight -= map.steps[0] * s.now[i];
         }
         numbers.weight[t] = static_cast<float>(weight);
+    }
+    __syncthreads();
+    const int p = basis_size(d, r.k);
+    for (int64_t e = t; e < r.n_shares * (d + 1) * p; e += THREADS) {
+        Share &share = r.shares[e / ((d + 1) * p)];
+        const int i = static_cast<int>(e / p % (d + 1)), a = static_cast<int>(e % p);
+        const float scale = static_cast<float>(scale_of(share, a, d));
+        if (i < d)
+            share.rotate_U[i][a] = numbers.rotate_U[i][a] * scale;
+        else
+            share.weight[a] = numbers.weight[a] * scale;
     }
     __syncthreads();
 }
@@ -824,26 +898,34 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
     const int t = static_cast<int>(threadIdx.x);
     uint32_t key[3];
     report_hidden(l, s);
-    rounding_key(l, a.step, 1, key);
-    if (t == 0) s.number[2] = square(l.d, l.H);
+    rounding_key(l, 1, key);
+    if (t == 0) {
+        Share &share = *map.rows.shares;
+        s.number[2] = square(l.d, l.H);
+        map.steps[0] = map.steps[3] = 1 - a.hidden_lr * a.weight_decay;
+        map.steps[1] = a.hidden_lr / l.corrections[0];
+        share.kappa = share.rho = 1;
+        share.keep = static_cast<float>(map.steps[0]);
+        share.rate = static_cast<float>(map.steps[1]);
+    }
     __syncthreads();
-    prepare_map(map, l.z, s.number[2], a, a.hidden_lr, a.hidden_lr, a.hidden_lr * a.weight_decay, key, l.corrections,
-                s.number);
+    prepare_map(map, l.z, s.number[2], a, key, l.corrections, s.number);
     for (int i = t; i < sums_size(map.rows.d, map.rows.k); i += THREADS) map.sums[i] = 0;
     __syncthreads();
     for (int64_t j = 0; j < l.H; j += PART)
-        reduce_chunk<DEFAULTS>(map.rows, {l.d + j, OPLORA_F32}, j, l.H - j < PART ? l.H - j : PART, tile, map.sums);
+        reduce_chunk<DEFAULTS>(map.rows, *map.rows.shares, {l.d + j, OPLORA_F32}, j, l.H - j < PART ? l.H - j : PART,
+                               tile, map.sums);
 }
 
 /* AdamW on z, from l.change: adamw in csrc/core/kernels.h. */
 __device__ void step_latent(const Layer &l) {
     const Numbers &numbers = *l.hidden.rows.numbers;
-    const float rate = static_cast<float>(l.hidden.steps[1]);
+    const Share &share = *l.hidden.rows.shares;
     for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) {
         const float gradient = l.change[i];
         const float m_next = l.z_avg[i] + numbers.beta1_rest * (gradient - l.z_avg[i]);
         const float s_next = numbers.beta2 * l.z_avg_sq[i] + numbers.beta2_rest * (gradient * gradient);
-        l.z_next[i] = numbers.keep * l.z[i] - rate * m_next / (sqrtf(s_next) * numbers.inverse_root + numbers.eps);
+        l.z_next[i] = share.keep * l.z[i] - share.rate * m_next / (sqrtf(s_next) * numbers.inverse_root + numbers.eps);
         l.z_avg[i] = m_next;
         l.z_avg_sq[i] = s_next;
     }
@@ -854,23 +936,24 @@ __device__ void step_latent(const Layer &l) {
 template <bool DEFAULTS> __device__ void finish_hidden(const Layer &l, Tile &tile) {
     const Map &map = l.hidden;
     const int t = static_cast<int>(threadIdx.x);
-    const double bound = l.w1_bound * map.steps[0] * *map.scale;
+    const double bound = l.w1_bound * map.steps[3] * *map.scale;
     for (int64_t i = t; i < l.Z; i += THREADS)
         l.change[i] = static_cast<float>(bound * (static_cast<double>(l.z_next[i]) - l.z[i]));
     for (int64_t j = 0; j < l.H; j += PART)
-        update_chunk<DEFAULTS>(map.rows, {l.d + j, OPLORA_F32}, {l.pre + j, nullptr, nullptr, OPLORA_F32}, j,
-                               l.H - j < PART ? l.H - j : PART, l, nullptr, 0, nullptr);
+        update_chunk<DEFAULTS>(map.rows, *map.rows.shares, {l.d + j, OPLORA_F32},
+                               {l.pre + j, nullptr, nullptr, OPLORA_F32}, j, l.H - j < PART ? l.H - j : PART, l,
+                               nullptr, 0, nullptr);
     __syncthreads();
     for_w1_dots(l, l.change, tile, [&](int64_t j, double sum) { l.pre[j] += static_cast<float>(sum); });
     for (int64_t i = t; i < l.Z; i += THREADS) l.z[i] = l.z_next[i];
-    if (t == 0) *map.scale *= map.steps[0];
+    if (t == 0) *map.scale *= map.steps[3];
     find_hidden(l, l.h_next);
 }
 
 /* W2's map: what W0 adds to the factors. */
 __device__ void finish_outer(const Layer &l) {
     const Map &map = l.outer;
-    const double keep = map.steps[0], bound = l.bound * keep * *map.scale;
+    const double keep = map.steps[3], bound = l.bound * keep * *map.scale;
     for (int64_t j = threadIdx.x; j < l.H; j += THREADS)
         l.change[j] = static_cast<float>(bound * (static_cast<double>(l.h_next[j]) - l.h[j]));
     __syncthreads();
@@ -936,8 +1019,8 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) update_ke
         const Chunk chunk = chunk_at(t, l, c);
         const Factor &f = *chunk.factor;
         const oplora_stream s = w2_stream(l, chunk.range);
-        update_chunk<DEFAULTS>(l.outer.rows, gradient_of(f, chunk.entry), output_of(f, chunk.entry), chunk.row,
-                               chunk.rows, l, &s, chunk.entry, f.random ? l.change : nullptr);
+        update_chunk<DEFAULTS>(l.outer.rows, *chunk.share, gradient_of(f, chunk.entry), output_of(f, chunk.entry),
+                               chunk.row, chunk.rows, l, &s, chunk.entry, f.random ? l.change : nullptr);
     }
 }
 
@@ -1001,7 +1084,9 @@ void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
     for (Map *map : {&to->outer, &to->hidden}) {
         const int64_t inputs = map == &to->outer ? l.H : l.Z;
         map->rows.numbers = static_cast<Numbers *>(take(a, 1, sizeof(Numbers)));
-        map->steps = doubles(3);
+        map->rows.n_shares = map == &to->outer ? l.n_factors : 1;
+        map->rows.shares = static_cast<Share *>(take(a, map->rows.n_shares, sizeof(Share)));
+        map->steps = doubles(4);
         map->K = doubles(p * inputs);
         map->col = doubles(inputs);
         map->Q_next = doubles(d * inputs);
@@ -1092,9 +1177,11 @@ int64_t oplora_cuda_lean_workspace_bytes(const oplora_lean_f32 *layers, int64_t 
 }
 
 oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_t n_layers, oplora_adamw *const *adamw,
-                                           const oplora_cuda_half *halves, oplora_cuda_verdict *verdict,
-                                           void *workspace, void *table, oplora_cuda_plan *plan) {
-    if (!plan || (n_layers > 0 && (!layers || !adamw || !verdict || !workspace || !table))) return OPLORA_ENULL;
+                                           const double *const *rates, const oplora_cuda_half *halves,
+                                           oplora_cuda_verdict *verdict, void *workspace, void *table,
+                                           oplora_cuda_plan *plan) {
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !rates || !verdict || !workspace || !table)))
+        return OPLORA_ENULL;
     if (oplora_lean_workspace_bytes_f32(layers, n_layers) < 0) return OPLORA_ESIZE;
     const Sections<Layer> to(layers, n_layers, table);
     int64_t part = 0, chunk = 0;
@@ -1110,6 +1197,7 @@ oplora_status oplora_cuda_lean_plan_layers(const oplora_lean_f32 *layers, int64_
         layer.seed = l.seed, layer.layer = l.layer, layer.start = l.start;
         layer.report = l.report;
         layer.adamw = adamw[i];
+        layer.rates = rates[i];
         layer.bound = oplora_start_bound(l.start, l.H);
         layer.w1_bound = oplora_start_bound(OPLORA_UNIFORM, l.Z);
         layer.first_factor = factor - to.factors, layer.n_factors = l.n_factors;

@@ -654,7 +654,7 @@ static void TY(test_row_loops)(int64_t n, int with_base) {
         for (int j = 0; j <= i; j++) general[i * 4 + j] = sum[j];
     }
     kernels->dot(basis, 2, g, n, general + 16);
-    kernels->lean_reduce21(A[0], R[0], U[0][0], U[0][1], g, n, &a, fused);
+    kernels->lean_reduce21(A[0], R[0], U[0][0], U[0][1], g, n, &a, 1, 1, fused);
     CHECK(!memcmp(general, fused, sizeof fused));
     add_to_digest(fused, sizeof fused);
     /* second pass */

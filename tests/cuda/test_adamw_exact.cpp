@@ -46,7 +46,8 @@ struct Side {
     std::vector<std::vector<float>> gradients, bases, out;
     std::vector<oplora_factor_f32> factors;
     std::vector<oplora_exact_f32> layers;
-    std::vector<oplora_adamw> adamw;
+    std::vector<oplora_adamw> adamw; // of steps done
+    std::vector<double> rates;       // of every factor: lr, weight_decay
 
     explicit Side(const Shape &shape) {
         int64_t N = 0;
@@ -54,25 +55,28 @@ struct Side {
         const int64_t size = (oplora_size(shape.H, shape.Z, N) + 3) / 4 * 4; // every layer is aligned as the first
         const int64_t n = shape.layers, reports = oplora_exact_report_size(shape.H);
         for (auto *v : {&parameters, &exp_avg, &exp_avg_sq}) v->resize(count(n * size + shape.offset));
-        decay.resize(count(n * shape.H), 1);
+        const int64_t n_factors = static_cast<int64_t>(shape.factors.size());
+        decay.resize(count(n * n_factors * shape.H), 1);
         moving.resize(count(n * shape.H));
         report.resize(count(n * reports), -1);
-        adamw.resize(count(n), {1e-3, 2e-3, 5e-4, 0.9, 0.999, 1e-8, 0.1, 1});
+        adamw.resize(count(n), {2, 5e-4, 0.9, 0.999, 1e-8, 0.1, 0});
         for (int64_t i = 0; i < n; i++)
             for (const auto &f : shape.factors) {
                 gradients.emplace_back(count(f.rows + shape.offset));
                 bases.emplace_back(count(f.based ? f.rows + shape.offset : 0), 0.25f);
                 out.emplace_back(count(f.rows + shape.offset));
             }
+        for (size_t i = 0; i < gradients.size(); i++) rates.insert(rates.end(), {1e-3, 0.1});
         for (size_t i = 0; i < gradients.size(); i++) {
             const auto &f = shape.factors[i % shape.factors.size()];
             factors.push_back({f.rows, gradients[i].data() + shape.offset,
-                               f.based ? bases[i].data() + shape.offset : nullptr, out[i].data() + shape.offset, 0});
+                               f.based ? bases[i].data() + shape.offset : nullptr, out[i].data() + shape.offset, 0, 0,
+                               0});
         }
         for (int64_t i = 0; i < n; i++) {
             const int64_t at = i * size + shape.offset;
             layers.push_back({shape.H, shape.Z, N, parameters.data() + at, exp_avg.data() + at, exp_avg_sq.data() + at,
-                              decay.data() + i * shape.H, moving.data() + i * shape.H,
+                              decay.data() + i * n_factors * shape.H, moving.data() + i * shape.H,
                               factors.data() + count(i) * shape.factors.size(),
                               static_cast<int64_t>(shape.factors.size()), adamw[count(i)],
                               report.data() + i * reports});
@@ -121,10 +125,13 @@ struct Pair {
     Halves halves;
     oplora_cuda_verdict verdict = {};
     std::vector<oplora_adamw *> adamw;
+    std::vector<const double *> rates;
     std::mt19937 random{7};
 
     explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
         for (auto &a : device.adamw) adamw.push_back(&a);
+        for (size_t i = 0; i < device.layers.size(); i++)
+            rates.push_back(device.rates.data() + 2 * i * shape.factors.size());
         if (halves.used())
             for (auto &f : device.factors) f.g = nullptr, f.out = nullptr;
         const auto n = static_cast<int64_t>(core.layers.size());
@@ -132,8 +139,8 @@ struct Pair {
         // what a device hands out holds anything
         workspace.assign(count(oplora_cuda_exact_workspace_bytes(device.layers.data(), n)) + 64, '\x7f');
         table.resize(count(oplora_cuda_exact_table_bytes(device.layers.data(), n)) + 64);
-        check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(), &verdict,
-                                            aligned(workspace), aligned(table), &plan) == OPLORA_OK,
+        check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), halves.halves.data(),
+                                            &verdict, aligned(workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
 
@@ -170,7 +177,14 @@ struct Pair {
     }
 
     void step(int measured = 0) {
-        for (size_t i = 0; i < core.layers.size(); i++) core.layers[i].adamw = core.adamw[i];
+        for (size_t i = 0; i < core.layers.size(); i++) {
+            core.layers[i].adamw = core.adamw[i];
+            core.layers[i].adamw.step++;
+        }
+        for (size_t f = 0; f < core.factors.size(); f++) {
+            core.factors[f].lr = core.rates[2 * f];
+            core.factors[f].weight_decay = core.rates[2 * f + 1];
+        }
         const oplora_status status =
             oplora_exact_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
@@ -182,6 +196,11 @@ struct Pair {
     template <class Set> void each_layer(Set set) {
         for (auto *side : {&core, &device})
             for (auto &l : side->layers) set(l);
+    }
+    template <class Set> void each_rates(Set set) {
+        for (auto *side : {&core, &device})
+            for (size_t f = 0; f < side->factors.size(); f++)
+                set(f % shape.factors.size(), side->rates[2 * f], side->rates[2 * f + 1]);
     }
     template <class Set> void each_adamw(Set set) {
         for (auto *side : {&core, &device})
@@ -206,7 +225,8 @@ void steps(const Shape &shape, int n) {
         pair.step();
         pair.step();
     }
-    pair.each_adamw([](oplora_adamw &a) { a.hidden_lr = 0, a.weight_decay = 0, a.lr = 3e-2; });
+    pair.each_adamw([](oplora_adamw &a) { a.hidden_lr = 0, a.weight_decay = 0; });
+    pair.each_rates([](size_t, double &lr, double &decay) { lr = 3e-2, decay = 0; });
     pair.gradients(1e-3f);
     pair.measure();
     for (auto *side : {&pair.core, &pair.device}) { // as clipping does
@@ -223,6 +243,24 @@ void steps(const Shape &shape, int n) {
         for (int64_t j = 0; j < l.H; j++) c1_of(l)[j] = -2;
     });
     pair.step(); // all are off
+    pair.generate();
+}
+
+// As steps, with a rate and a decay to each factor that change between steps of one plan, also to 0.
+void rates_differ(const Shape &shape) {
+    Pair pair(shape);
+    pair.generate();
+    for (int i = 0; i < 4; i++) {
+        pair.each_rates([&](size_t f, double &lr, double &decay) {
+            lr = (i + static_cast<int>(f)) % 3 == 2 ? 0 : 1e-3 * static_cast<double>(1 + 15 * f);
+            decay = f ? 0.05 : 0.5 * i;
+        });
+        pair.gradients(1.f);
+        pair.each_layer([&](oplora_exact_f32 &l) { // some units are off for a while
+            for (int64_t j = 0; j < l.H; j += 3) c1_of(l)[j] = i < 2 ? -1.f : 1.f;
+        });
+        pair.step();
+    }
     pair.generate();
 }
 
@@ -257,9 +295,10 @@ void refuses(const char *what, oplora_status expected, const std::vector<oplora_
     oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
     oplora_adamw numbers = {}, *adamw = &numbers;
+    const double factors[4] = {}, *rates = factors;
     oplora_cuda_verdict verdict = {};
-    check(oplora_cuda_exact_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr, &verdict,
-                                        memory.data(), memory.data(), &plan) == expected,
+    check(oplora_cuda_exact_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, &rates, nullptr,
+                                        &verdict, memory.data(), memory.data(), &plan) == expected,
           what);
 }
 
@@ -278,6 +317,7 @@ void run(bool slow) {
         {"many layers", 4, 5, F{{8, false}, {4, false}}, slow ? 40 : 300},
     };
     for (const auto &shape : shapes) steps(shape, slow ? 1 : 3);
+    for (const size_t i : {1, 2, 5, 7, 9}) rates_differ(shapes[i]);
     if (!slow) {
         steps({"many tasks", 9, 6, F{{30001, false}, {4100, false}}}, 2);
         steps({"31 rows", 4, 3, F{{31, false}}}, 2);

@@ -46,7 +46,8 @@ struct Side {
     std::vector<std::vector<float>> gradients, bases, out;
     std::vector<oplora_factor_f32> factors;
     std::vector<oplora_lean_f32> layers;
-    std::vector<oplora_adamw> adamw;
+    std::vector<oplora_adamw> adamw; // of steps done
+    std::vector<double> rates;       // of every factor: lr, weight_decay
     std::vector<char> workspace;
 
     explicit Side(const Shape &shape) {
@@ -60,7 +61,7 @@ struct Side {
         scalars.resize(n * OPLORA_LEAN_SCALARS);
         report.resize(n * OPLORA_LEAN_REPORT, -1);
         dh.resize(n * static_cast<size_t>(shape.H), -1);
-        adamw.resize(n, {1e-3, 2e-3, 5e-4, 0.9, 0.999, 1e-8, 0.1, 1});
+        adamw.resize(n, {2, 5e-4, 0.9, 0.999, 1e-8, 0.1, 0});
         for (size_t i = 0; i < n; i++)
             for (const auto &f : shape.factors) {
                 const size_t rows = static_cast<size_t>(f.rows);
@@ -68,10 +69,11 @@ struct Side {
                 bases.emplace_back(f.based ? rows : 0, 0.25f);
                 out.emplace_back(rows);
             }
+        for (size_t i = 0; i < gradients.size(); i++) rates.insert(rates.end(), {1e-3, 0.1});
         for (size_t i = 0; i < gradients.size(); i++) {
             const auto &f = shape.factors[i % shape.factors.size()];
             factors.push_back(
-                {f.rows, gradients[i].data(), f.based ? bases[i].data() : nullptr, out[i].data(), f.random});
+                {f.rows, gradients[i].data(), f.based ? bases[i].data() : nullptr, out[i].data(), f.random, 0, 0});
         }
         for (size_t i = 0; i < n; i++)
             layers.push_back({shape.H, shape.Z, N, shape.d, shape.k, 0x123456789abcdefu, static_cast<uint32_t>(i + 3),
@@ -119,10 +121,13 @@ struct Pair {
     Halves halves;
     oplora_cuda_verdict verdict = {};
     std::vector<oplora_adamw *> adamw;
+    std::vector<const double *> rates;
     std::mt19937 random{7};
 
     explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
         for (auto &a : device.adamw) adamw.push_back(&a);
+        for (size_t i = 0; i < device.layers.size(); i++)
+            rates.push_back(device.rates.data() + 2 * i * shape.factors.size());
         if (halves.used())
             for (auto &f : device.factors) f.g = nullptr;
         const auto n = static_cast<int64_t>(core.layers.size());
@@ -131,8 +136,8 @@ struct Pair {
         device.workspace.assign(static_cast<size_t>(oplora_cuda_lean_workspace_bytes(device.layers.data(), n)) + 64,
                                 '\x7f');
         table.resize(static_cast<size_t>(oplora_cuda_lean_table_bytes(device.layers.data(), n)) + 64);
-        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), halves.halves.data(), &verdict,
-                                           aligned(device.workspace), aligned(table), &plan) == OPLORA_OK,
+        check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), halves.halves.data(),
+                                           &verdict, aligned(device.workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
 
@@ -177,7 +182,14 @@ struct Pair {
     }
 
     void step(int measured = 0) {
-        for (size_t i = 0; i < core.layers.size(); i++) core.layers[i].adamw = core.adamw[i];
+        for (size_t i = 0; i < core.layers.size(); i++) {
+            core.layers[i].adamw = core.adamw[i];
+            core.layers[i].adamw.step++;
+        }
+        for (size_t f = 0; f < core.factors.size(); f++) {
+            core.factors[f].lr = core.rates[2 * f];
+            core.factors[f].weight_decay = core.rates[2 * f + 1];
+        }
         const oplora_status status =
             oplora_lean_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
@@ -186,6 +198,11 @@ struct Pair {
         compare(measured ? "measured step" : "step");
     }
 
+    template <class Set> void each_rates(Set set) {
+        for (auto *side : {&core, &device})
+            for (size_t f = 0; f < side->factors.size(); f++)
+                set(f % shape.factors.size(), side->rates[2 * f], side->rates[2 * f + 1]);
+    }
     template <class Set> void each_adamw(Set set) {
         for (auto *side : {&core, &device})
             for (auto &a : side->adamw) set(a);
@@ -199,7 +216,8 @@ void steps(const Shape &shape, int count) {
         pair.gradients(i == 0 ? 0.f : i % 2 ? 1e-2f : 1.f); // the first gradient of lora_A is zero: B is
         pair.step();
     }
-    pair.each_adamw([](oplora_adamw &a) { a.hidden_lr = 0, a.weight_decay = 0, a.lr = 3e-2; });
+    pair.each_adamw([](oplora_adamw &a) { a.hidden_lr = 0, a.weight_decay = 0; });
+    pair.each_rates([](size_t, double &lr, double &decay) { lr = 3e-2, decay = 0; });
     pair.gradients(1e-3f);
     pair.measure();
     for (auto *side : {&pair.core, &pair.device}) { // as clipping does
@@ -216,10 +234,47 @@ void nothing_moves_at_rate_zero(const Shape &shape) {
     Pair pair(shape);
     pair.start();
     pair.gradients(1.f);
-    pair.each_adamw([](oplora_adamw &a) { a.lr = a.weight_lr = a.hidden_lr = 0; });
+    pair.each_adamw([](oplora_adamw &a) { a.hidden_lr = 0; });
+    pair.each_rates([](size_t, double &lr, double &) { lr = 0; });
     const auto before = pair.device.out;
     pair.step();
     check(before == pair.device.out, shape.name + ": at rate 0 no factor moves");
+}
+
+// A rate and a decay to each factor, which change between steps of one plan, also to 0; what starts at random decays alike.
+void rates_differ(const Shape &shape) {
+    Pair pair(shape);
+    pair.start();
+    for (int i = 0; i < 4; i++) {
+        pair.each_rates([&](size_t f, double &lr, double &decay) {
+            lr = std::ldexp(1e-3, 2 * static_cast<int>(f));
+            decay = shape.factors[f].random ? std::ldexp(0.5 * i, -2 * static_cast<int>(f)) : 0.05;
+            if (!shape.factors[f].random && i == 2) lr = 0;
+            if (i == 3) lr = 0, decay = 0;
+        });
+        pair.gradients(1.f);
+        if (i == 1) pair.measure();
+        pair.step(i == 1);
+    }
+    pair.each_rates([](size_t f, double &lr, double &decay) { lr = f ? 1e-2 : 0, decay = 0; });
+    pair.gradients(1e-2f);
+    pair.step();
+}
+
+// Somebody writes into the model's own tensor: where its bits are not those of the value before rounding, it is what counts.
+void rounded_edits_count(const Shape &shape) {
+    Pair pair(shape);
+    pair.start();
+    pair.gradients(1.f);
+    pair.step();
+    for (size_t f = 0; f < pair.core.out.size(); f++)
+        for (size_t i = f; i < pair.core.out[f].size(); i += 3) {
+            const uint16_t written = to_half(0.37f * static_cast<float>(i % 5) - 1, shape.dtype);
+            pair.halves.out[f][i] = written;
+            pair.core.out[f][i] = from_half(written, shape.dtype);
+        }
+    pair.gradients(1.f);
+    pair.step();
 }
 
 void units_die_and_return(const Shape &shape) {
@@ -273,9 +328,10 @@ void refuses(const char *what, oplora_status expected, const std::vector<oplora_
     oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
     oplora_adamw numbers = {}, *adamw = &numbers;
+    const double factors[4] = {}, *rates = factors;
     oplora_cuda_verdict verdict = {};
-    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, nullptr, &verdict,
-                                       memory.data(), memory.data(), &plan) == expected,
+    check(oplora_cuda_lean_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, &rates, nullptr,
+                                       &verdict, memory.data(), memory.data(), &plan) == expected,
           what);
 }
 
@@ -298,6 +354,9 @@ void run(bool slow) {
         {"many layers", 4, 5, 2, 1, S, F{{9, true, false}, {6, false, false}}, slow ? 40 : 300},
     };
     for (const auto &shape : shapes) steps(shape, slow ? 2 : 4);
+    for (const size_t i : {1, 2, 3, 4, 7, 8, 9, 12}) rates_differ(shapes[i]);
+    rounded_edits_count(shapes[9]);
+    rounded_edits_count(shapes[10]);
     if (!slow) {
         steps({"parts of several chunks", 5, 6, 2, 1, S, F{{300001, true, false}, {31, false, false}}}, 2);
         steps({"31 rows", 4, 3, 2, 1, U, F{{31, true, false}}}, 2);
