@@ -111,7 +111,10 @@ class GeneratorOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._list_factors()
         for group in self.param_groups:
-            _check_rate("lr", group["lr"])
+            _refuse_texts(**{name: value for name, value in group.items() if isinstance(value, str | float)})
+            for name in ("lr", "weight_decay"):
+                if name in self.inner.defaults:
+                    _check_rate(name, group[name])
         _check_rate("hidden_lr_ratio", self.param_groups[0]["hidden_lr_ratio"])
         self.generators.refuse_to_step()
         try:
@@ -350,6 +353,8 @@ def _is_number(text: str) -> bool:
 
 def _check_rate(name: str, rate: Any) -> None:
     if isinstance(rate, Tensor):
+        if rate.numel() != 1:
+            raise OPLoRATypeError(f"oplora: {name} is a tensor of shape {tuple(rate.shape)}, expected one number.")
         if rate.device.type != "cpu":  # to read it the host would wait
             return
         rate = rate.item()

@@ -1,7 +1,7 @@
 """Parameter groups: what torch's dicts have to hold, and the numbers of a step in them.
 
 A group in which something is generated has two numbers more than torch.optim.AdamW's: `hidden_lr_ratio`, the rate of z,
-W1 and c1 over lr, and `peak_lr`, the highest lr so far, of which a preset may make the ratio anew.
+W1 and c1 over lr, and, where a preset chose it, `peak_lr`, the highest lr so far, of which the preset makes it anew.
 """
 
 import math
@@ -21,6 +21,7 @@ __all__ = [
     "rates_of",
     "refuse_numbers",
     "refuse_options",
+    "seen",
     "with_names",
 ]
 
@@ -52,6 +53,8 @@ def _checked(name: str, value: Any, most: float = math.inf) -> None:
         raise OPLoRATypeError(
             f"oplora.AdamW: {name} is {value!r}, expected a number. (YAML reads 1e-4 as text: write 1.0e-4.)"
         )
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise OPLoRATypeError(f"oplora.AdamW: {name} is a tensor of shape {tuple(value.shape)}, expected one number.")
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return  # reading it would wait for the device, whose verdict refuses what is not finite
     try:
@@ -79,9 +82,12 @@ def check_defaults(defaults: dict[str, Any], hidden_lr_ratio: float | None) -> N
 
 
 def complete(group: dict[str, Any], preset: Preset, hidden_lr_ratio: float | None) -> None:
-    """Adds what a group lacks in which something is generated."""
-    peak = group.setdefault("peak_lr", max(float(group["lr"]), float(group.get("initial_lr", 0.0))))
-    group.setdefault("hidden_lr_ratio", preset.hidden_lr_ratio(peak) if hidden_lr_ratio is None else hidden_lr_ratio)
+    """Adds what a group lacks in which something is generated. A ratio that was given has no peak."""
+    if hidden_lr_ratio is not None:
+        group.setdefault("hidden_lr_ratio", hidden_lr_ratio)
+    if "hidden_lr_ratio" not in group:
+        peak = group.setdefault("peak_lr", max(float(group["lr"]), float(group.get("initial_lr", 0.0))))
+        group["hidden_lr_ratio"] = preset.hidden_lr_ratio(peak)
 
 
 def rates_of(group: dict[str, Any], preset: Preset) -> tuple[float | Tensor, float | Tensor]:
@@ -106,6 +112,12 @@ def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
     """lr, weight_decay, hidden_lr, beta1, beta2, eps of a step now."""
     (lr, hidden_lr), (beta1, beta2) = rates_of(group, preset), group["betas"]
     return lr, float(group["weight_decay"]), hidden_lr, float(beta1), float(beta2), float(group["eps"])
+
+
+def seen(group: dict[str, Any]) -> list[Any]:
+    """NUMBERS as they are now: a tensor may hold another number later. One on a GPU is not read."""
+    values = (group.get(name) for name in NUMBERS)
+    return [v.tolist() if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in values]
 
 
 def with_names(group: dict[str, Any], first: int) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from .clipping import Clipped, scale_gradients
 from .engines import Batch, LayerState, Recipe, Settings
 from .errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import (
-    NUMBERS,
     check_defaults,
     complete,
     numbers_of,
     refuse_numbers,
     refuse_options,
+    seen,
     with_names,
 )
 from .presets import preset_of
@@ -30,6 +30,7 @@ from .refusals import (
     check_positive,
     check_state,
     refuse_foreign_adapter,
+    refuse_mixed,
 )
 from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators
 from .stepping import Stepper, refuse_nonfinite
@@ -142,6 +143,8 @@ class AdamW(torch.optim.Optimizer):
         self._recipe = Recipe(settings, state, (weight_rank, moment_rank))
         self._is_ready = False  # super().__init__ adds the groups
         super().__init__(found.groups, defaults)
+        refuse_numbers(self.param_groups)
+        refuse_mixed(found.layers, self.param_groups)
         self._stepper = Stepper(
             found.layers,
             self._recipe,
@@ -216,10 +219,10 @@ class AdamW(torch.optim.Optimizer):
 
     def _numbers(self) -> list[Any]:
         """Of every group, checked where somebody has changed one."""
-        given = [tuple(group.get(name) for name in NUMBERS) for group in self.param_groups]
+        given = [seen(group) for group in self.param_groups]
         if given != self._given:
             refuse_numbers(self.param_groups)
-            self._stepper.refuse_mixed(self.param_groups)
+            refuse_mixed(self._layers, self.param_groups)
             self._given = given
         return [numbers_of(group, self._preset) for group in self.param_groups]
 

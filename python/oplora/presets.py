@@ -12,6 +12,7 @@ __all__ = ["PRESETS", "Preset", "preset_of"]
 # of preset "flat": the hidden path's rate, and the most that its product with lr may be
 HIDDEN_LR: Final = 0.01
 LR_TIMES_HIDDEN_LR: Final = 5e-6
+LEAST_LR: Final = 1e-30  # below it the ratio would pass all numbers
 
 
 def paper_ratio(lr: float) -> float:
@@ -21,7 +22,7 @@ def paper_ratio(lr: float) -> float:
 def flat_ratio(lr: float) -> float:
     """A step moves the factors by about lr times the sum of h, which grows with the hidden path's rate. A rate that
     does not depend on lr lets h make up for a low lr; the product is bounded so that h does not add to a high one."""
-    return min(HIDDEN_LR, LR_TIMES_HIDDEN_LR / lr) / lr if lr > 0 else 0.0
+    return min(HIDDEN_LR, LR_TIMES_HIDDEN_LR / lr) / max(lr, LEAST_LR) if lr > 0 else 0.0
 
 
 @dataclass(frozen=True)

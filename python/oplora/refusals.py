@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ __all__ = [
     "check_state",
     "refuse_devices",
     "refuse_foreign_adapter",
+    "refuse_mixed",
 ]
 
 _requires_grad = attrgetter("requires_grad")
@@ -82,6 +84,22 @@ def refuse_devices(factors: list[Factors], precondition: float | None) -> None:
             "oplora.AdamW: some layers' factors are on the CPU and some on a GPU; the step runs on one kind. Move the "
             "adapter to one of them."
         )
+
+
+def refuse_mixed(layers: Sequence[AdaptedLayer], groups: Sequence[dict[str, Any]]) -> None:
+    """Raises where tensors of one generator are in groups of other betas or eps: they share their moments."""
+    group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
+    for layer in layers:
+        first, *others = (group_of[id(p)] for p in layer.parameters())
+        for g, tensor in zip(others, layer.tensors[1:], strict=True):
+            for name in ("betas", "eps"):
+                ours, theirs = groups[g][name], groups[first][name]
+                if (tuple(ours) != tuple(theirs)) if name == "betas" else (ours != theirs):
+                    raise OPLoRAValueError(
+                        f"oplora.AdamW: {tensor} of layer {layer.name} is in parameter group {g} with {name} {ours}, "
+                        f"{layer.tensors[0]} in group {first} with {theirs}. Tensors of one generator share its "
+                        "moments: give their groups the same; rates and decays may differ."
+                    )
 
 
 def refuse_foreign_adapter(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import AdaptedLayer, precondition_gradients, refuse_to_step
 from .engines import Batch, DeviceEngine, Engine, Factors, LayerState, Recipe, Shards, keep_starts, warn_adopted
-from .errors import OPLoRARuntimeError, OPLoRAValueError
+from .errors import OPLoRARuntimeError
 from .listing import Listing
 from .plain import Plain
 from .refusals import refuse_devices
@@ -119,20 +119,6 @@ class Stepper:
         for engine in self.engines:
             engine.stale = []
         return stale
-
-    def refuse_mixed(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Raises where tensors of one generator are in groups of other betas or eps: they share their moments."""
-        of = self.listing.by_layer(self.listing.group_of(self.listing.now()))
-        for layer, some in zip(self.layers, of, strict=True):
-            first = groups[some[0]]
-            for g, tensor in zip(some, layer.tensors, strict=True):
-                for name in ("betas", "eps"):
-                    if tuple(_as_list(groups[g][name])) != tuple(_as_list(first[name])):
-                        raise OPLoRAValueError(
-                            f"oplora.AdamW: {tensor} of layer {layer.name} is in parameter group {g} with {name} "
-                            f"{groups[g][name]}, {layer.tensors[0]} in group {some[0]} with {first[name]}. Tensors of "
-                            "one generator share its moments: give their groups the same; rates and decays may differ."
-                        )
 
     def _have_moved(self, own: list[nn.Parameter]) -> bool:
         """Whether factors are on another device than their generators were made for."""
@@ -257,7 +243,3 @@ def refuse_nonfinite(where: Sequence[str], earlier: int = 0) -> None:
         f"holds NaN or infinity{when}. Nothing was changed: call zero_grad() and go on with the next batch, "
         "lower the learning rate, or pass skip_nonfinite=True to skip such steps."
     )
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, tuple | list) else [value]

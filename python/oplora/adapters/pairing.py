@@ -82,17 +82,21 @@ def _of_module(model: nn.Module, adapter_name: str | None) -> Found:
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:
     """A list of groups of lists."""
-    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+    if isinstance(params, Tensor | dict) or not isinstance(params, Iterable):
         raise OPLoRATypeError(
             f"oplora: params is a {type(params).__name__}, expected a module (oplora.AdamW(model)), or an iterable of "
             "tensors, of (name, tensor) pairs or of groups of them, as torch's optimizers take."
         )
+    if isinstance(params, set):
+        raise OPLoRATypeError("oplora: params is a set, which has no order. Pass a list.")
     items = list(params)
     if not items:
         raise OPLoRAValueError("oplora: the list of parameters is empty. Pass the model, or its trainable parameters.")
     if not isinstance(items[0], dict):
         items = [{"params": items}]
-    return [_as_group(i, item) for i, item in enumerate(items)]
+    groups = [_as_group(i, item) for i, item in enumerate(items)]
+    _refuse_mixtures(groups)
+    return groups
 
 
 def _as_group(i: int, group: Any) -> dict[str, Any]:
@@ -110,6 +114,23 @@ def _as_group(i: int, group: Any) -> dict[str, Any]:
                 "pairs."
             )
     return {**group, "params": held}
+
+
+def _refuse_mixtures(groups: Sequence[dict[str, Any]]) -> None:
+    """Raises for what torch's optimizers do not take either, before anything is looked for."""
+    items = [item for group in groups for item in group["params"]]
+    if len({isinstance(item, tuple) for item in items}) > 1:
+        raise OPLoRAValueError(
+            "oplora: some parameters have names and some have none. Give all of them a name, or none."
+        )
+    tensors = [item[1] if isinstance(item, tuple) else item for item in items]
+    places: dict[int, int] = {}
+    for place, tensor in enumerate(tensors):
+        if (first := places.setdefault(id(tensor), place)) != place:
+            raise OPLoRAValueError(
+                f"oplora: parameter {place}, of shape {tuple(tensor.shape)}, is parameter {first} once more (counted "
+                "over all groups). Pass every parameter once."
+            )
 
 
 def _all(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str | None, Any]]:
