@@ -136,6 +136,11 @@ class LeanOracle:
         self.z = (1 - hidden_lr * hidden_decay) * self.z - hidden_lr * step
 
 
+def rows_of(state: LayerState) -> int:
+    """N, of its W2."""
+    return sum(state.factors.sizes)
+
+
 def values(state: LayerState) -> Tensor:
     return torch.cat([p.detach().flatten().double() for p in state.factors.layer.parameters()])
 

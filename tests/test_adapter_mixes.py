@@ -117,7 +117,7 @@ def test_exact_equals_the_oracle(chain: Chain, width: int, init: str) -> None:
 def test_steps_touch_only_what_they_generate(chain: Chain, state: str, dtype: torch.dtype) -> None:
     model = chain.make(dtype)
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)
-    generated = {id(p) for layer in optimizer._layers for p in layer.parameters()}
+    generated = {id(p) for layer in optimizer._stepper.layers for p in layer.parameters()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     train_on(model, optimizer, chain.data(3, dtype))
     names = {name for name, p in model.named_parameters() if id(p) in generated}

@@ -28,7 +28,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def generated(optimizer: oplora.AdamW) -> set[int]:
-    return {id(p) for layer in optimizer._layers for p in layer.parameters()}
+    return {id(p) for layer in optimizer._stepper.layers for p in layer.parameters()}
 
 
 @every_type
@@ -228,9 +228,9 @@ def make_tied() -> nn.Module:
 def test_tied_tensors_are_generated_once_from_both_gradients(state: str) -> None:
     model, twin = make_tied(), make_tied()
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)
-    assert [layer.tensors for layer in optimizer._layers] == [("lora_embedding_A", "lora_embedding_B")]
+    assert [layer.tensors for layer in optimizer._stepper.layers] == [("lora_embedding_A", "lora_embedding_B")]
     by_hand = oplora.AdamW(twin, lr=1e-2, state=state)
-    (embedding,) = by_hand._layers
+    (embedding,) = by_hand._stepper.layers
     head = twin.base_model.model.lm_head
     x, y = torch.arange(11), torch.randn(11, 11, dtype=torch.float64)
     for _ in range(5):
@@ -312,7 +312,7 @@ def test_layer_under_two_names_is_stepped_once(state: str) -> None:
     model = peft.get_peft_model(Twice(), peft.LoraConfig(**LORA, target_modules=["first", "second"]))
     model.base_model.model.again = model.base_model.model.first
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)
-    assert [layer.name.split(".")[-2] for layer in optimizer._layers] == ["first", "second"]
+    assert [layer.name.split(".")[-2] for layer in optimizer._stepper.layers] == ["first", "second"]
     losses = train_on(model, optimizer, [(torch.ones(2, 13), torch.zeros(2, 5))] * 20)
     assert losses[-1] < losses[0]
 
@@ -322,7 +322,7 @@ def test_part_of_the_model_that_is_called_module_is_a_layer_of_its_own() -> None
     inner = nn.ModuleDict({"lin": nn.Linear(4, 4)})
     model = nn.ModuleDict({"lin": nn.Linear(4, 4), "module": inner})
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lin"]), model)
-    assert [layer.name for layer in oplora.AdamW(model)._layers] == ["lin.default", "module.lin.default"]
+    assert [layer.name for layer in oplora.AdamW(model)._stepper.layers] == ["lin.default", "module.lin.default"]
 
 
 def test_factor_cannot_be_listed_twice() -> None:

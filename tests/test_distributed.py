@@ -501,7 +501,7 @@ def train_on_device(library: Path, state: str, shard: bool, nan_in: int | None =
             optimizer.zero_grad()
             backward(ddp, part(batch, dist.get_rank()))
             if step == nan_in:
-                for owner, layer in zip(engines.Shards([1] * 4).owners, optimizer._layers, strict=True):
+                for owner, layer in zip(engines.Shards([1] * 4).owners, optimizer._stepper.layers, strict=True):
                     for parameter in layer.parameters():
                         parameter.grad = torch.full_like(parameter, torch.nan) if owner == 0 else None
             try:

@@ -11,7 +11,7 @@ import torch
 from conftest import Net, assert_same_bits, factors, make_model, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lean_oracle import Pair, gradient, values
+from lean_oracle import Pair, gradient, rows_of, values
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -22,17 +22,18 @@ from oplora.engines import LayerState
 def random_gradients(seed: int) -> Callable[[LayerState], Tensor]:
     """Normal numbers, the next ones at every call."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda state: torch.randn(state.N, generator=generator, dtype=torch.float64)
+    return lambda state: torch.randn(rows_of(state), generator=generator, dtype=torch.float64)
 
 
 def piece(state: LayerState, name: str) -> Tensor:
     """A part of `numbers` or `moments`; oplora_core.h says what is where."""
-    H, Z, N, d, k = state.H, state.Z, state.N, state.weight_rank, state.moment_rank
+    lean, own, N = state.engine.state, state.pieces(), rows_of(state)
+    H, Z, (d, k) = lean.settings.hidden_width, lean.settings.latent_width, lean.ranks
     numbers = {"U": d * N, "U1": d * H, "pre": H, "Q": d * H, "B": k * H, "r": H, "Q1": d * Z, "B1": k * Z, "r1": Z}
     moments = {"A": k * N, "m": N, "S": N, "R": N, "A1": k * H, "m1": H, "S1": H, "R1": H}
     numbers |= {"z": Z, "z_avg": Z, "z_avg_sq": Z}
-    pieces = dict(zip(numbers, state.numbers.split(list(numbers.values())), strict=True))
-    pieces |= zip(moments, state.moments.split(list(moments.values())), strict=True)
+    pieces = dict(zip(numbers, own["numbers"].split(list(numbers.values())), strict=True))
+    pieces |= zip(moments, own["moments"].split(list(moments.values())), strict=True)
     return pieces[name]
 
 
@@ -107,7 +108,7 @@ def test_units_that_die_and_come_back_follow_the_oracle() -> None:
     live = set()
     for step in range(60):
         for state in pair.states:
-            set_gradient(state, torch.randn(state.N, generator=generator, dtype=torch.float64) * (step % 3))
+            set_gradient(state, torch.randn(rows_of(state), generator=generator, dtype=torch.float64) * (step % 3))
         pair.step()
         live.add(oplora.stats(pair.optimizer)[pair.states[0].name]["live_units"])
     assert len(live) > 3
@@ -193,7 +194,7 @@ def test_constant_gradient_follows_the_oracle() -> None:
     pair = Pair(weight_rank=3, moment_rank=2)  # all that is truncated is of rank one
     for _ in range(20):
         for state in pair.states:
-            set_gradient(state, torch.ones(state.N))
+            set_gradient(state, torch.ones(rows_of(state)))
         pair.step()
     assert pair.error() <= 1e-9
 
@@ -250,7 +251,7 @@ def float32_path(seed: int, steps: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         for state in pair.states:
-            set_gradient(state, torch.randn(state.N, generator=generator) + 0.3)
+            set_gradient(state, torch.randn(rows_of(state), generator=generator) + 0.3)
         pair.step()
     truth = torch.cat([b + o.generate() for b, o in zip(pair.bases, pair.oracles, strict=True)])
     return torch.cat([values(state) for state in pair.states]), truth
@@ -304,7 +305,7 @@ def test_zero_gradients_move_nothing() -> None:
     pair = Pair(torch.float32, weight_decay=0.0)
     before = factors(pair.model)
     for state in pair.states:
-        set_gradient(state, torch.zeros(state.N))
+        set_gradient(state, torch.zeros(rows_of(state)))
     pair.optimizer.step()
     assert_same_bits(factors(pair.model), before)
     assert all(state.pieces()["numbers"].isfinite().all() for state in pair.states)
@@ -380,8 +381,9 @@ def test_directions_stay_orthonormal_and_the_output_true_over_many_steps(
     for _ in range(2000):
         set_gradient(state, values(state) - target + 0.1 * random(state))
         pair.step()
-    for name, width in (("Q", state.H), ("Q1", state.Z)):
-        Q = piece(state, name).view(state.weight_rank, width)
+    settings = state.engine.state.settings
+    for name, width in (("Q", settings.hidden_width), ("Q1", settings.latent_width)):
+        Q = piece(state, name).view(state.engine.state.ranks[0], width)
         assert torch.dist(Q @ Q.T, torch.eye(2, dtype=dtype)) <= turned
     assert pair.error() <= off
 

@@ -300,4 +300,4 @@ def test_refused_merge_leaves_every_adapter() -> None:
 
 def test_wrap_puts_doras_magnitude_in() -> None:
     model = oplora.wrap(Net(), oplora.OPLoRAConfig(target_modules=["first"], use_dora=True))
-    assert "lora_magnitude_vector" in oplora.AdamW(model, hidden_width=4)._layers[0].tensors
+    assert "lora_magnitude_vector" in oplora.AdamW(model, hidden_width=4)._stepper.layers[0].tensors

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import oplora.ops  # noqa: F401  (loads the ops)
 from oplora import _core
-from oplora.start import views
+from oplora.engines.settings import views
 
 OPS = torch.ops.oplora
 H, Z, ROWS = 5, 3, (7, 4)

@@ -73,7 +73,7 @@ def run(model: nn.Module, **options: object) -> list[Tensor]:
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         optimizer.step()
-    return [p.detach() for layer in optimizer._layers for p in layer.parameters()]
+    return [p.detach() for layer in optimizer._stepper.layers for p in layer.parameters()]
 
 
 def assert_equal_to(truth: list[Tensor], ours: list[Tensor]) -> None:

@@ -1,26 +1,21 @@
 """AdamW with a generator behind every adapter: the one changed line."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapters import find, require_pairs
 from .clipping import Clipped, scale_gradients
-from .engines import Batch, LayerState, Recipe, Settings
-from .errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
+from .engines import Batch, Recipe, Settings
 from .groups import (
     check_defaults,
-    complete,
     numbers_of,
     refuse_numbers,
     refuse_options,
     seen,
-    with_names,
 )
 from .presets import preset_of
 from .refusals import (
@@ -32,7 +27,7 @@ from .refusals import (
     refuse_foreign_adapter,
     refuse_mixed,
 )
-from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators
+from .resumable import Resumable
 from .stepping import Stepper, refuse_nonfinite
 
 __all__ = ["AdamW"]
@@ -40,7 +35,7 @@ __all__ = ["AdamW"]
 log = logging.getLogger("oplora")
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Resumable):
     """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch's AdamW does.
 
     Behind the factors of a layer stands h = ReLU(W1 z + c1), [A | B] = W2 h + c2; what DoRA, VeRA, IA3 and the other
@@ -132,33 +127,25 @@ class AdamW(torch.optim.Optimizer):
         check_defaults(defaults, hidden_lr_ratio)
         check_state(state, weight_rank, moment_rank)
         check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
-        self._preset, self._hidden_lr_ratio = preset_of(preset), hidden_lr_ratio
-        settings = Settings(hidden_width, latent_width, latent_std, seed, W2_STARTS[state] if start is None else start)
-        self._max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
-
+        chosen = preset_of(preset)
+        w2_start = W2_STARTS[state] if start is None else start
+        settings = Settings(hidden_width, latent_width, latent_std, seed, w2_start)
+        elsewhere = check_generator_device(generator_device, state)
         found = find(params, adapter_name)
         if precondition is not None:
             require_pairs(found.layers)
-        self._layers, self._model = found.layers, found.model
-        self._recipe = Recipe(settings, state, (weight_rank, moment_rank))
-        self._is_ready = False  # super().__init__ adds the groups
         super().__init__(found.groups, defaults)
         refuse_numbers(self.param_groups)
         refuse_mixed(found.layers, self.param_groups)
-        self._stepper = Stepper(
-            found.layers,
-            self._recipe,
-            init=self._preset.init if init is None else init,
-            shard=shard,
-            delta=precondition,
-            elsewhere=check_generator_device(generator_device, state),
-        )
-        self._unstepped = None if self._model is None else Unstepped(self._model, adapter_name, self._all())
+
+        self._max_grad_norm, self.skip_nonfinite, self._model = max_grad_norm, skip_nonfinite, found.model
         self._clipped: Clipped | None = None
-        self._is_consolidated, self._is_fresh, self._is_ready = False, True, True
-        self._refresh()
-        self.register_state_dict_pre_hook(AdamW._before_saving)
-        self.register_state_dict_post_hook(AdamW._complete_saved)
+        self._given: Any = None  # the groups' numbers when they were last checked
+        recipe = Recipe(settings, state, (weight_rank, moment_rank))
+        init = chosen.init if init is None else init
+        stepper = Stepper(found.layers, recipe, init=init, shard=shard, delta=precondition, elsewhere=elsewhere)
+        self._begin(stepper, chosen, hidden_lr_ratio)
+        self._unstepped = None if found.model is None else Unstepped(found.model, adapter_name, self._all())
         log.info("oplora: %s", self._summary())
 
     # ---- stepping ----
@@ -199,7 +186,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _gather(self) -> list[Batch]:
-        batches = self._stepper.gather(self._refresh())
+        batches: list[Batch] = self._stepper.gather(self._refresh())
         for layer in self._stepper.take_stale():
             self._publish_layer(layer)
         return batches
@@ -210,11 +197,14 @@ class AdamW(torch.optim.Optimizer):
         if refused and not self.skip_nonfinite:
             refuse_nonfinite(where, refused)
 
+    def _forget(self) -> None:
+        self._clipped = self._given = None
+
     def _refuse_nothing(self, batches: Sequence[Batch]) -> None:
         if self._model is None or self._unstepped is None:
             return
         if not batches and all(p.grad is None for p in self._stepper.listing.generated()):
-            refuse_foreign_adapter(self._model, self._layers)
+            refuse_foreign_adapter(self._model, self._stepper.layers)
         self._unstepped.warn()
 
     def _numbers(self) -> list[Any]:
@@ -222,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
         given = [seen(group) for group in self.param_groups]
         if given != self._given:
             refuse_numbers(self.param_groups)
-            refuse_mixed(self._layers, self.param_groups)
+            refuse_mixed(self._stepper.layers, self.param_groups)
             self._given = given
         return [numbers_of(group, self._preset) for group in self.param_groups]
 
@@ -261,184 +251,25 @@ class AdamW(torch.optim.Optimizer):
         self._stepper.precondition(batches)
         return None
 
-    # ---- parameters and groups ----
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters that are stepped by plain AdamW: a generator stands behind what the optimizer was made
-        with."""
-        named = bool(self.param_groups) and "param_names" in self.param_groups[0]
-        if self._is_ready and named:
-            param_group = with_names(param_group, len(self._all()))
-        super().add_param_group(param_group)
-        if self._is_ready:
-            self._refresh()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._refresh()
-        super().zero_grad(set_to_none)
-
-    def _all(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _refresh(self) -> list[nn.Parameter]:
-        """The generated tensors as they are now; what was replaced, moved or added since the last time is followed."""
-        stepper = self._stepper
-        own = stepper.listing.now()
-        if stepper.listing.has_changed(own, self.param_groups):
-            replaced = stepper.listing.update(own, self.param_groups)
-            for old in [p for p in self.state if id(p) in replaced]:
-                self.state[replaced[id(old)]] = self.state.pop(old)
-            stepper.plain.hold(stepper.listing.others())
-            for g in set(stepper.listing.group_of(own)):
-                complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
-            self._given: Any = None
-            stepper.assign(len(self.param_groups), own)
-            self._publish()
-        if not all(map(self.state.get, own)) and stepper.shards is None:
-            self._reset_cleared()
-        return own
-
-    def _publish(self) -> None:
-        """Puts what is kept of every generated tensor where torch keeps it: optimizer.state."""
-        for layer in self._stepper.states:
-            self._publish_layer(layer)
-        self._stepper.plain.begin(self.state)
-
-    def _publish_layer(self, layer: LayerState) -> None:
-        for parameter, entry in zip(layer.factors.layer.parameters(), layer.entries(), strict=True):
-            self.state[parameter] = entry
-
-    def _reset_cleared(self) -> None:
-        """Somebody cleared optimizer.state: the moments begin anew, as in any torch optimizer; what W2 has learnt is
-        in the adapter and stays."""
-        for layer in self._stepper.states:
-            if not all(map(self.state.get, layer.factors.layer.parameters())):
-                layer.reset()
-        self._publish()
-
-    # ---- saving ----
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything, so that copies step (torch's holds the groups and its own state only)."""
-        left_out = ("step", "_clipped")  # a scheduler's step is of this object
-        return {**{name: value for name, value in self.__dict__.items() if name not in left_out}, "_clipped": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if state.keys() != {"state", "param_groups"}:  # a copy
-            super().__setstate__(state)
-            return
-        loaded = {p: value.entry for p, value in state["state"].items() if isinstance(value, Loaded)}
-        rest = {p: value for p, value in state["state"].items() if not isinstance(value, Loaded)}
-        super().__setstate__({**state, "state": defaultdict(dict, rest)})
-        for layer in self._stepper.states:
-            load_layer(layer, [loaded[p] for p in layer.factors.layer.parameters()])
-        self._clipped, self._given = None, None
-        for g in set(self._stepper.listing.group_of(self._stepper.listing.now())):
-            complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
-        self._publish()
-
-    def _before_saving(self) -> None:
-        if self._stepper.shards is not None and not self._is_fresh and not self._is_consolidated:
-            raise OPLoRARuntimeError(
-                "oplora: this process has its own share of the generators only. Call "
-                "optimizer.consolidate_state_dict(to=0) in every process first, then state_dict() in process 0 (with "
-                "to=None in every process, as torch.distributed.checkpoint wants it)."
-            )
-        self._refresh()
-
-    def _complete_saved(self, saved: dict[str, Any]) -> None:
-        """Adds the factors themselves, and makes plain dicts of the live ones, which torch.load(weights_only=True)
-        reads."""
-        numbers = self._numbers_of_tensors()
-        for parameter in self._stepper.listing.now():
-            if (number := numbers[id(parameter)]) in saved["state"]:
-                saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
-
-    def _numbers_of_tensors(self) -> dict[int, int]:
-        """What state_dict() calls each of them, by id."""
-        return {id(p): i for i, p in reversed([*enumerate(self._all())])}
-
-    def consolidate_state_dict(self, to: int | None = 0) -> None:
-        """Gathers a sharded optimizer's generators in host memory of process `to` (None: of every process), whose next
-        state_dict() is that of an optimizer with shard=False. Every process must call it; without shard it does
-        nothing."""
-        stepper = self._stepper
-        if stepper.shards is None:
-            return
-        self._drop_consolidated()
-        numbers, everything = self._numbers_of_tensors(), self._all()
-        own = [p for layer in stepper.states for p in layer.factors.layer.parameters()]
-        share = {numbers[id(p)]: {"factor": p.detach(), **self.state[p]} for p in own}
-        gathered = stepper.shards.gather(share, to)
-        if gathered is not None:
-            self.state.update({everything[i]: entry for i, entry in gathered.items() if i not in share})
-        self._is_consolidated = gathered is not None
-
-    def _drop_consolidated(self) -> None:
-        if self._is_consolidated:
-            own = {id(p) for layer in self._stepper.states for p in layer.factors.layer.parameters()}
-            for parameter in self._stepper.listing.now():
-                if id(parameter) not in own:
-                    self.state.pop(parameter, None)
-        self._is_consolidated = False
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the state, and writes the factors that belong to it into the model; checkpoints of version 0.1 too.
-        Where the optimizer is sharded every process must call it.
-
-        Raises:
-            OPLoRAError: the state is of another model, rank, width or kind; nothing was changed.
-        """
-        self._refresh()
-        last = self.register_load_state_dict_pre_hook(AdamW._hold)  # behind everybody else's
-        try:
-            super().load_state_dict(state_dict)
-        except OPLoRAError:
-            raise
-        except (ValueError, KeyError) as error:
-            raise OPLoRAValueError(
-                f"oplora: the state_dict's parameter groups do not fit the model: {error}. Build the model and the "
-                "optimizer as in the run that was saved."
-            ) from error
-        finally:
-            last.remove()
-        self._stepper.share_factors()
-
-    def _hold(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """Checks what is loaded of the generators, in every process, before anything is changed."""
-        if "generators" in saved:
-            saved = from_0_1(saved, self._layers)
-        refuse_without_generators(saved)
-        check_names(self.param_groups, saved["param_groups"])
-        theirs = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
-        number = dict(zip(map(id, self._all()), theirs, strict=False))
-        state, layers = dict(saved["state"]), self._stepper.states
-        tensors = [layer.factors.layer.parameters() for layer in layers]
-        of_layers = [[state.get(number.get(id(p), -1)) for p in some] for some in tensors]
-        if len(theirs) == len(self._all()):  # otherwise torch says what does not fit
-            self._stepper.together(lambda: check_layers(layers, of_layers))
-        every = [state.pop(number.get(id(p), -1), None) for p in self._stepper.listing.now()]
-        for p, entry in zip(chain.from_iterable(tensors), chain.from_iterable(of_layers), strict=True):
-            state[number.get(id(p), -1)] = Loaded(entry)
-        # of a sharded optimizer: whether it was given its own share alone, as state_dict() of a fresh one has it
-        self._is_fresh = self._is_fresh and sum(entry is not None for entry in every) == sum(map(len, tensors))
-        self._is_consolidated = False
-        return {**saved, "state": state}
-
     # ---- telling ----
 
     def _summary(self) -> str:
-        settings, kind = self._recipe.settings, self._recipe.kind
-        tensors = self._stepper.listing.now()
+        recipe, tensors = self._stepper.recipe, self._stepper.listing.now()
         entries, plain = sum(p.numel() for p in tensors), sum(1 for p in self._stepper.plain if p.requires_grad)
         begun = any(not all(state.factors.kept) for state in self._stepper.states)
         written = "; A is what the generators start with, not what it was before (init='paper')" if begun else ""
         return (
-            f"{len(self._layers)} generators (state {kind}, hidden_width {settings.hidden_width}, preset "
+            f"{len(self._stepper.layers)} generators (state {recipe.kind}, hidden_width "
+            f"{recipe.settings.hidden_width}, preset "
             f"{self._preset.name}) behind {len(tensors)} tensors of {entries:,} entries; {plain} other parameters"
             f"{written}"
         )
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-2]}\n{self._summary()}\n)"
+        """torch's, without the tensors' names, and what was found."""
+        lines = [f"{type(self).__name__} (", f"{self._summary()}"]
+        for i, group in enumerate(self.param_groups):
+            numbers = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            told = ", ".join(f"{name}: {value}" for name, value in sorted(numbers.items()))
+            lines.append(f"Parameter Group {i}: {len(group['params'])} tensors, {told}")
+        return "\n    ".join(lines) + "\n)"

@@ -58,7 +58,7 @@ def check_generator_device(device: str | torch.device | None, state: str) -> tor
     return torch.device(device)
 
 
-def refuse_devices(factors: list[Factors], precondition: float | None) -> None:
+def refuse_devices(factors: Sequence[Factors], precondition: float | None) -> None:
     for f in factors:
         if f.device.type != "cpu" and not runs_on_device(f.device):
             raise OPLoRATypeError(
@@ -88,6 +88,8 @@ def refuse_devices(factors: list[Factors], precondition: float | None) -> None:
 
 def refuse_mixed(layers: Sequence[AdaptedLayer], groups: Sequence[dict[str, Any]]) -> None:
     """Raises where tensors of one generator are in groups of other betas or eps: they share their moments."""
+    if len({(tuple(group["betas"]), float(group["eps"])) for group in groups}) == 1:
+        return
     group_of = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
     for layer in layers:
         first, *others = (group_of[id(p)] for p in layer.parameters())

@@ -37,7 +37,7 @@ class Stepper:
         delta: float | None,
         elsewhere: torch.device | None,
     ) -> None:
-        self.layers, self._recipe, self._delta, self._elsewhere = layers, recipe, delta, elsewhere
+        self.layers, self.recipe, self._delta, self._elsewhere = layers, recipe, delta, elsewhere
         self.listing, self.plain = Listing(layers), Plain()
         ties = [Factors.of(layer, i, elsewhere) for i, layer in enumerate(layers)]
         shards = Shards([sum(tie.sizes) for tie in ties]) if shard else None
@@ -54,7 +54,7 @@ class Stepper:
         refuse_devices(ties, self._delta)
         if init is not None:
             keep_starts(ties, init)
-        return self._recipe.make(ties)
+        return self.recipe.make(ties)
 
     def _take(self, engines: list[Engine]) -> None:
         self.engines, self._device = engines, engines[0].placed

@@ -54,11 +54,12 @@ def find(params: Any, adapter_name: str | None = None) -> Found:
         return _of_module(unwrapped(params), adapter_name)
     groups = _as_groups(params)
     named, unnamed = _by_name(groups)
-    layers = [*_layers_by_name(named, adapter_name), *_layers_by_shape(unnamed)]
+    layers: list[PlainLayer] = [*_layers_by_name(named, adapter_name), *_layers_by_shape(unnamed)]
     if not layers:
         raise OPLoRAValueError(_nothing(sum(len(group["params"]) for group in groups)))
     order = {id(tensor): i for i, (_, tensor) in enumerate(_all(groups))}
-    return Found(sorted(layers, key=lambda layer: order[id(layer.held[0])]), groups, None)
+    layers.sort(key=lambda layer: order[id(layer.held[0])])
+    return Found(layers, groups, None)
 
 
 def _of_module(model: nn.Module, adapter_name: str | None) -> Found:
@@ -143,7 +144,9 @@ def _all(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[str | None, Any]]:
 
 def _by_name(groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Any]], list[list[tuple[int, Any]]]]:
     """Trainable tensors with a name; and those without, with their places, group by group."""
-    named, unnamed, place = [], [], 0
+    named: list[tuple[str, Any]] = []
+    unnamed: list[list[tuple[int, Any]]] = []
+    place = 0
     for group in groups:
         unnamed.append([])
         for name, tensor in _all([group]):
@@ -203,7 +206,7 @@ def _without_twins(layers: list[PlainLayer]) -> list[PlainLayer]:
     owners: dict[Any, tuple[PlainLayer, int]] = {}
     kept = []
     for layer in layers:
-        own = []
+        own: list[int] = []
         for i, tensor in enumerate(layer.held):
             memory = tensor.data_ptr(), tensor.numel(), tensor.dtype
             if memory in owners and tensor.numel():

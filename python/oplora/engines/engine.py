@@ -333,9 +333,6 @@ class Engine(ABC):
         first = self.first_factor
         return [list(of_factors[first[i] : first[i + 1]]) for i in range(len(self.states))]
 
-    def is_folded(self) -> bool:
-        return any(state.factors.layer.is_folded() for state in self.states)
-
     def batch(self, parameters: list[nn.Parameter]) -> Batch | None:
         """The layers that have gradients, with these; edits of their factors are still to be absorbed."""
         gradients: list[Any] = [p.grad for p in parameters]

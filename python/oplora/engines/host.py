@@ -47,7 +47,7 @@ class HostEngine(Engine):
         """The gradients where the core reads them."""
         return batch.gradients
 
-    def outputs(self, batch: Batch) -> Sequence[Any]:
+    def outputs(self, batch: Batch) -> list[Any]:
         """Where the core writes the factors, and in state lean reads them: in place if it can."""
         if self.writes_in_place:
             return batch.parameters
