@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import Factors
+from .settings import Settings
 from .written import marks
 
 __all__ = ["Batch", "Engine", "Entry", "LayerState", "Numbers", "State"]
@@ -27,6 +28,7 @@ class State(ABC):
 
     KIND: str
     KEYS: tuple[str, ...]
+    settings: Settings
     sizes: Tensor  # int64, a row a layer, as the ops of this state want them
 
     @abstractmethod
@@ -233,7 +235,7 @@ class Batch:
         self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
         self.begins = dict(zip(indices, (sum(self.report_sizes[:k]) for k in range(len(indices))), strict=True))
-        self.units = sum(int(n) for n in self.sizes[:, 0])  # of all layers' h
+        self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
         self.sources: list[Tensor] = []  # what the gradients were made from, or are

@@ -41,7 +41,7 @@ class Exact(State):
             sizes.append([H, settings.latent_width, len(tie.shapes), at, factor * H, i * H])
             start_parameters(self.parameters[at : at + count], tie, settings)
             at, factor = at + count, factor + len(tie.shapes)
-        self.sizes = torch.tensor(sizes, dtype=torch.int64)
+        self.sizes, self._begins = torch.tensor(sizes, dtype=torch.int64), [row[3] for row in sizes]
 
     @staticmethod
     def bytes_needed(tie: Factors, settings: Settings) -> int:
@@ -61,7 +61,7 @@ class Exact(State):
 
     def of_tensors(self, i: int) -> list[dict[str, Tensor]]:
         """weight: the columns of W2 (H of them), then c2; exp_avg and exp_avg_sq likewise."""
-        N, begin, H = sum(self.ties[i].sizes), int(self.sizes[i, 3]), self.settings.hidden_width
+        N, begin, H = sum(self.ties[i].sizes), self._begins[i], self.settings.hidden_width
         arenas = {"weight": self.parameters, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         held, row = [], begin
         for shape in self.ties[i].shapes:
