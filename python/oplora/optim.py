@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import is_not
 from typing import Any
 
 import torch
@@ -141,6 +142,8 @@ class AdamW(torch.optim.Optimizer):
             require_pairs(found.layers)
         self._layers, self._model = found.layers, found.model
         self._recipe = Recipe(settings, state, (weight_rank, moment_rank))
+        self._entries: dict[Tensor, dict[str, Any]] = {}  # that were put into self.state
+        self._given: Any = None  # the groups' numbers, as they were checked
         self._is_ready = False  # super().__init__ adds the groups
         super().__init__(found.groups, defaults)
         refuse_numbers(self.param_groups)
@@ -291,37 +294,44 @@ class AdamW(torch.optim.Optimizer):
             stepper.plain.hold(stepper.listing.others())
             for g in set(stepper.listing.group_of(own)):
                 complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
-            self._given: Any = None
+            self._given = None
             stepper.assign(len(self.param_groups), own)
             self._publish()
-        if not all(map(self.state.get, own)) and stepper.shards is None:
-            self._reset_cleared()
+        held = list(map(self.state.get, self._entries))
+        if not held or not all(held) or any(map(is_not, held, self._entries.values())):
+            self._take_entries()
         return own
 
     def _publish(self) -> None:
         """Puts what is kept of every generated tensor where torch keeps it: optimizer.state."""
+        self._entries.clear()
         for layer in self._stepper.states:
             self._publish_layer(layer)
         self._stepper.plain.begin(self.state)
 
     def _publish_layer(self, layer: LayerState) -> None:
         for parameter, entry in zip(layer.factors.layer.parameters(), layer.entries(), strict=True):
-            self.state[parameter] = entry
+            self.state[parameter] = self._entries[parameter] = entry
 
-    def _reset_cleared(self) -> None:
-        """Somebody cleared optimizer.state: the moments begin anew, as in any torch optimizer; what W2 has learnt is
-        in the adapter and stays."""
+    def _take_entries(self) -> None:
+        """Somebody has put other dicts into optimizer.state (a copy of the optimizer, a trainer that moves what is in
+        them): what they hold is taken. Or cleared it: the moments begin anew, as in any torch optimizer; what W2 has
+        learnt is in the adapter and stays."""
         for layer in self._stepper.states:
-            if not all(map(self.state.get, layer.factors.layer.parameters())):
+            put = [self.state.get(parameter) for parameter in layer.factors.layer.parameters()]
+            if not all(put):
                 layer.reset()
+                continue
+            for entry, theirs in zip(layer.entries(), put, strict=True):
+                entry.update({name: value for name, value in theirs.items() if name in entry})
         self._publish()
 
     # ---- saving ----
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
-        left_out = ("step", "_clipped")  # a scheduler's step is of this object
-        return {**{name: value for name, value in self.__dict__.items() if name not in left_out}, "_clipped": None}
+        held = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
+        return {**held, "_clipped": None, "_entries": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.keys() != {"state", "param_groups"}:  # a copy

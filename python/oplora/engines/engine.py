@@ -94,10 +94,14 @@ class Numbers:
     def __init__(self, n_layers: int, n_factors: int, weight_ratio: float, device: torch.device) -> None:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
         self.adamw[:, 0] = weight_ratio
-        self.steps = self.adamw.view(torch.int64)[:, 6]  # that each layer has done
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
         self._groups = torch.zeros(0)
         self._known: list[list[float | None]] = []
+
+    @property
+    def steps(self) -> Tensor:
+        """That each layer has done."""
+        return self.adamw.view(torch.int64)[:, 6]
 
     def assign(self, of_layers: Sequence[int], of_factors: Sequence[int], n_groups: int) -> None:
         """Which group's numbers every layer and every factor has."""
@@ -215,10 +219,14 @@ class Entry(dict[str, Any]):
 
     @torch.no_grad()
     def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(mine := self.get(name), Tensor):
-            mine.copy_(torch.as_tensor(value))
-        else:
+        if not isinstance(mine := self.get(name), Tensor):
             super().__setitem__(name, value)
+        elif value is not mine:
+            mine.copy_(torch.as_tensor(value))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
 
 class Batch:
@@ -332,9 +340,6 @@ class Engine(ABC):
     def by_layer(self, of_factors: Sequence[Any]) -> list[list[Any]]:
         first = self.first_factor
         return [list(of_factors[first[i] : first[i + 1]]) for i in range(len(self.states))]
-
-    def is_folded(self) -> bool:
-        return any(state.factors.layer.is_folded() for state in self.states)
 
     def batch(self, parameters: list[nn.Parameter]) -> Batch | None:
         """The layers that have gradients, with these; edits of their factors are still to be absorbed."""
