@@ -24,6 +24,7 @@ from .generators import Generator, Generators
 from .groups import complete, rates_of
 from .presets import Preset, preset_of
 from .refusals import Unstepped
+from .saved import without_gaps
 
 __all__ = ["GeneratorOptimizer", "create_oplora_optimizer"]
 
@@ -485,7 +486,8 @@ def _from_entries(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state_dicts of the generators and of the inner optimizer, from the entries under each tensor's number."""
     numbers = [number for group in groups for number in group["params"]]
-    kept = {p: state[number] for p, number in zip(_parameters(optimizer), numbers, strict=True) if number in state}
+    placed = zip(_parameters(optimizer), numbers, strict=True)
+    kept = {p: without_gaps(state[number]) for p, number in placed if number in state}
     generators: dict[str, Any] = {}
     for name, generator in optimizer.generators.named_modules():
         if not isinstance(generator, Generator):

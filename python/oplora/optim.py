@@ -33,7 +33,7 @@ from .refusals import (
     refuse_foreign_adapter,
     refuse_mixed,
 )
-from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators
+from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators, without_gaps
 from .stepping import Stepper, refuse_nonfinite
 
 __all__ = ["AdamW"]
@@ -161,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
         self._is_consolidated, self._is_fresh, self._is_ready = False, True, True
         self._refresh()
         self.register_state_dict_pre_hook(AdamW._before_saving)
-        self.register_state_dict_post_hook(AdamW._complete_saved)
+        self.register_state_dict_post_hook(AdamW._plain_dicts)
         log.info("oplora: %s", self._summary())
 
     # ---- stepping ----
@@ -323,7 +323,7 @@ class AdamW(torch.optim.Optimizer):
                 layer.reset()
                 continue
             for entry, theirs in zip(layer.entries(), put, strict=True):
-                entry.update({name: value for name, value in theirs.items() if name in entry})
+                entry.update({name: value for name, value in theirs.items() if name in entry and name != "factor"})
         self._publish()
 
     # ---- saving ----
@@ -355,14 +355,11 @@ class AdamW(torch.optim.Optimizer):
                 "to=None in every process, as torch.distributed.checkpoint wants it)."
             )
         self._refresh()
+        self._publish()  # a tensor may lie elsewhere now
 
-    def _complete_saved(self, saved: dict[str, Any]) -> None:
-        """Adds the factors themselves, and makes plain dicts of the live ones, which torch.load(weights_only=True)
-        reads."""
-        numbers = self._numbers_of_tensors()
-        for parameter in self._stepper.listing.now():
-            if (number := numbers[id(parameter)]) in saved["state"]:
-                saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
+    def _plain_dicts(self, saved: dict[str, Any]) -> None:
+        """Makes them of the live ones, for torch.load(weights_only=True)."""
+        saved["state"] = {number: dict(entry) for number, entry in saved["state"].items()}
 
     def _numbers_of_tensors(self) -> dict[int, int]:
         """What state_dict() calls each of them, by id."""
@@ -378,7 +375,8 @@ class AdamW(torch.optim.Optimizer):
         self._drop_consolidated()
         numbers, everything = self._numbers_of_tensors(), self._all()
         own = [p for layer in stepper.states for p in layer.factors.layer.parameters()]
-        share = {numbers[id(p)]: {"factor": p.detach(), **self.state[p]} for p in own}
+        self._publish()
+        share = {numbers[id(p)]: dict(self.state[p]) for p in own}
         gathered = stepper.shards.gather(share, to)
         if gathered is not None:
             self.state.update({everything[i]: entry for i, entry in gathered.items() if i not in share})
@@ -425,7 +423,7 @@ class AdamW(torch.optim.Optimizer):
         number = dict(zip(map(id, self._all()), theirs, strict=False))
         state, layers = dict(saved["state"]), self._stepper.states
         tensors = [layer.factors.layer.parameters() for layer in layers]
-        of_layers = [[state.get(number.get(id(p), -1)) for p in some] for some in tensors]
+        of_layers = [[without_gaps(state.get(number.get(id(p), -1))) for p in some] for some in tensors]
         if len(theirs) == len(self._all()):  # otherwise torch says what does not fit
             self._stepper.together(lambda: check_layers(layers, of_layers))
         every = [state.pop(number.get(id(p), -1), None) for p in self._stepper.listing.now()]
