@@ -18,11 +18,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .adapters import other_parameters
+from .adapters import other_parameters, unwrapped
 from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .generators import Generator, Generators
 from .groups import complete, rates_of
 from .presets import Preset, preset_of
+from .refusals import Unstepped
+from .saved import without_gaps
 
 __all__ = ["GeneratorOptimizer", "create_oplora_optimizer"]
 
@@ -48,6 +50,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         optimizer_cls: a subclass of torch.optim.Optimizer; optimizer_kwargs are its arguments.
         others: parameters that are stepped as they are.
         skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
+        unstepped: what of the model is to be warned about if it gets gradients.
     """
 
     def __init__(
@@ -60,10 +63,12 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         preset: Preset,
         hidden_lr_ratio: float | None = None,
         skip_nonfinite: bool = False,
+        unstepped: Unstepped | None = None,
         **optimizer_kwargs: Any,
     ) -> None:
         self.generators, self.skip_nonfinite, self._has_stepped = generators, skip_nonfinite, False
-        self._preset = preset
+        self._preset, self._arguments = preset, {"lr": lr, **optimizer_kwargs}
+        self._unstepped = unstepped
         groups: list[dict[str, Any]] = [
             {"params": [p for g in generators for p in (g.W2, g.c2)]},
             {"params": [p for g in generators for p in (g.z, g.W1, g.c1)]},
@@ -117,6 +122,9 @@ class GeneratorOptimizer(torch.optim.Optimizer):
                     _check_rate(name, group[name])
         _check_rate("hidden_lr_ratio", self.param_groups[0]["hidden_lr_ratio"])
         self.generators.refuse_to_step()
+        self._refuse_sparse()
+        if self._unstepped is not None:
+            self._unstepped.warn()
         try:
             self.generators.push()
             if not self._refuse_nonfinite(self._nonfinite()):
@@ -144,6 +152,23 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         group.update({key: first[key] for key in shared})
         for generator in stepped:
             generator.refresh()
+
+    def _refuse_sparse(self) -> None:
+        """Raises for sparse gradients outside the adapters that the class does not step, before others are stepped."""
+        sparse = [p for group in self.param_groups[1:] for p in group["params"] if p.grad is not None]
+        sparse = [p for p in sparse if p.grad is not None and p.grad.layout != torch.strided]
+        if not sparse:
+            return
+        probe = nn.Parameter(torch.zeros(2, 2))
+        probe.grad = torch.zeros(2, 2).to_sparse()
+        try:
+            type(self.inner)([probe], **self._arguments).step()
+        except Exception as error:
+            raise OPLoRATypeError(
+                f"oplora: the gradient of a parameter outside the adapters, of shape {tuple(sparse[0].shape)}, is "
+                f"sparse, which {type(self.inner).__name__} does not step. Build the embedding with sparse=False. "
+                "Nothing was changed."
+            ) from error
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._list_factors()
@@ -302,6 +327,8 @@ def create_oplora_optimizer(
         )
     _refuse_texts(lr=lr, hidden_lr_ratio=hidden_lr_ratio, latent_std=latent_std, seed=seed, **optimizer_kwargs)
     _check_rate("lr", lr)
+    if "weight_decay" in optimizer_kwargs:
+        _check_rate("weight_decay", optimizer_kwargs["weight_decay"])
     chosen = preset_of(preset)
     if hidden_lr_ratio is not None:
         _check_rate("hidden_lr_ratio", hidden_lr_ratio)
@@ -315,10 +342,13 @@ def create_oplora_optimizer(
         adapter_name=adapter_name,
         seed=seed,
     )
+    others = list(other_parameters(model, adapter_name))
+    generated = [p for g in generators for p in g.factors.layer.with_twins(g.factors.layer.parameters())]
     return GeneratorOptimizer(
         generators,
         optimizer_cls,
-        other_parameters(model, adapter_name),
+        others,
+        unstepped=Unstepped(unwrapped(model), adapter_name, [*generated, *others]),
         lr=lr,
         preset=chosen,
         hidden_lr_ratio=hidden_lr_ratio,
@@ -456,7 +486,8 @@ def _from_entries(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state_dicts of the generators and of the inner optimizer, from the entries under each tensor's number."""
     numbers = [number for group in groups for number in group["params"]]
-    kept = {p: state[number] for p, number in zip(_parameters(optimizer), numbers, strict=True) if number in state}
+    placed = zip(_parameters(optimizer), numbers, strict=True)
+    kept = {p: without_gaps(state[number]) for p, number in placed if number in state}
     generators: dict[str, Any] = {}
     for name, generator in optimizer.generators.named_modules():
         if not isinstance(generator, Generator):

@@ -251,6 +251,9 @@ class AdamW(Resumable):
         self._stepper.precondition(batches)
         return None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_clipped": None}
+
     # ---- telling ----
 
     def _summary(self) -> str:

@@ -2,16 +2,17 @@
 
 from collections import defaultdict
 from itertools import chain
+from operator import is_not
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .engines import LayerState
 from .errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import complete, with_names
 from .presets import Preset
-from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators
+from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators, without_gaps
 from .stepping import Stepper
 
 __all__ = ["Resumable"]
@@ -26,6 +27,7 @@ class Resumable(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         self._stepper: Any = None  # a Stepper, once the groups are there
+        self._entries: dict[Tensor, dict[str, Any]] = {}  # that were put into self.state
         super().__init__(groups, defaults)
 
     def _begin(self, stepper: Stepper, preset: Preset, hidden_lr_ratio: float | None) -> None:
@@ -34,7 +36,7 @@ class Resumable(torch.optim.Optimizer):
         self._is_consolidated, self._is_fresh = False, True
         self._refresh()
         self.register_state_dict_pre_hook(Resumable._before_saving)  # type: ignore[arg-type]
-        self.register_state_dict_post_hook(Resumable._complete_saved)  # type: ignore[arg-type]
+        self.register_state_dict_post_hook(Resumable._plain_dicts)  # type: ignore[arg-type]
 
     # ---- parameters and groups ----
 
@@ -68,8 +70,9 @@ class Resumable(torch.optim.Optimizer):
             self._forget()
             stepper.assign(len(self.param_groups), own)
             self._publish()
-        if not all(map(self.state.get, own)) and stepper.shards is None:
-            self._reset_cleared()
+        held = list(map(self.state.get, self._entries))
+        if not held or not all(held) or any(map(is_not, held, self._entries.values())):
+            self._take_entries()
         return own
 
     def _forget(self) -> None:
@@ -77,27 +80,34 @@ class Resumable(torch.optim.Optimizer):
 
     def _publish(self) -> None:
         """Puts what is kept of every generated tensor where torch keeps it: optimizer.state."""
+        self._entries.clear()
         for layer in self._stepper.states:
             self._publish_layer(layer)
         self._stepper.plain.begin(self.state)
 
     def _publish_layer(self, layer: LayerState) -> None:
         for parameter, entry in zip(layer.factors.layer.parameters(), layer.entries(), strict=True):
-            self.state[parameter] = entry
+            self.state[parameter] = self._entries[parameter] = entry
 
-    def _reset_cleared(self) -> None:
-        """Somebody cleared optimizer.state: the moments begin anew, as in any torch optimizer; what W2 has learnt is
-        in the adapter and stays."""
+    def _take_entries(self) -> None:
+        """Somebody has put other dicts into optimizer.state (a copy of the optimizer, a trainer that moves what is in
+        them): what they hold is taken. Or cleared it: the moments begin anew, as in any torch optimizer; what W2 has
+        learnt is in the adapter and stays."""
         for layer in self._stepper.states:
-            if not all(map(self.state.get, layer.factors.layer.parameters())):
+            put: list[Any] = [self.state.get(parameter) for parameter in layer.factors.layer.parameters()]
+            if not all(put):
                 layer.reset()
+                continue
+            for entry, theirs in zip(layer.entries(), put, strict=True):
+                entry.update({name: value for name, value in theirs.items() if name in entry and name != "factor"})
         self._publish()
 
     # ---- saving ----
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
-        return {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
+        held = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
+        return {**held, "_entries": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.keys() != {"state", "param_groups"}:  # a copy
@@ -121,14 +131,11 @@ class Resumable(torch.optim.Optimizer):
                 "to=None in every process, as torch.distributed.checkpoint wants it)."
             )
         self._refresh()
+        self._publish()  # a tensor may lie elsewhere now
 
-    def _complete_saved(self, saved: dict[str, Any]) -> None:
-        """Adds the factors themselves, and makes plain dicts of the live ones, which torch.load(weights_only=True)
-        reads."""
-        numbers = self._numbers_of_tensors()
-        for parameter in self._stepper.listing.now():
-            if (number := numbers[id(parameter)]) in saved["state"]:
-                saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
+    def _plain_dicts(self, saved: dict[str, Any]) -> None:
+        """Makes them of the live ones, for torch.load(weights_only=True)."""
+        saved["state"] = {number: dict(entry) for number, entry in saved["state"].items()}
 
     def _numbers_of_tensors(self) -> dict[int, int]:
         """What state_dict() calls each of them, by id."""
@@ -144,7 +151,8 @@ class Resumable(torch.optim.Optimizer):
         self._drop_consolidated()
         numbers, everything = self._numbers_of_tensors(), self._all()
         own = [p for layer in stepper.states for p in layer.factors.layer.parameters()]
-        share = {numbers[id(p)]: {"factor": p.detach(), **self.state[p]} for p in own}
+        self._publish()
+        share = {numbers[id(p)]: dict(self.state[p]) for p in own}
         gathered = stepper.shards.gather(share, to)
         if gathered is not None:
             self.state.update({everything[i]: entry for i, entry in gathered.items() if i not in share})
@@ -192,7 +200,7 @@ class Resumable(torch.optim.Optimizer):
         number = dict(zip(map(id, self._all()), theirs, strict=False))
         state, layers = dict(saved["state"]), self._stepper.states
         tensors = [layer.factors.layer.parameters() for layer in layers]
-        of_layers = [[state.get(number.get(id(p), -1)) for p in some] for some in tensors]
+        of_layers = [[without_gaps(state.get(number.get(id(p), -1))) for p in some] for some in tensors]
         if len(theirs) == len(self._all()):  # otherwise torch says what does not fit
             self._stepper.together(lambda: check_layers(layers, of_layers))
         every = [state.pop(number.get(id(p), -1), None) for p in self._stepper.listing.now()]

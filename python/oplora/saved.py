@@ -1,8 +1,8 @@
 """What is saved of the generators: checked before anything is changed, and put back; checkpoints of version 0.1 too.
 
 A state_dict is torch's: {"state": {number of a tensor: {...}}, "param_groups": [...]}. A generated tensor's dict is
-its engines.Entry, as plain tensors and numbers, and "factor", the tensor's own value, so that resuming restores its
-very bits. Version 0.1 had the generators under a key of their own, by the layer's name.
+its engines.Entry, as plain tensors and numbers. Version 0.1 had the generators under a key of their own, by the layer's
+name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,15 @@ from .adapters import layer_of
 from .engines import LayerState, entries_of_0_1
 from .errors import OPLoRATypeError, OPLoRAValueError
 
-__all__ = ["Loaded", "check_layers", "check_names", "from_0_1", "load_layer", "refuse_without_generators"]
+__all__ = [
+    "Loaded",
+    "check_layers",
+    "check_names",
+    "from_0_1",
+    "load_layer",
+    "refuse_without_generators",
+    "without_gaps",
+]
 
 KINDS = {"weight_change": "lean", "weight": "exact"}  # by a key that only the one has
 SETTINGS = ("hidden_width", "latent_width", "weight_rank", "moment_rank", "sign")
@@ -29,6 +37,11 @@ class Loaded:
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self.entry = entry
+
+
+def without_gaps(entry: Any) -> Any:
+    """torch.distributed.checkpoint, which has flattened an entry, puts an empty dict where nothing was saved."""
+    return {name: value for name, value in entry.items() if value != {}} if isinstance(entry, Mapping) else entry
 
 
 # ---- checking ----
@@ -78,7 +91,7 @@ def _check_layer(layer: LayerState, saved: Sequence[Any]) -> None:
             )
     for own, entry in zip(entries, saved, strict=True):
         for name, value in own.items():
-            if isinstance(value, Tensor) and name not in ("base", "master", "step"):
+            if isinstance(value, Tensor) and name not in ("factor", "base", "master", "step"):
                 _check_like(f"{name} of layer {layer.name}", entry[name], value)
         for name in ("base", "master"):
             if entry.get(name) is not None and tuple(getattr(entry[name], "shape", (None,))) != entry["factor"].shape:
@@ -102,7 +115,7 @@ def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
                 f"low rank. To resume, make the optimizer with state={theirs!r}. To go on with state={kind!r}, load "
                 "the saved adapter and start anew with init='keep': A and B keep their values, the moments begin at 0."
             )
-        wanted = {*own, "factor"} - {"base", "master"}
+        wanted = own.keys() - {"base", "master"}
         if missing := wanted - entry.keys():
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} lacks {', '.join(sorted(missing))}; it is not of "
@@ -147,7 +160,7 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
     tie = layer.factors
     for own, entry in zip(layer.entries(), saved, strict=True):
         for name, value in own.items():
-            if isinstance(value, Tensor) and name not in ("base", "master"):
+            if isinstance(value, Tensor) and name not in ("factor", "base", "master"):
                 value.copy_(torch.as_tensor(entry[name]))
     layer.engine.state.take_settings(layer.index, saved[0])
     tie.bases = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import OPLoRATypeError, OPLoRAValueError
 from .layers import AdaptedLayer, PlainLayer, check_parameter
-from .peft import find_layers, has_peft_layers, other_parameters, unwrapped
+from .peft import check_adapter_name, find_layers, has_peft_layers, other_parameters, unwrapped
 from .tensors import OTHER_NAMES, STARTS
 
 __all__ = ["Found", "find", "layer_of"]
@@ -48,8 +48,7 @@ def find(params: Any, adapter_name: str | None = None) -> Found:
     Raises:
         OPLoRAError: nothing that can be generated; tensors whose shapes fit together in several ways.
     """
-    if adapter_name is not None and not isinstance(adapter_name, str):
-        raise OPLoRATypeError(f"oplora: adapter_name is {adapter_name!r}, expected the name of one adapter, or None.")
+    check_adapter_name(adapter_name)
     if isinstance(params, nn.Module):
         return _of_module(unwrapped(params), adapter_name)
     groups = _as_groups(params)

@@ -17,6 +17,7 @@ from .tensors import STARTS
 
 __all__ = [
     "PeftLayer",
+    "check_adapter_name",
     "find_layers",
     "foreign_gradient",
     "foreign_tensors",
@@ -147,6 +148,11 @@ def has_peft_layers(model: nn.Module) -> bool:
     return next(_tuner_layers(unwrapped(model)), None) is not None
 
 
+def check_adapter_name(adapter_name: Any) -> None:
+    if adapter_name is not None and not isinstance(adapter_name, str):
+        raise OPLoRATypeError(f"oplora: adapter_name is {adapter_name!r}, expected the name of one adapter, or None.")
+
+
 def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[PeftLayer]:
     """Every layer of `model` with a trainable adapter, of the adapter `adapter_name` or of all of them.
 
@@ -157,6 +163,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[PeftL
     """
     if not isinstance(model, nn.Module):
         raise OPLoRATypeError(f"oplora: expected the model itself, got {type(model).__name__}.")
+    check_adapter_name(adapter_name)
     model = unwrapped(model)
     configs = getattr(model, "peft_config", {})
     found: dict[tuple[int, str], tuple[str, Any, dict[str, torch.Size], list[Twin]]] = {}

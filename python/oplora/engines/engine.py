@@ -96,10 +96,14 @@ class Numbers:
     def __init__(self, n_layers: int, n_factors: int, weight_ratio: float, device: torch.device) -> None:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
         self.adamw[:, 0] = weight_ratio
-        self.steps = self.adamw.view(torch.int64)[:, 6]  # that each layer has done
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
         self._groups = torch.zeros(0)
         self._known: list[list[float | None]] = []
+
+    @property
+    def steps(self) -> Tensor:
+        """That each layer has done."""
+        return self.adamw.view(torch.int64)[:, 6]
 
     def assign(self, of_layers: Sequence[int], of_factors: Sequence[int], n_groups: int) -> None:
         """Which group's numbers every layer and every factor has."""
@@ -179,11 +183,13 @@ class LayerState:
     def entries(self) -> list["Entry"]:
         """What optimizer.state holds for each of the layer's tensors; what is not of their shapes lies with the first.
 
-        base: what the tensor holds beyond what is generated; master: its value before rounding. Either may be missing.
+        factor: the tensor itself, so that resuming restores its very bits. base: what it holds beyond what is
+        generated, and master: its value before rounding; either may be missing.
         """
         held = [Entry(some) for some in self.engine.state.of_tensors(self.index)]
-        for entry, base, master in zip(held, self.factors.bases, self.masters, strict=True):
-            for name, tensor in (("base", base), ("master", master)):
+        parameters = self.factors.layer.parameters()
+        for entry, p, base, master in zip(held, parameters, self.factors.bases, self.masters, strict=True):
+            for name, tensor in (("factor", p.detach()), ("base", base), ("master", master)):
                 if tensor is not None:
                     entry[name] = tensor
         held[0]["step"] = self.engine.numbers.steps[self.index]
@@ -217,10 +223,14 @@ class Entry(dict[str, Any]):
 
     @torch.no_grad()
     def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(mine := self.get(name), Tensor):
-            mine.copy_(torch.as_tensor(value))
-        else:
+        if not isinstance(mine := self.get(name), Tensor):
             super().__setitem__(name, value)
+        elif value is not mine:
+            mine.copy_(torch.as_tensor(value))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
 
 class Batch:
@@ -326,7 +336,8 @@ class Engine(ABC):
         self.marks = [None] * len(self.marks)
 
     def forget(self, layer: LayerState) -> None:
-        """Another hand has put the layer's state and factors back."""
+        """Another hand has put the layer's state and factors back, and maybe how it began, which batches have noted."""
+        self._batches.clear()
         for f in range(self.first_factor[layer.index], self.first_factor[layer.index + 1]):
             self.marks[f] = None
         self.forget_reports()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import _core
-from ..errors import OPLoRAValueError
+from ..errors import OPLoRATypeError, OPLoRAValueError
 from .factors import Factors
 from .memory import allocate
 
@@ -28,11 +28,13 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("hidden_width", "latent_width"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise OPLoRAValueError(f"oplora: {name} is {value!r}, expected a whole number of at least 1.")
+        if not isinstance(self.latent_std, int | float) or isinstance(self.latent_std, bool):
+            raise OPLoRATypeError(f"oplora: latent_std is {self.latent_std!r}, expected a number of at least 0.")
         if not 0 <= self.latent_std < float("inf"):
             raise OPLoRAValueError(f"oplora: latent_std is {self.latent_std!r}, expected a number of at least 0.")
-        if not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise OPLoRAValueError(f"oplora: seed is {self.seed!r}, expected a whole number in [0, 2^64).")
         if self.start not in ("uniform", "sign"):
             raise OPLoRAValueError(f"oplora: start is {self.start!r}, expected 'uniform' or 'sign'.")

@@ -1,0 +1,50 @@
+"""Two processes of torch.distributed on one machine, for tests: a test hands a function of its module to both."""
+
+import os
+import socket
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+
+
+class Ranks:
+    """Two processes with the variables that torchrun sets; new ones after a call that raised in one of them."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = free.getsockname()
+        context = get_context("forkserver")  # imports once what all processes need
+        context.set_forkserver_preload(["peft", "torch.distributed.checkpoint"])
+        self.processes = [ProcessPoolExecutor(1, context, _enter, (rank, *address)) for rank in range(WORLD)]
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What the function returns on each rank."""
+        calls = [process.submit(function, *arguments) for process in self.processes]
+        try:
+            return [call.result(timeout=60) for call in calls]
+        except BaseException:
+            self.stop(wait=False)
+            self.start()
+            raise
+
+    def stop(self, *, wait: bool) -> None:
+        for process in self.processes:
+            process.shutdown(wait, cancel_futures=True)
+
+
+def _enter(rank: int, host: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))  # ends a rank's wait for one that has raised
