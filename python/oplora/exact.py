@@ -217,7 +217,8 @@ class ExactDeviceLayers(DeviceLayers, ExactLayers):
 
 
 def _sizes(states: Sequence[ExactState]) -> Tensor:
-    return torch.tensor([[s.H, s.Z, len(s.factors.shapes), *s.offsets] for s in states])
+    sizes = [n for s in states for n in (s.H, s.Z, len(s.factors.shapes), *s.offsets)]
+    return torch.tensor(sizes).view(len(states), -1)
 
 
 def _plan(

@@ -42,14 +42,9 @@ class LeanState(State):
         self.weight_rank, self.moment_rank = ranks
         self.random = [int(random) for random in factors.is_random()]
         self.numbers, self.moments, self.scalars, offsets = arenas.next_views()
-        self.offsets = offsets
+        kind = int(settings.start == "sign")
+        self.sizes = [self.H, self.Z, *ranks, kind, self.index, len(factors.shapes), *offsets, _signed(self.seed)]
         self.masters: list[Tensor | None] = [None] * len(factors.shapes)
-
-    def sizes(self, offsets: Sequence[int]) -> list[int]:
-        """As ops.cpp wants them; offsets: where numbers, moments and scalars begin."""
-        kind, seed = int(self.start == "sign"), _signed(self.seed)
-        ranks = (self.weight_rank, self.moment_rank)
-        return [self.H, self.Z, *ranks, kind, self.index, len(self.factors.shapes), *offsets, seed]
 
     @staticmethod
     def counts(factors: Factors, settings: Settings, ranks: tuple[int, int]) -> tuple[int, int]:
@@ -96,7 +91,7 @@ class LeanState(State):
 
     def _write_start(self, written: list[Tensor]) -> None:
         state = (self.numbers, self.moments, self.scalars)
-        sizes = torch.tensor([self.sizes([0, 0, 0])])  # the views begin where the layer does
+        sizes = torch.tensor([[*self.sizes[:7], 0, 0, 0, self.sizes[10]]])  # the views begin where the layer does
         random, latent_std = torch.tensor(self.random), self.latent_std
         if self.shared is None:
             torch.ops.oplora.lean_start_(*state, written, sizes, random, latent_std)
@@ -176,6 +171,7 @@ class LeanState(State):
         self.seed, self.index = saved["seed"], saved["layer"]
         self.latent_std = saved.get("latent_std", self.latent_std)
         self.random = list(saved.get("random", _random_before(self.factors)))
+        self.sizes[5], self.sizes[10] = self.index, _signed(self.seed)
         if self.shared is not None:
             self.shared.plan = None  # it knows the start
         for mine, theirs in zip(self.masters, saved["masters"], strict=True):
@@ -185,6 +181,7 @@ class LeanState(State):
     def take_over(self, old: Any) -> None:
         super().take_over(old)
         self.seed, self.index, self.latent_std, self.random = old.seed, old.index, old.latent_std, old.random
+        self.sizes[5], self.sizes[10] = self.index, _signed(self.seed)
         device = self.factors.device
         self.masters = [None if master is None else master.to(device) for master in old.masters]
 
@@ -265,7 +262,8 @@ class LeanLayers(Layers):
 
     def _sizes(self) -> tuple[Tensor, Tensor]:
         random = [number for state in self.states for number in state.random]
-        return torch.tensor([state.sizes(state.offsets) for state in self.states]), torch.tensor(random)
+        sizes = [number for state in self.states for number in state.sizes]
+        return torch.tensor(sizes).view(len(self.states), -1), torch.tensor(random)
 
 
 class LeanDeviceLayers(DeviceLayers, LeanLayers):

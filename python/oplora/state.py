@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -232,11 +233,11 @@ def step_numbers(states: Sequence[State], adamw: Sequence[float | Tensor]) -> tu
     """adamw, rates and rows as the core's ops take them: AdamW's numbers of every layer and of every factor."""
     lr, *numbers, weight_decay = adamw
     counts = [len(state.factors.shapes) for state in states]
-    table = torch.tensor([[*numbers, weight_decay, 0.0]] * len(states), dtype=torch.float64)
+    table = torch.tensor([*numbers, weight_decay, 0.0], dtype=torch.float64).repeat(len(states), 1)
     table.view(torch.int64)[:, -1] = torch.tensor([state.steps for state in states])
-    rates = torch.tensor([[lr, weight_decay]] * sum(counts), dtype=torch.float64)
-    firsts = [sum(counts[:i]) for i in range(len(counts))]
-    return table, rates, torch.tensor(list(enumerate(firsts)), dtype=torch.int64)
+    rates = torch.tensor([lr, weight_decay], dtype=torch.float64).repeat(sum(counts), 1)
+    firsts = accumulate(counts[:-1], initial=0)
+    return table, rates, torch.tensor([n for row in enumerate(firsts) for n in row]).view(-1, 2)
 
 
 def targets(parameters: Sequence[torch.nn.Parameter], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
