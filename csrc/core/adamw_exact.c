@@ -67,7 +67,7 @@ typedef struct {
     int measured;
 } TY(job);
 
-/* For a tensor that moves at the rate lr and shrinks by decay a step; corrected1 = 1 - beta1^t, corrected2 = 1 - beta2^t. */
+/* For a tensor that moves at the rate lr and shrinks by decay a step. corrected1 = 1 - beta1^t, corrected2 likewise. */
 static TY(adamw_numbers)
     TY(numbers_of)(const oplora_adamw *a, double corrected1, double corrected2, double lr, double decay) {
     return (TY(adamw_numbers)){.beta1_rest = (T)(1 - a->beta1),

@@ -6,9 +6,10 @@
  * wait for the device, keep no pointer and return a cudaError_t.
  *
  * Rates and step counts are read from the device when a step runs, and the step adds 1 to each layer's count: so it can be
- * captured in a CUDA graph, and rates change without a new plan. On the device oplora_adamw's `step` is how many steps were
- * done. Of lean state's random factors of one layer the first one's decay is W2's start's: let theirs be the same. Whether all gradients are finite is known on the device
- * alone: if one is not, every report's [0] and [1] say so and nothing else is changed. */
+ * captured in a CUDA graph, and rates change without a new plan. On the device oplora_adamw's `step` is how many steps
+ * were done. W2's start of a layer in lean state shrinks as its first random factor does: let all of them decay alike.
+ * Whether all gradients are finite is known on the device alone: if one is not, every report's [0] and [1] say so and
+ * nothing else is changed. */
 #ifndef OPLORA_CUDA_PLAN_H
 #define OPLORA_CUDA_PLAN_H
 
