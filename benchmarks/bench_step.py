@@ -220,10 +220,11 @@ METHODS: Methods = {OURS: oplora_exact, **RIVALS}
 
 def generators_of(optimizer: Optimizer, key: str) -> Iterator[dict[str, Tensor]]:
     """z, W1, c1, W2, c2 of every generator in oplora's optimizer, of its "parameters" or of a moment."""
-    from oplora.start import views
+    from oplora.engines.settings import views
 
-    for saved in optimizer.state_dict()["generators"].values():
-        yield views(saved[key], saved["hidden_width"], saved["latent_width"])
+    for layer in optimizer._stepper.states:
+        settings = layer.engine.state.settings
+        yield views(layer.pieces()[key], settings.hidden_width, settings.latent_width)
 
 
 def live_fraction(optimizer: Optimizer) -> float:

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
-from oplora import engines, kernels, reference, refusals
+from oplora import engines, kernels, reference
 from oplora.engines import DeviceEngine, staging
+from oplora.optim import refusals
 
 STATES = ("lean", "exact")
 HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU

@@ -29,9 +29,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import oplora
-from oplora import engines, refusals
+from oplora import engines
 from oplora.adapters import find_layers
 from oplora.engines import memory
+from oplora.optim import refusals
 from oplora.watching.plot import Run
 
 WORLD = 2

@@ -13,13 +13,13 @@ from tolerance import assert_as_good_as_torch
 from torch import Tensor, nn
 
 import oplora
-import oplora.generators
+import oplora.definition
 from oplora.engines.settings import views as views_of
 
 STEPS = 100
 
 
-def eager_generators(model: nn.Module, **options: object) -> list[tuple[oplora.generators.Generator, EagerGenerator]]:
+def eager_generators(model: nn.Module, **options: object) -> list[tuple[oplora.definition.Generator, EagerGenerator]]:
     generators = oplora.Generators(model, **options)
     return [(g, EagerGenerator(dict(g.named_parameters()), g.factors.shapes)) for g in generators]
 

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_flatten
 
 import oplora
-from oplora.generator_optimizer import GeneratorOptimizer
+from oplora.definition import GeneratorOptimizer
 
 CLASSES = {
     "SGD": (torch.optim.SGD, dict(lr=0.1, momentum=0.9)),

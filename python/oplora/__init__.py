@@ -11,9 +11,8 @@ from .errors import OPLoRAError
 
 if TYPE_CHECKING:
     from .config import OPLoRAConfig
+    from .definition import Generators, create_oplora_optimizer
     from .files.export import save_adapter
-    from .generator_optimizer import create_oplora_optimizer
-    from .generators import Generators
     from .model import merge, wrap
     from .ops import generate
     from .optim import AdamW
@@ -39,11 +38,11 @@ __all__ = [
 
 _HOME = {
     "AdamW": "optim",
-    "Generators": "generators",
+    "Generators": "definition",
     "Monitor": "watching.monitor",
     "OPLoRAConfig": "config",
     "cmmd": "watching.cmmd",
-    "create_oplora_optimizer": "generator_optimizer",
+    "create_oplora_optimizer": "definition",
     "generate": "ops",
     "merge": "model",
     "save_adapter": "files.export",

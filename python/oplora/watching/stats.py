@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..definition import Generator, Generators
 from ..engines import Factors, LayerState
 from ..errors import OPLoRATypeError
-from ..generators import Generator, Generators
 from ..optim import AdamW
 
 __all__ = ["generators_of", "inner_optimizer", "stats"]

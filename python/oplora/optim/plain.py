@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import OPLoRATypeError
+from ..errors import OPLoRATypeError
 
 __all__ = ["Plain"]
 

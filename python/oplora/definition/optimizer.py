@@ -18,13 +18,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .adapters import other_parameters, unwrapped
-from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from ..adapters import other_parameters, unwrapped
+from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from ..optim.groups import complete, rates_of
+from ..optim.presets import Preset, preset_of
+from ..optim.refusals import Unstepped
+from ..optim.saved import without_gaps
 from .generators import Generator, Generators
-from .groups import complete, rates_of
-from .presets import Preset, preset_of
-from .refusals import Unstepped
-from .saved import without_gaps
 
 __all__ = ["GeneratorOptimizer", "create_oplora_optimizer"]
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from .errors import OPLoRATypeError, OPLoRAValueError
+from ..errors import OPLoRATypeError, OPLoRAValueError
 from .presets import Preset
 
 __all__ = [

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from .errors import OPLoRAValueError
+from ..errors import OPLoRAValueError
 
 __all__ = ["PRESETS", "Preset", "preset_of"]
 

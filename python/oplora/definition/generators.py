@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, reference
-from .adapters import find_layers, refuse_to_step
-from .engines import Factors, Settings, keep_starts, warn_adopted
-from .engines.memory import allocate
-from .engines.settings import count_parameters, start_parameters, views
-from .errors import OPLoRAValueError
-from .kernels import has_kernels
+from .. import ops, reference
+from ..adapters import find_layers, refuse_to_step
+from ..engines import Factors, Settings, keep_starts, warn_adopted
+from ..engines.memory import allocate
+from ..engines.settings import count_parameters, start_parameters, views
+from ..errors import OPLoRAValueError
+from ..kernels import has_kernels
 
 __all__ = ["Generator", "Generators"]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .engines import Batch, Written
+from ..engines import Batch, Written
 
 __all__ = ["Clipped", "scale_gradients"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import AdaptedLayer, precondition_gradients, refuse_to_step
-from .engines import Batch, DeviceEngine, Engine, Factors, LayerState, Recipe, Shards, keep_starts, warn_adopted
-from .errors import OPLoRARuntimeError
+from ..adapters import AdaptedLayer, precondition_gradients, refuse_to_step
+from ..engines import Batch, DeviceEngine, Engine, Factors, LayerState, Recipe, Shards, keep_starts, warn_adopted
+from ..errors import OPLoRARuntimeError
 from .listing import Listing
 from .plain import Plain
 from .refusals import refuse_devices

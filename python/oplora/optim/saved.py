@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import layer_of
-from .engines import LayerState, entries_of_0_1
-from .errors import OPLoRATypeError, OPLoRAValueError
+from ..adapters import layer_of
+from ..engines import LayerState, entries_of_0_1
+from ..errors import OPLoRATypeError, OPLoRAValueError
 
 __all__ = [
     "Loaded",

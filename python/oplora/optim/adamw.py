@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import find, require_pairs
+from ..adapters import find, require_pairs
+from ..engines import Batch, Recipe, Settings
 from .clipping import Clipped, scale_gradients
-from .engines import Batch, Recipe, Settings
 from .groups import (
     check_defaults,
     numbers_of,

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import AdaptedLayer, foreign_gradient, foreign_tensors
-from .engines import Factors
-from .errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
-from .kernels import require_kernels, runs_on_device
+from ..adapters import AdaptedLayer, foreign_gradient, foreign_tensors
+from ..engines import Factors
+from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
+from ..kernels import require_kernels, runs_on_device
 
 __all__ = [
     "W2_STARTS",

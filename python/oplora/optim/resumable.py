@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engines import LayerState
-from .errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
+from ..engines import LayerState
+from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import complete, with_names
 from .presets import Preset
 from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators, without_gaps

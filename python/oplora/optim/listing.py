@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from .adapters import AdaptedLayer, check_layers
-from .errors import OPLoRARuntimeError
+from ..adapters import AdaptedLayer, check_layers
+from ..errors import OPLoRARuntimeError
 
 __all__ = ["Listing"]
 
