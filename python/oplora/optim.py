@@ -161,7 +161,7 @@ class AdamW(torch.optim.Optimizer):
         self._is_consolidated, self._is_fresh, self._is_ready = False, True, True
         self._refresh()
         self.register_state_dict_pre_hook(AdamW._before_saving)
-        self.register_state_dict_post_hook(AdamW._plain_dicts)
+        self.register_state_dict_post_hook(AdamW._complete_saved)
         log.info("oplora: %s", self._summary())
 
     # ---- stepping ----
@@ -323,7 +323,7 @@ class AdamW(torch.optim.Optimizer):
                 layer.reset()
                 continue
             for entry, theirs in zip(layer.entries(), put, strict=True):
-                entry.update({name: value for name, value in theirs.items() if name in entry and name != "factor"})
+                entry.update({name: value for name, value in theirs.items() if name in entry})
         self._publish()
 
     # ---- saving ----
@@ -355,11 +355,14 @@ class AdamW(torch.optim.Optimizer):
                 "to=None in every process, as torch.distributed.checkpoint wants it)."
             )
         self._refresh()
-        self._publish()  # a tensor may lie elsewhere now
 
-    def _plain_dicts(self, saved: dict[str, Any]) -> None:
-        """Makes them of the live ones, for torch.load(weights_only=True)."""
-        saved["state"] = {number: dict(entry) for number, entry in saved["state"].items()}
+    def _complete_saved(self, saved: dict[str, Any]) -> None:
+        """Adds the factors themselves, and makes plain dicts of the live ones, which torch.load(weights_only=True)
+        reads."""
+        numbers = self._numbers_of_tensors()
+        for parameter in self._stepper.listing.now():
+            if (number := numbers[id(parameter)]) in saved["state"]:
+                saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
 
     def _numbers_of_tensors(self) -> dict[int, int]:
         """What state_dict() calls each of them, by id."""
@@ -375,8 +378,7 @@ class AdamW(torch.optim.Optimizer):
         self._drop_consolidated()
         numbers, everything = self._numbers_of_tensors(), self._all()
         own = [p for layer in stepper.states for p in layer.factors.layer.parameters()]
-        self._publish()
-        share = {numbers[id(p)]: dict(self.state[p]) for p in own}
+        share = {numbers[id(p)]: {"factor": p.detach(), **self.state[p]} for p in own}
         gathered = stepper.shards.gather(share, to)
         if gathered is not None:
             self.state.update({everything[i]: entry for i, entry in gathered.items() if i not in share})
