@@ -359,6 +359,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [{"params": (pair := weights(*PAIR))}, {"params": pair[:1]}],
         "parameter 2, of shape .3, 13., is parameter 0 once more",
     ),
+    "a result": (lambda: [p * 2 for p in weights(*PAIR)], "parameter 0, of shape .3, 13., was computed from others"),
     "a name twice": (lambda: zip(["x.lora_A"] * 2, weights(*PAIR), strict=True), "two tensors are lora_A of layer 'x'"),
     "some with names": (lambda: [("x.lora_A", weights((3, 13))[0]), *weights((11, 3))], "some have none. Give all"),
 }

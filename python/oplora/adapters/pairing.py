@@ -125,6 +125,11 @@ def _refuse_mixtures(groups: Sequence[dict[str, Any]]) -> None:
     tensors = [item[1] if isinstance(item, tuple) else item for item in items]
     places: dict[int, int] = {}
     for place, tensor in enumerate(tensors):
+        if not (tensor.is_leaf or tensor.retains_grad):
+            raise OPLoRAValueError(
+                f"oplora: parameter {place}, of shape {tuple(tensor.shape)}, was computed from others, so steps on it "
+                "would be lost. Pass what it was computed from."
+            )
         if (first := places.setdefault(id(tensor), place)) != place:
             raise OPLoRAValueError(
                 f"oplora: parameter {place}, of shape {tuple(tensor.shape)}, is parameter {first} once more (counted "
