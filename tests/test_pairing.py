@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Net, assert_same_bits, make_model
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
@@ -232,6 +232,16 @@ def test_adapter_name_chooses_among_named_parameters() -> None:
         p.requires_grad_("lora_" in name)
     text = repr(oplora.AdamW(model.named_parameters(), adapter_name="other"))
     assert "1 generators" in text and "4 other parameters" in text
+
+
+def test_adalora_is_not_generated_by_its_names() -> None:
+    """PEFT prunes between the steps what it trains."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), AdaLoraConfig(init_r=3, total_step=10, target_modules=["first"]))
+    with pytest.raises(oplora.OPLoRAError, match="there is no adapter"):
+        oplora.AdamW(model.named_parameters())
+    beside = zip(["x.lora_A", "x.lora_B"], weights(*PAIR), strict=True)
+    assert "1 generators" in repr(oplora.AdamW([*model.named_parameters(), *beside], init="keep"))
 
 
 # ---- what is no pair ----

@@ -165,8 +165,10 @@ def _by_name(groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Any]], l
 
 def _layers_by_name(named: Iterable[tuple[str, Any]], adapter_name: str | None) -> list[PlainLayer]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    named = list(named)
+    pruned = {name.partition(".lora_E.")[0] for name, _ in named if ".lora_E." in name}  # AdaLoRA's, between the steps
     for name, tensor in named:
-        if (parsed := _parsed(name)) is None or adapter_name not in (None, parsed[1]):
+        if (parsed := _parsed(name)) is None or adapter_name not in (None, parsed[1]) or parsed[0] in pruned:
             continue
         layer, adapter, role = parsed
         held = found.setdefault((layer, adapter), {})
