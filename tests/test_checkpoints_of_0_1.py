@@ -88,14 +88,18 @@ def write(name: str) -> None:
     optimizer.zero_grad()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     saved = {"model": state, "optimizer": optimizer.state_dict(), "backwards": backwards(name, model)}
-    torch.save(saved, DATA / f"{name}.pt")
+    torch.save(saved, file_of(name))
     losses = train_on(model, optimizer, data(name, SAVED, SAVED + STEPS))
-    saved = torch.load(DATA / f"{name}.pt", weights_only=True)
-    torch.save({**saved, "losses": losses}, DATA / f"{name}.pt")
+    saved = torch.load(file_of(name), weights_only=True)
+    torch.save({**saved, "losses": losses}, file_of(name))
+
+
+def file_of(name: str) -> Path:
+    return DATA / (name.replace(" ", "_").replace(",", "") + ".pt")
 
 
 def load(name: str) -> dict[str, Any]:
-    return torch.load(DATA / f"{name}.pt", weights_only=True)
+    return torch.load(file_of(name), weights_only=True)
 
 
 def resume(name: str, saved: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer]:

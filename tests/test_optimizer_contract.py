@@ -425,6 +425,17 @@ def test_sparse_gradient_is_refused_and_nothing_changed(name: str, which: str) -
     assert_same_trees(everything(model, optimizer), before)
 
 
+@ours
+@pytest.mark.parametrize("which", ["lora_A", "bias"])
+def test_sparse_gradient_is_refused_by_clipping(which: str, make: Make) -> None:
+    model, optimizer = begun(make, bias="all")
+    give_gradients(model)
+    p = next(p for name, p in trained(model).items() if which in name)
+    p.grad = p.grad.to_sparse()
+    with pytest.raises(oplora.OPLoRAError, match="sparse"):
+        optimizer.clip_grad_norm_(1.0)
+
+
 def test_sparse_gradient_that_the_class_steps_is_stepped() -> None:
     (model, optimizer), (twin, other) = (begun(OVER_GENERATORS["SGD over generators"], bias="all") for _ in range(2))
     give_gradients(model), give_gradients(twin)
@@ -574,6 +585,17 @@ def test_adopted_warning_points_at_the_users_line(scheduled: bool, make: Make) -
     give_gradients(model)
     with pytest.warns(UserWarning, match="were changed since the last step") as caught:
         optimizer.step()
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("make", EXACT_AND_GENERATORS.values(), ids=EXACT_AND_GENERATORS)
+def test_warning_under_accelerate_points_at_the_users_line(make: Make, accelerator: Accelerator) -> None:
+    model, optimizer = begun(make)
+    model, prepared = accelerator.prepare(model, optimizer)
+    generated(model)[0].data.add_(1.0)
+    give_gradients(model)
+    with pytest.warns(UserWarning, match="were changed since the last step") as caught:
+        prepared.step()
     assert caught[0].filename == __file__
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Net, assert_same_bits, make_model
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
@@ -234,6 +234,16 @@ def test_adapter_name_chooses_among_named_parameters() -> None:
     assert "1 generators" in text and "4 other parameters" in text
 
 
+def test_adalora_is_not_generated_by_its_names() -> None:
+    """PEFT prunes between the steps what it trains."""
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), AdaLoraConfig(init_r=3, total_step=10, target_modules=["first"]))
+    with pytest.raises(oplora.OPLoRAError, match="there is no adapter"):
+        oplora.AdamW(model.named_parameters())
+    beside = zip(["x.lora_A", "x.lora_B"], weights(*PAIR), strict=True)
+    assert "1 generators" in repr(oplora.AdamW([*model.named_parameters(), *beside], init="keep"))
+
+
 # ---- what is no pair ----
 
 
@@ -359,6 +369,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: [{"params": (pair := weights(*PAIR))}, {"params": pair[:1]}],
         "parameter 2, of shape .3, 13., is parameter 0 once more",
     ),
+    "a result": (lambda: [p * 2 for p in weights(*PAIR)], "parameter 0, of shape .3, 13., was computed from others"),
     "a name twice": (lambda: zip(["x.lora_A"] * 2, weights(*PAIR), strict=True), "two tensors are lora_A of layer 'x'"),
     "some with names": (lambda: [("x.lora_A", weights((3, 13))[0]), *weights((11, 3))], "some have none. Give all"),
 }

@@ -14,6 +14,7 @@ __all__ = [
     "warn",
 ]
 
+_CALLERS = ("torch", "accelerate")
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -50,5 +51,5 @@ def warn(message: str) -> None:
 
 
 def _is_inside(filename: str) -> bool:
-    """Of this package, or of torch, which calls optimizers by way of wrappers of its own."""
-    return filename.startswith(_PACKAGE) or f"{os.sep}torch{os.sep}" in filename
+    """Of this package, or of torch and accelerate, which call optimizers by way of wrappers of their own."""
+    return filename.startswith(_PACKAGE) or any(f"{os.sep}{name}{os.sep}" in filename for name in _CALLERS)

@@ -126,6 +126,11 @@ def _refuse_mixtures(groups: Sequence[dict[str, Any]]) -> None:
     tensors = [item[1] if isinstance(item, tuple) else item for item in items]
     places: dict[int, int] = {}
     for place, tensor in enumerate(tensors):
+        if not (tensor.is_leaf or tensor.retains_grad):
+            raise OPLoRAValueError(
+                f"oplora: parameter {place}, of shape {tuple(tensor.shape)}, was computed from others, so steps on it "
+                "would be lost. Pass what it was computed from."
+            )
         if (first := places.setdefault(id(tensor), place)) != place:
             raise OPLoRAValueError(
                 f"oplora: parameter {place}, of shape {tuple(tensor.shape)}, is parameter {first} once more (counted "
@@ -163,8 +168,10 @@ def _by_name(groups: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Any]], l
 
 def _layers_by_name(named: Iterable[tuple[str, Any]], adapter_name: str | None) -> list[PlainLayer]:
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    named = list(named)
+    pruned = {name.partition(".lora_E.")[0] for name, _ in named if ".lora_E." in name}  # AdaLoRA's, between the steps
     for name, tensor in named:
-        if (parsed := _parsed(name)) is None or adapter_name not in (None, parsed[1]):
+        if (parsed := _parsed(name)) is None or adapter_name not in (None, parsed[1]) or parsed[0] in pruned:
             continue
         layer, adapter, role = parsed
         held = found.setdefault((layer, adapter), {})

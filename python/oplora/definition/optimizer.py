@@ -449,6 +449,8 @@ def _load_generators(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) ->
         inner["param_groups"] = saved.get("inner", inner)["param_groups"]
     optimizer.generators.check_state(generators)
     optimizer.generators.load_state_dict(generators)
+    for generator in optimizer.generators:  # torch.distributed.checkpoint loses bases that were not there
+        generator.factors.adopt_edits(generator.factors.layer.parameters(), generator.generate)
     optimizer.inner.load_state_dict(inner)
     optimizer._has_stepped = bool(optimizer.inner.state)
     return {"state": {}, "param_groups": groups}

@@ -183,13 +183,11 @@ class LayerState:
     def entries(self) -> list["Entry"]:
         """What optimizer.state holds for each of the layer's tensors; what is not of their shapes lies with the first.
 
-        factor: the tensor itself, so that resuming restores its very bits. base: what it holds beyond what is
-        generated, and master: its value before rounding; either may be missing.
+        base: what the tensor holds beyond what is generated; master: its value before rounding. Either may be missing.
         """
         held = [Entry(some) for some in self.engine.state.of_tensors(self.index)]
-        parameters = self.factors.layer.parameters()
-        for entry, p, base, master in zip(held, parameters, self.factors.bases, self.masters, strict=True):
-            for name, tensor in (("factor", p.detach()), ("base", base), ("master", master)):
+        for entry, base, master in zip(held, self.factors.bases, self.masters, strict=True):
+            for name, tensor in (("base", base), ("master", master)):
                 if tensor is not None:
                     entry[name] = tensor
         held[0]["step"] = self.engine.numbers.steps[self.index]

@@ -28,28 +28,26 @@ class Plain:
         return (p for some in self.of_groups for p in some)
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self if p.grad is not None]
+        """Raises for sparse ones, which torch's AdamW would refuse when others have been stepped."""
+        gradients = [p.grad for p in self if p.grad is not None]
+        for gradient in gradients:
+            if gradient.layout != torch.strided:
+                raise OPLoRATypeError(
+                    f"oplora: the gradient of a parameter outside the adapters, of shape {tuple(gradient.shape)}, is "
+                    f"sparse ({gradient.layout}), which AdamW does not step. Build the embedding with sparse=False. "
+                    "Nothing was changed."
+                )
+        return gradients
 
     def nonfinite(self) -> list[str]:
-        gradients = self._dense()
+        gradients = self.gradients()
         if not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, float("inf")))).all()):
             return []
         return ["parameters outside the adapters (biases, modules_to_save)"]
 
-    def _dense(self) -> list[Tensor]:
-        """The gradients. Raises for sparse ones, which torch's AdamW refuses when others have been stepped."""
-        for p in self:
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise OPLoRATypeError(
-                    f"oplora: the gradient of a parameter outside the adapters, of shape {tuple(p.shape)}, is sparse "
-                    f"({p.grad.layout}), which AdamW does not step. Build the embedding with sparse=False. Nothing was "
-                    "changed."
-                )
-        return self.gradients()
-
     def verdict(self, device: torch.device) -> Tensor | None:
         """1 (int32) if a gradient is not finite, else 0; None if there is no gradient. Nothing waits for it."""
-        if not (gradients := self._dense()):
+        if not (gradients := self.gradients()):
             return None
         norms = [norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]
         finite = torch.stack([norm.to(device, non_blocking=True) for norm in norms]).isfinite().all()

@@ -36,7 +36,7 @@ class Resumable(torch.optim.Optimizer):
         self._is_consolidated, self._is_fresh = False, True
         self._refresh()
         self.register_state_dict_pre_hook(Resumable._before_saving)  # type: ignore[arg-type]
-        self.register_state_dict_post_hook(Resumable._plain_dicts)  # type: ignore[arg-type]
+        self.register_state_dict_post_hook(Resumable._complete_saved)  # type: ignore[arg-type]
 
     # ---- parameters and groups ----
 
@@ -99,7 +99,7 @@ class Resumable(torch.optim.Optimizer):
                 layer.reset()
                 continue
             for entry, theirs in zip(layer.entries(), put, strict=True):
-                entry.update({name: value for name, value in theirs.items() if name in entry and name != "factor"})
+                entry.update({name: value for name, value in theirs.items() if name in entry})
         self._publish()
 
     # ---- saving ----
@@ -131,11 +131,14 @@ class Resumable(torch.optim.Optimizer):
                 "to=None in every process, as torch.distributed.checkpoint wants it)."
             )
         self._refresh()
-        self._publish()  # a tensor may lie elsewhere now
 
-    def _plain_dicts(self, saved: dict[str, Any]) -> None:
-        """Makes them of the live ones, for torch.load(weights_only=True)."""
-        saved["state"] = {number: dict(entry) for number, entry in saved["state"].items()}
+    def _complete_saved(self, saved: dict[str, Any]) -> None:
+        """Adds the factors themselves, and makes plain dicts of the live ones, which torch.load(weights_only=True)
+        reads."""
+        numbers = self._numbers_of_tensors()
+        for parameter in self._stepper.listing.now():
+            if (number := numbers[id(parameter)]) in saved["state"]:
+                saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
 
     def _numbers_of_tensors(self) -> dict[int, int]:
         """What state_dict() calls each of them, by id."""
@@ -151,8 +154,7 @@ class Resumable(torch.optim.Optimizer):
         self._drop_consolidated()
         numbers, everything = self._numbers_of_tensors(), self._all()
         own = [p for layer in stepper.states for p in layer.factors.layer.parameters()]
-        self._publish()
-        share = {numbers[id(p)]: dict(self.state[p]) for p in own}
+        share = {numbers[id(p)]: {"factor": p.detach(), **self.state[p]} for p in own}
         gathered = stepper.shards.gather(share, to)
         if gathered is not None:
             self.state.update({everything[i]: entry for i, entry in gathered.items() if i not in share})

@@ -1,8 +1,9 @@
 """What is saved of the generators: checked before anything is changed, and put back; checkpoints of version 0.1 too.
 
 A state_dict is torch's: {"state": {number of a tensor: {...}}, "param_groups": [...]}. A generated tensor's dict is
-its engines.Entry, as plain tensors and numbers. Version 0.1 had the generators under a key of their own, by the layer's
-name.
+its engines.Entry, as plain tensors and numbers, and "factor", the tensor's own value, so that resuming restores its
+very bits. Without it, as torch.distributed.checkpoint flattens by what is in optimizer.state, the model's values are
+gone on from. Version 0.1 had the generators under a key of their own, by the layer's name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,9 @@ class Loaded:
 
 def without_gaps(entry: Any) -> Any:
     """torch.distributed.checkpoint, which has flattened an entry, puts an empty dict where nothing was saved."""
-    return {name: value for name, value in entry.items() if value != {}} if isinstance(entry, Mapping) else entry
+    if not isinstance(entry, Mapping):
+        return entry
+    return {name: value for name, value in entry.items() if not isinstance(value, Mapping) or value}
 
 
 # ---- checking ----
@@ -58,7 +61,7 @@ def check_names(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str
 def refuse_without_generators(saved: Mapping[str, Any]) -> None:
     """Raises for what another optimizer has saved."""
     entries = saved["state"].values() if isinstance(saved.get("state"), Mapping) else ()
-    if not any(isinstance(entry, Mapping) and "factor" in entry for entry in entries):
+    if not any(isinstance(entry, Mapping) and not KINDS.keys().isdisjoint(entry) for entry in entries):
         raise OPLoRAValueError(
             "oplora: this state_dict has no generators: it was saved by another optimizer. Load it there, or start "
             "anew with init='keep', which goes on from the adapter's present values."
@@ -74,7 +77,8 @@ def check_layers(layers: Sequence[LayerState], saved: Sequence[Sequence[Any]]) -
 
 def _check_layer(layer: LayerState, saved: Sequence[Any]) -> None:
     _check_kind(layer, saved)
-    shapes = [list(getattr(entry["factor"], "shape", ())) for entry in saved]
+    columns = next(key for key, kind in KINDS.items() if kind == layer.engine.state.KIND)
+    shapes = [list(getattr(entry[columns], "shape", ())[1:]) for entry in saved]
     if shapes != (mine := [list(shape) for shape in layer.factors.shapes]):
         raise OPLoRAValueError(
             f"oplora: the saved state of layer {layer.name} has shapes {shapes}, this optimizer {mine}. Build the "
@@ -89,18 +93,19 @@ def _check_layer(layer: LayerState, saved: Sequence[Any]) -> None:
                 f"oplora: the saved state of layer {layer.name} has {shown} {theirs}, this optimizer {ours}. Build "
                 "the adapter (r, rank_pattern) and the optimizer with the settings of the run that was saved."
             )
-    for own, entry in zip(entries, saved, strict=True):
+    for own, entry, shape in zip(entries, saved, layer.factors.shapes, strict=True):
         for name, value in own.items():
-            if isinstance(value, Tensor) and name not in ("factor", "base", "master", "step"):
+            if isinstance(value, Tensor) and name not in ("base", "master", "step"):
                 _check_like(f"{name} of layer {layer.name}", entry[name], value)
-        for name in ("base", "master"):
-            if entry.get(name) is not None and tuple(getattr(entry[name], "shape", (None,))) != entry["factor"].shape:
+        for name in ("factor", "base", "master"):
+            if name in entry and getattr(entry[name], "shape", None) != shape:
                 raise OPLoRAValueError(f"oplora: the saved {name} of layer {layer.name} is not of the tensor's shape.")
     _check_begun(layer, saved[0], entries[0])
 
 
 def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
     kind = layer.engine.state.KIND
+    factor = {"factor"} if any(isinstance(entry, dict) and "factor" in entry for entry in saved) else set[str]()
     for own, entry in zip(layer.entries(), saved, strict=True):
         if not isinstance(entry, dict):
             raise OPLoRAValueError(
@@ -115,7 +120,7 @@ def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
                 f"low rank. To resume, make the optimizer with state={theirs!r}. To go on with state={kind!r}, load "
                 "the saved adapter and start anew with init='keep': A and B keep their values, the moments begin at 0."
             )
-        wanted = own.keys() - {"base", "master"}
+        wanted = (own.keys() | factor) - {"base", "master"}
         if missing := wanted - entry.keys():
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} lacks {', '.join(sorted(missing))}; it is not of "
@@ -160,21 +165,26 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
     tie = layer.factors
     for own, entry in zip(layer.entries(), saved, strict=True):
         for name, value in own.items():
-            if isinstance(value, Tensor) and name not in ("factor", "base", "master"):
+            if isinstance(value, Tensor) and name not in ("base", "master"):
                 value.copy_(torch.as_tensor(entry[name]))
     layer.engine.state.take_settings(layer.index, saved[0])
     tie.bases = [
         None if (base := entry.get("base")) is None else base.to(tie.device, tie.dtype, copy=True).contiguous()
         for entry in saved
     ]
-    for i, (parameter, entry) in enumerate(zip(tie.layer.parameters(), saved, strict=True)):
-        factor, master = entry["factor"], entry.get("master")
+    parameters = tie.layer.parameters()
+    for i, (parameter, entry) in enumerate(zip(parameters, saved, strict=True)):
+        factor, master = entry.get("factor", parameter.detach()), entry.get("master")
         exact = factor if master is None else master  # also where the model was of another dtype then
         parameter.detach().copy_(factor if factor.dtype == parameter.dtype else exact)
         layer.masters[i] = None if layer.masters[i] is None else exact.to(tie.device, tie.dtype, copy=True)
     layer.is_fresh = int(layer.engine.numbers.steps[layer.index]) == 0
     tie.forget()
     layer.engine.forget(layer)
+    if layer.engine.state.KIND == "exact" and "factor" in saved[0]:
+        layer.engine.state.absorb(
+            layer, parameters
+        )  # a base that torch.distributed.checkpoint, with none here, left out
 
 
 # ---- version 0.1 ----
