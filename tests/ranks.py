@@ -15,18 +15,23 @@ WORLD = 2
 
 
 class Ranks:
-    """Two processes with the variables that torchrun sets; new ones after a call that raised in one of them."""
+    """Two processes with the variables that torchrun sets; new ones after a call that raised in one of them.
 
-    def __init__(self) -> None:
+    begin: what each does first; preload: modules that are imported once for all.
+    """
+
+    def __init__(self, begin: Callable[[], None], preload: tuple[str, ...] = ("peft",)) -> None:
+        self.begin, self.preload = begin, list(preload)
         self.start()
 
     def start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = free.getsockname()
-        context = get_context("forkserver")  # imports once what all processes need
-        context.set_forkserver_preload(["peft", "torch.distributed.checkpoint"])
-        self.processes = [ProcessPoolExecutor(1, context, _enter, (rank, *address)) for rank in range(WORLD)]
+        arguments = [(rank, *address, self.begin) for rank in range(WORLD)]
+        context = get_context("forkserver")
+        context.set_forkserver_preload(self.preload)
+        self.processes = [ProcessPoolExecutor(1, context, _enter, some) for some in arguments]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What the function returns on each rank."""
@@ -43,8 +48,18 @@ class Ranks:
             process.shutdown(wait, cancel_futures=True)
 
 
-def _enter(rank: int, host: str, port: int) -> None:
+def _enter(rank: int, host: str, port: int, begin: Callable[[], None]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))  # ends a rank's wait for one that has raised
+    begin()
+
+
+def join_group() -> None:
+    """The timeout ends a rank's wait for one that has raised."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+
+
+def leave_it_to_accelerate() -> None:
+    pass

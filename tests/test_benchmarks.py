@@ -121,8 +121,9 @@ def test_eager_holds_four_arrays():
 
 
 def test_oplora_holds_three_arrays_and_the_factors_gradients():
-    columns = 2 * 3 * (8 + 1)  # what each column owes to weight decay, and whether it moves
-    assert held("oplora exact") == 3 * 4 * sum(GENERATORS) + 4 * (32 + 16) + columns
+    columns = 2 * 3 * (2 * 8 + 1)  # what each column owes to the decay of either factor, and whether it moves
+    numbers = 2 * 7 * 8  # of each layer's step, its count among them
+    assert held("oplora exact") == 3 * 4 * sum(GENERATORS) + 4 * (32 + 16) + columns + numbers
 
 
 def test_plain_lora_holds_moments_and_gradients():

@@ -3,14 +3,9 @@
 A test hands a function of this module to both processes of a pair, and gets what each of them returns.
 """
 
-import os
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +18,7 @@ from accelerate.state import AcceleratorState, DistributedType
 from accelerate.utils import DataLoaderConfiguration, FullyShardedDataParallelPlugin, set_seed
 from conftest import assert_same_bits, batches
 from peft import LoraConfig, get_peft_model
+from ranks import WORLD, Ranks, join_group, leave_it_to_accelerate
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -35,8 +31,8 @@ from oplora.engines import memory
 from oplora.optim import refusals
 from oplora.watching.plot import Run
 
-WORLD = 2
 WIDTH = 12
+PRELOADED = ("accelerate", "peft", "torch.distributed.fsdp")
 Bits = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
 
@@ -47,57 +43,9 @@ whole_and_sharded = pytest.mark.parametrize("shard", [False, True], ids=["whole"
 # ---- two processes ----
 
 
-class Ranks:
-    """Two processes with the variables that torchrun sets; new ones after a call that raised in one of them."""
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self.begin = begin
-        self.start()
-
-    def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = free.getsockname()
-        arguments = [(rank, *address, self.begin) for rank in range(WORLD)]
-        context = get_context("forkserver")  # imports once what all processes need
-        context.set_forkserver_preload(["accelerate", "peft", "torch.distributed.fsdp"])
-        self.processes = [ProcessPoolExecutor(1, context, enter, some) for some in arguments]
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What the function returns on each rank."""
-        calls = [process.submit(function, *arguments) for process in self.processes]
-        try:
-            return [call.result(timeout=60) for call in calls]
-        except BaseException:
-            self.stop(wait=False)
-            self.start()
-            raise
-
-    def stop(self, *, wait: bool) -> None:
-        for process in self.processes:
-            process.shutdown(wait, cancel_futures=True)
-
-
-def enter(rank: int, host: str, port: int, begin: Callable[[], None]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
-    begin()
-
-
-def join_group() -> None:
-    """The timeout ends a rank's wait for one that has raised."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
-
-
-def leave_it_to_accelerate() -> None:
-    pass
-
-
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    pair = Ranks(join_group)
+    pair = Ranks(join_group, PRELOADED)
     yield pair
     pair.stop(wait=True)
 
@@ -105,7 +53,7 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def later_ranks() -> Iterator[Ranks]:
     """Processes that have seen nothing of what `ranks` did."""
-    pair = Ranks(leave_it_to_accelerate)
+    pair = Ranks(leave_it_to_accelerate, PRELOADED)
     yield pair
     pair.stop(wait=True)
 

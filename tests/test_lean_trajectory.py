@@ -125,7 +125,7 @@ def wide_model() -> nn.Module:
 @pytest.mark.parametrize("start", ["sign", "uniform"])
 def test_layer_that_is_spread_over_threads_equals_the_oracle(start: str) -> None:
     pair, random = Pair(model=wide_model().double(), hidden_width=8, latent_width=4, start=start), random_gradients(0)
-    assert pair.states[0].N > 2**17  # by which the core spreads a layer whatever its width
+    assert rows_of(pair.states[0]) > 2**17  # by which the core spreads a layer whatever its width
     for _ in range(3):
         for state in pair.states:
             set_gradient(state, random(state))
@@ -352,7 +352,7 @@ def test_smallest_layer_follows_the_oracle(r: int) -> None:
 def test_decay_so_strong_that_the_scale_vanishes_follows_the_oracle(decay: float) -> None:
     pair = Pair(lr=1e-3, weight_decay=decay / 1e-3)
     pair.train(170)
-    assert abs(pair.states[0].scalars[0]) < 1e-50
+    assert abs(pair.states[0].pieces()["scalars"][0]) < 1e-50
     assert pair.error() <= 1e-6
     assert all(state.pieces()["numbers"].isfinite().all() for state in pair.states)
 
@@ -404,7 +404,7 @@ def test_edit_is_kept_and_decays_as_the_bias_does() -> None:
         for pair in pairs:
             pair.optimizer.step()
     for edited, alone in zip(*(pair.states for pair in pairs), strict=True):
-        left = torch.full((edited.N,), 0.5 * (1 - 1e-2 * 2.0) ** 4, dtype=torch.float64)
+        left = torch.full((rows_of(edited),), 0.5 * (1 - 1e-2 * 2.0) ** 4, dtype=torch.float64)
         torch.testing.assert_close(values(edited) - values(alone), left, rtol=1e-12, atol=0)
 
 

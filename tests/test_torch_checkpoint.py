@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import assert_same_bits, batches, make_model
-from ranks import WORLD, Ranks
+from ranks import WORLD, Ranks, join_group
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -242,7 +242,7 @@ def test_checkpoint_of_the_other_state_is_refused_and_nothing_changed(ours: str)
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    pair = Ranks()
+    pair = Ranks(join_group, ("peft", "torch.distributed.checkpoint"))
     yield pair
     pair.stop(wait=True)
 

@@ -235,8 +235,8 @@ def test_accumulated_small_batches_step_as_one_large_batch(tmp_path: Path, state
         batch = {"per_device_train_batch_size": BATCH // parts, "gradient_accumulation_steps": parts}
         losses.append(run(make_trainer(tmp_path, model, handed, **batch)))
         adapters.append(factors(model))
-        state = handed["optimizers"][0].state_dict()["state"]
-        assert {int(entry["step"]) for entry in state.values() if "step" in entry} == {STEPS}
+        entries = handed["optimizers"][0].state_dict()["state"].values()
+        assert {int(entry["step"]) for entry in entries if "step" in entry} == {STEPS}
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # float32, whatever the model is
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-10, atol=1e-12)

@@ -46,7 +46,8 @@ class AdamW(Resumable):
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
-    graph, after a few that were not; lr as a tensor on the device is then read at every replay.
+    graph, after a few that were not; lr as a tensor on the device is then read at every replay (the ratio of preset
+    "flat" stays that of the lr which the tensor held first, as nobody reads it again).
 
     Args:
         params: a model with adapters, whose trainable parameters are all stepped; or, as torch's optimizers take them,
