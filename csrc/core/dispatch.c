@@ -41,8 +41,14 @@ static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uin
 #define SQRT(x) ((T)(sizeof(T) == sizeof(float) ? sqrtf((float)(x)) : (T)sqrt(x)))
 
 /* WIDE is the width of a register in bytes. WIDE_MULTIPLY: the 64-bit products of the low halves of 64-bit lanes, which
- * GCC does not see in (a & low) * b. */
+ * GCC does not see in (a & low) * b. NEIGHBOURS: the 64-bit lanes, each pair the other way round. */
+#ifdef __clang__
+#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLE(x, ...) __builtin_shuffle(x, (__typeof__(x)){__VA_ARGS__})
+#endif
 #define WIDE 16
+#define NEIGHBOURS(x) SHUFFLE(x, 1, 0)
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define WIDE_MULTIPLY(a, b) ((__typeof__(a))__builtin_ia32_pmuludq128((int32x4)(a), (int32x4)(b)))
 typedef int int32x4 __attribute__((vector_size(16)));
@@ -66,7 +72,9 @@ typedef int int32x16 __attribute__((vector_size(64)));
 #pragma GCC target("avx2")
 #endif
 #undef WIDE
+#undef NEIGHBOURS
 #define WIDE 32
+#define NEIGHBOURS(x) SHUFFLE(x, 1, 0, 3, 2)
 #ifndef __clang__
 #undef WIDE_MULTIPLY
 #define WIDE_MULTIPLY(a, b) ((__typeof__(a))__builtin_ia32_pmuludq256((int32x8)(a), (int32x8)(b)))
@@ -84,7 +92,9 @@ typedef int int32x16 __attribute__((vector_size(64)));
 #pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,prefer-vector-width=512")
 #endif
 #undef WIDE
+#undef NEIGHBOURS
 #define WIDE 64
+#define NEIGHBOURS(x) SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6)
 #ifndef __clang__
 #undef WIDE_MULTIPLY
 #define WIDE_MULTIPLY(a, b) \
@@ -120,7 +130,8 @@ typedef long long int64x8 __attribute__((vector_size(64)));
      lean_widen_##type##_##isa, \
      lean_round_##type##_##isa, \
      lean_reduce21_##type##_##isa, \
-     lean_update21_##type##_##isa}
+     lean_update21_##type##_##isa, \
+     hash_blocks_##type##_##isa}
 #ifdef HAVE_X86
 #define ROWS(type) {ROW(type, base), ROW(type, avx2), ROW(type, avx512)}
 #else

@@ -9,6 +9,8 @@
 #define OPLORA_TEMPLATE "dispatch.h"
 #include "each_type.h"
 
+#define OPLORA_KEY_STEP 0x9E3779B185EBCA87u /* between the keys of blocks that follow each other in a fingerprint */
+
 /* Calls fn over [0, n) on the caller's threads, in ranges of at least `grain`. */
 static inline oplora_status oplora_parallel(oplora_parallel_fn par, int64_t n, int64_t grain, oplora_range_fn fn,
                                             void *context) {
@@ -96,6 +98,7 @@ typedef struct {
                           TY(oplora_moment) *R, const T *g, const T *base, int64_t first, int64_t n,
                           const TY(lean_numbers) *numbers, const T *weight, const T *turn0, const T *turn1,
                           const T *turn_A, T *out);
+    void (*hash_blocks)(uint64_t *lanes, uint64_t *keys, const char *data, int64_t n);
 } TY(oplora_kernels);
 
 const TY(oplora_kernels) *TY(oplora_dispatch)(void);

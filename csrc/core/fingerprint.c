@@ -1,13 +1,10 @@
 /* fingerprint: a hash of a tensor's bytes, by which it is known that nobody wrote into it.
  *
- * A piece of PIECE bytes is hashed as XXH64 hashes (Collet, xxHash), in LANES lanes instead of four, so that multiplications
- * of several lanes are under way together: lane l takes the words l, l + LANES, ... with
- *
- *     lane = rotate(lane + word MULTIPLIER_2, 31) MULTIPLIER_1
- *
- * which is one to one in the lane and in the word: one byte that changes always changes the result, more of them with all
- * but certainty. What a piece, and then a tensor, is hashed to is made of its lanes (its pieces) in order in the same way.
- * Bytes are read once; pieces of all tensors are spread over the threads. */
+ * A piece of PIECE bytes goes through LANES lanes, word l of a block of 64 bytes through lane l (kernels.h, hash_blocks,
+ * after XXH3 by Collet): a product of the word's halves under a key of the block's place, and the word itself into the
+ * neighbour's lane. A word that changes alone always changes the result, more of them with all but certainty. What a
+ * piece, and then a tensor, is hashed to is made of its lanes (its pieces) in order. Bytes are read once, at the speed of
+ * memory; pieces of all tensors are spread over the threads. */
 #include "dispatch.h"
 #include "oplora_core.h"
 
@@ -19,11 +16,9 @@ static const uint64_t MULTIPLIER_3 = 0x165667B19E3779F9u, ADDEND = 0x85EBCA77C2B
 
 static uint64_t rotate(uint64_t x, int by) { return x << by | x >> (64 - by); }
 
-static inline uint64_t next(uint64_t lane, uint64_t word) {
-    return rotate(lane + word * MULTIPLIER_2, 31) * MULTIPLIER_1;
+static uint64_t merge(uint64_t hash, uint64_t part) {
+    return rotate(hash ^ rotate(part * MULTIPLIER_2, 31) * MULTIPLIER_1, 27) * MULTIPLIER_1 + ADDEND;
 }
-
-static uint64_t merge(uint64_t hash, uint64_t part) { return rotate(hash ^ next(0, part), 27) * MULTIPLIER_1 + ADDEND; }
 
 /* Every bit of x in every bit of the result. */
 static uint64_t spread(uint64_t x) {
@@ -32,23 +27,21 @@ static uint64_t spread(uint64_t x) {
     return x ^ x >> 32;
 }
 
-static void take_block(uint64_t lane[LANES], const char *block) {
-    uint64_t word[LANES];
-    memcpy(word, block, BLOCK);
-    for (int l = 0; l < LANES; l++) lane[l] = next(lane[l], word[l]);
-}
-
 static uint64_t hash_piece(const char *data, int64_t bytes) {
-    uint64_t lane[LANES], hash = (uint64_t)bytes;
-    int64_t at = 0;
-    for (int l = 0; l < LANES; l++) lane[l] = (uint64_t)(l + 1) * MULTIPLIER_3;
-    for (; at + BLOCK <= bytes; at += BLOCK) take_block(lane, data + at);
-    if (at < bytes) {
-        char rest[BLOCK] = {0};
-        memcpy(rest, data + at, (size_t)(bytes - at));
-        take_block(lane, rest);
+    const oplora_kernels_f32 *const kernels = oplora_dispatch_f32();
+    uint64_t lanes[LANES], keys[LANES], hash = (uint64_t)bytes;
+    const int64_t whole = bytes / BLOCK;
+    for (int l = 0; l < LANES; l++) {
+        lanes[l] = (uint64_t)(l + 1) * MULTIPLIER_3;
+        keys[l] = spread(lanes[l]);
     }
-    for (int l = 0; l < LANES; l++) hash = merge(hash, lane[l]);
+    kernels->hash_blocks(lanes, keys, data, whole);
+    if (whole * BLOCK < bytes) {
+        char rest[BLOCK] = {0};
+        memcpy(rest, data + whole * BLOCK, (size_t)(bytes - whole * BLOCK));
+        kernels->hash_blocks(lanes, keys, rest, 1);
+    }
+    for (int l = 0; l < LANES; l++) hash = merge(hash, lanes[l]);
     return hash;
 }
 

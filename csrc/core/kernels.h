@@ -460,6 +460,26 @@ static void FN(lean_update21)(T *U0, T *U1, TY(oplora_moment) *A, TY(oplora_mome
         FN(lean_update21_body)(U0, U1, A, m, S, R, g, NULL, first, n, a, weight, turn0, turn1, turn_A, out, 0);
 }
 
+/* Eight lanes of fingerprint.c over n blocks of 64 bytes, which take part under the keys of their places. The product is
+ * of the word's halves, scrambled by the key; the neighbour's word itself goes to each lane, so that a word that changes
+ * alone always shows. */
+static void FN(hash_blocks)(uint64_t *lanes, uint64_t *keys, const char *data, int64_t n) {
+    typedef uint64_t words __attribute__((vector_size(WIDE), aligned(1), may_alias));
+    enum { EACH = WIDE / 8 };
+    words lane[PIECES], key[PIECES];
+    memcpy(lane, lanes, 64);
+    memcpy(key, keys, 64);
+    for (int64_t i = 0; i < n; i++)
+#pragma GCC unroll 4
+        for (int q = 0; q < PIECES; q++) {
+            const words word = *(const words *)(data + 64 * i + WIDE * q), mixed = word ^ key[q];
+            lane[q] += WIDE_MULTIPLY(mixed, mixed >> 32) + NEIGHBOURS(word);
+            key[q] += OPLORA_KEY_STEP;
+        }
+    memcpy(lanes, lane, 64);
+    memcpy(keys, key, 64);
+}
+
 #undef PIECES
 #undef VECTOR
 #undef WIDENED
