@@ -10,7 +10,7 @@
 
 #include <string.h>
 
-enum { LANES = 8, BLOCK = 8 * LANES, PIECE = 1 << 18 };
+enum { LANES = 8, BLOCK = 8 * LANES, PIECE = 1 << 18, WAKING = 1 << 21 };
 static const uint64_t MULTIPLIER_1 = 0x9E3779B185EBCA87u, MULTIPLIER_2 = 0xC2B2AE3D27D4EB4Fu;
 static const uint64_t MULTIPLIER_3 = 0x165667B19E3779F9u, ADDEND = 0x85EBCA77C2B2AE63u;
 
@@ -99,8 +99,8 @@ oplora_status oplora_fingerprint(const oplora_bytes *tensors, int64_t n, uint64_
         j.first[i + 1] = j.first[i] + pieces_of(tensors[i].bytes);
         bytes += (double)tensors[i].bytes;
     }
-    /* small tensors by the handful: a thread is not woken for less than a piece */
-    const int64_t grain = 1 + (int64_t)(PIECE * (double)pieces / (bytes + 1));
+    /* by the handful: a thread is not woken for less than it takes to wake it */
+    const int64_t grain = 1 + (int64_t)(WAKING * (double)pieces / (bytes + 1));
     OPLORA_FORWARD(oplora_parallel(par, pieces, grain, hash_pieces, &j));
     for (int64_t i = 0; i < n; i++) {
         uint64_t hash = (uint64_t)tensors[i].bytes;
