@@ -317,31 +317,21 @@ def create_oplora_optimizer(
     optimizer.generators.backward() and step().
 
     Raises:
-        OPLoRAError: no model, no trainable adapter, arguments out of range, a class that cannot step the generators.
-            Nothing was changed.
+        OPLoRAError: no model or trainable adapter, arguments out of range, a class that cannot step the generators.
     """
-    if not isinstance(model, nn.Module):
-        raise OPLoRATypeError(
-            f"oplora.create_oplora_optimizer: expected the model itself, got {type(model).__name__}. Pass the PEFT "
-            "model, as in oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=0.1): the layers are found in it."
-        )
-    _refuse_texts(lr=lr, hidden_lr_ratio=hidden_lr_ratio, latent_std=latent_std, seed=seed, **optimizer_kwargs)
-    _check_rate("lr", lr)
-    if "weight_decay" in optimizer_kwargs:
-        _check_rate("weight_decay", optimizer_kwargs["weight_decay"])
-    chosen = preset_of(preset)
-    if hidden_lr_ratio is not None:
-        _check_rate("hidden_lr_ratio", hidden_lr_ratio)
-    _refuse_classes(optimizer_cls, lr=lr, **optimizer_kwargs)
-    generators = Generators(
+    _check_arguments(
         model,
-        hidden_width=hidden_width,
-        latent_width=latent_width,
+        optimizer_cls,
+        hidden_lr_ratio,
+        lr=lr,
         latent_std=latent_std,
-        init=chosen.init if init is None else init,
-        adapter_name=adapter_name,
         seed=seed,
+        optimizer_kwargs=optimizer_kwargs,
     )
+    chosen = preset_of(preset)
+    widths: dict[str, Any] = {"hidden_width": hidden_width, "latent_width": latent_width, "latent_std": latent_std}
+    init = chosen.init if init is None else init
+    generators = Generators(model, init=init, adapter_name=adapter_name, seed=seed, **widths)
     others = list(other_parameters(model, adapter_name))
     generated = [p for g in generators for p in g.factors.layer.with_twins(g.factors.layer.parameters())]
     return GeneratorOptimizer(
@@ -358,6 +348,23 @@ def create_oplora_optimizer(
 
 
 # ---- arguments ----
+
+
+def _check_arguments(
+    model: Any, optimizer_cls: Any, hidden_lr_ratio: Any, *, lr: Any, optimizer_kwargs: dict[str, Any], **numbers: Any
+) -> None:
+    """Raises before anything is written into the model."""
+    if not isinstance(model, nn.Module):
+        raise OPLoRATypeError(
+            f"oplora.create_oplora_optimizer: expected the model itself, got {type(model).__name__}. Pass the PEFT "
+            "model, as in oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=0.1): the layers are found in it."
+        )
+    _refuse_texts(lr=lr, hidden_lr_ratio=hidden_lr_ratio, **numbers, **optimizer_kwargs)
+    _check_rate("lr", lr)
+    for name, rate in (("weight_decay", optimizer_kwargs.get("weight_decay")), ("hidden_lr_ratio", hidden_lr_ratio)):
+        if rate is not None:
+            _check_rate(name, rate)
+    _refuse_classes(optimizer_cls, lr=lr, **optimizer_kwargs)
 
 
 def _refuse_texts(**numbers: Any) -> None:
