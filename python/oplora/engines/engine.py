@@ -250,6 +250,10 @@ class Batch:
         self.report: Tensor | None = None
         self.dh: Tensor | None = None  # dL/dh of all layers, if measured
 
+    def release(self) -> None:
+        """Lets go of the gradients, which zero_grad() is to free."""
+        self.gradients, self.sources = [], []
+
     def pick(self, of_factors: Sequence[Any]) -> Any:
         """Of a list with an item for each factor of the engine those of this batch."""
         return of_factors if self.is_whole else [of_factors[f] for f in self.factors]

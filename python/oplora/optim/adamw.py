@@ -166,8 +166,20 @@ class AdamW(Resumable):
                 loss = closure()
         if self._max_grad_norm is not None:
             self.clip_grad_norm_(self._max_grad_norm)
-        stepper = self._stepper
         batches = self._gather()
+        try:
+            if self._step(batches):
+                self._is_fresh = False
+                self._drop_consolidated()
+        finally:
+            self._clipped = None
+            for batch in batches:
+                batch.release()
+        return loss
+
+    def _step(self, batches: list[Batch]) -> bool:
+        """Whether it was done, or a device will see to it."""
+        stepper = self._stepper
         self._refuse_nothing(batches)
         reports = self._reports(batches)
         stepper.set_numbers(self._numbers())
@@ -178,13 +190,11 @@ class AdamW(Resumable):
         elif where := stepper.step_on_host(batches, reports):
             if not self.skip_nonfinite:
                 refuse_nonfinite(where)
-            return loss
+            return False
         else:
             stepper.plain.step(self.param_groups, self.state)
         stepper.share_factors()
-        self._clipped, self._is_fresh = None, False
-        self._drop_consolidated()
-        return loss
+        return True
 
     def _gather(self) -> list[Batch]:
         batches: list[Batch] = self._stepper.gather(self._refresh())
