@@ -1,10 +1,12 @@
 """What anybody may do to a torch optimizer, done to every optimizer that the package offers."""
 
 import copy
+import gc
 import io
 import math
 import pickle
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,25 @@ def through_a_file(state: Any) -> Any:
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
+
+
+# ---- memory ----
+
+
+@every
+@pytest.mark.parametrize("clip", [False, True], ids=["", "clipped"])
+@pytest.mark.parametrize("steps", [False, True], ids=["skipped", "stepped"])
+def test_gradients_are_freed_by_zero_grad(clip: bool, steps: bool, make: Make) -> None:
+    model, optimizer = begun(make, bias="all")
+    give_gradients(model)
+    gradients = [weakref.ref(p.grad) for p in trained(model).values()]
+    if clip and hasattr(optimizer, "clip_grad_norm_"):
+        optimizer.clip_grad_norm_(1e-3)
+    if steps:
+        optimizer.step()
+    optimizer.zero_grad()
+    gc.collect()
+    assert not any(gradient() is not None for gradient in gradients)
 
 
 # ---- state, where torch keeps it ----

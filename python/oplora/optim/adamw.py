@@ -254,6 +254,8 @@ class AdamW(Resumable):
             for batch, report in zip(batches, reports, strict=True):
                 batch.engine.state.scale(batch, report, scale.to(report.device, non_blocking=True))
         self._clipped = Clipped(batches, reports)
+        for batch in batches:
+            batch.release()
         return norm
 
     def _reports(self, batches: Sequence[Batch]) -> list[Tensor] | None:
@@ -262,6 +264,10 @@ class AdamW(Resumable):
             return self._clipped.reports
         self._stepper.precondition(batches)
         return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._clipped = None  # it holds gradients
+        super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_clipped": None}
