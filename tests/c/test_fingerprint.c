@@ -72,7 +72,8 @@ static void test_changes_of_all_numbers(void) {
 
 static void test_threads_and_neighbours_do_not_count(void) {
     static const oplora_parallel_fn splits[] = {NULL, split_in_sevens, split_backwards};
-    static const int64_t sizes[] = {LONGEST, 0, 1, 63, 64, 65, 1 << 18, (1 << 18) + 1, 300, 8, 2 << 18};
+    static const int64_t sizes[] = {LONGEST,       0,   1, 63,      64,      65,     1 << 18,
+                                    (1 << 18) + 1, 300, 8, 2 << 18, LONGEST, LONGEST};
     enum { COUNT = sizeof sizes / sizeof *sizes };
     oplora_bytes tensors[COUNT];
     uint64_t out[COUNT];
