@@ -248,7 +248,8 @@ class AdamW(Resumable):
         device = squares[0].device
         norm = torch.cat([square.view(-1).to(device, non_blocking=True) for square in squares]).sum().sqrt()
         scale = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
-        if device.type != "cpu" or float(scale) != 1.0:  # on a GPU reading it would wait
+        is_on_device = self._stepper.is_on_device or device.type != "cpu"  # where reading the scale would wait
+        if is_on_device or float(scale) != 1.0:
             factors = [p.grad for p in self._stepper.listing.generated() if p.grad is not None]
             scale_gradients([*factors, *others, *(g for batch in batches for g in batch.scaled())], scale)
             for batch, report in zip(batches, reports, strict=True):
