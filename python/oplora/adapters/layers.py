@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .tensors import PAIRS
 
-__all__ = ["AdaptedLayer", "Place", "PlainLayer", "check_layers", "check_parameter", "refuse_to_step"]
+__all__ = ["AdaptedLayer", "Place", "PlainLayer", "by_layer", "check_layers", "check_parameter", "refuse_to_step"]
 
 # Where a tensor is looked up: in a dict or list, by key; and whether what is there is a module, whose weight it is.
 Place = tuple[Any, Any, bool]
@@ -113,6 +113,15 @@ class PlainLayer(AdaptedLayer):
 
     def refuse_if_folded(self) -> None:
         pass
+
+
+def by_layer(layers: Sequence[AdaptedLayer], of_tensors: Sequence[Any]) -> list[list[Any]]:
+    """A list for each layer, of a list with an item for each of their tensors."""
+    pieces, begin = [], 0
+    for layer in layers:
+        pieces.append(list(of_tensors[begin : begin + len(layer.tensors)]))
+        begin += len(pieces[-1])
+    return pieces
 
 
 def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:

@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
-from operator import is_not
 from typing import Any, Final
 
 import torch
@@ -21,9 +20,11 @@ from torch import Tensor, nn
 from ..adapters import other_parameters, unwrapped
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from ..optim.groups import complete, rates_of
+from ..optim.listing import differ
 from ..optim.presets import Preset, preset_of
 from ..optim.refusals import Unstepped
 from ..optim.saved import without_gaps
+from ..optim.stepping import refuse_nonfinite
 from .generators import Generator, Generators
 
 __all__ = ["GeneratorOptimizer", "create_oplora_optimizer"]
@@ -186,7 +187,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
     def _list_factors(self) -> None:
         """Puts the factors into their group again, as PEFT may have replaced some."""
         group, factors = self.param_groups[0], self._factors()
-        if _are_others(group["params"], factors) and _are_others(group["params"], self._listed):
+        if differ(group["params"], factors) and differ(group["params"], self._listed):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
                 "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it, "
@@ -221,11 +222,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
 
     def _refuse_nonfinite(self, where: list[str]) -> bool:
         if where and not self.skip_nonfinite:
-            raise OPLoRARuntimeError(
-                f"oplora: the gradient of {where[0]} {f'and {len(where) - 1} more ' if len(where) > 1 else ''}"
-                "holds NaN or infinity. Nothing was changed: call zero_grad() and go on with the next batch, lower the "
-                "learning rate, or pass skip_nonfinite=True to skip such steps."
-            )
+            refuse_nonfinite(where)
         return bool(where)
 
     # ---- saving ----
@@ -420,10 +417,6 @@ def _refuse_classes(optimizer_cls: Any, **arguments: Any) -> None:
 
 def _differs(some: Any, other: Any) -> bool:
     return some is not other and (isinstance(some, Tensor) or isinstance(other, Tensor) or some != other)
-
-
-def _are_others(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
-    return len(some) != len(others) or any(map(is_not, some, others))
 
 
 # ---- saved states ----

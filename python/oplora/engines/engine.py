@@ -6,6 +6,7 @@ device (host.py, device.py: how a step runs there).
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import accumulate
 from operator import attrgetter, is_not
 from types import NoneType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import by_layer
 from .factors import Factors
 from .settings import Settings
 from .written import marks
@@ -242,7 +244,7 @@ class Batch:
         self.sizes = engine.state.sizes[list(indices)].contiguous()
         self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
-        self.begins = dict(zip(indices, (sum(self.report_sizes[:k]) for k in range(len(indices))), strict=True))
+        self.begins = dict(zip(indices, accumulate(self.report_sizes, initial=0), strict=False))
         self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
@@ -251,8 +253,8 @@ class Batch:
         self.dh: Tensor | None = None  # dL/dh of all layers, if measured
 
     def release(self) -> None:
-        """Lets go of the gradients, which zero_grad() is to free."""
-        self.gradients, self.sources = [], []
+        """Lets go of the gradients, which zero_grad() is to free, and of tensors that may be replaced."""
+        self.parameters, self.gradients, self.sources = [], [], []
 
     def pick(self, of_factors: Sequence[Any]) -> Any:
         """Of a list with an item for each factor of the engine those of this batch."""
@@ -260,11 +262,7 @@ class Batch:
 
     def by_state(self, of_factors: Sequence[Any]) -> list[list[Any]]:
         """A list for each layer, of a list with an item for each factor of this batch."""
-        pieces, begin = [], 0
-        for state in self.states:
-            pieces.append(list(of_factors[begin : begin + len(state.factors.shapes)]))
-            begin += len(pieces[-1])
-        return pieces
+        return by_layer([state.factors.layer for state in self.states], of_factors)
 
     def bases(self) -> list[Tensor | None]:
         """A base or None for each factor; none at all where none has one."""
@@ -345,8 +343,7 @@ class Engine(ABC):
         self.forget_reports()
 
     def by_layer(self, of_factors: Sequence[Any]) -> list[list[Any]]:
-        first = self.first_factor
-        return [list(of_factors[first[i] : first[i + 1]]) for i in range(len(self.states))]
+        return by_layer([state.factors.layer for state in self.states], of_factors)
 
     def batch(self, parameters: list[nn.Parameter]) -> Batch | None:
         """The layers that have gradients, with these; edits of their factors are still to be absorbed."""

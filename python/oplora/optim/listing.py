@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import AdaptedLayer, check_layers
+from ..adapters import AdaptedLayer, by_layer, check_layers
 from ..errors import OPLoRARuntimeError
 
-__all__ = ["Listing"]
+__all__ = ["Listing", "differ"]
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -39,11 +39,7 @@ class Listing:
 
     def by_layer(self, own: Sequence[Any]) -> list[list[Any]]:
         """A list a layer, of a list with an item a tensor."""
-        pieces, begin = [], 0
-        for layer in self.layers:
-            pieces.append(list(own[begin : begin + len(layer.tensors)]))
-            begin += len(pieces[-1])
-        return pieces
+        return by_layer(self.layers, own)
 
     def any_folded(self) -> bool:
         """Whether a layer is merged into its base, or switched off."""
@@ -53,9 +49,9 @@ class Listing:
         """Whether a tensor, or what a group holds, is another than at the last update()."""
         known = self._known
         return (
-            _differ(own, known)
+            differ(own, known)
             or len(groups) != len(self._groups)
-            or any(_differ(group["params"], held) for group, held in zip(groups, self._groups, strict=True))
+            or any(differ(group["params"], held) for group, held in zip(groups, self._groups, strict=True))
         )
 
     def update(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
@@ -78,7 +74,7 @@ class Listing:
                 "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
                 "keep the adapter out of it."
             )
-        if _differ(own, self._known):
+        if differ(own, self._known):
             check_layers(self.layers)
         self._known, self._groups = own, [list(group["params"]) for group in groups]
         return replaced
@@ -98,5 +94,5 @@ class Listing:
         return self._with_twins(self._known)
 
 
-def _differ(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
+def differ(some: Sequence[nn.Parameter], others: Sequence[nn.Parameter]) -> bool:
     return len(some) != len(others) or any(map(is_not, some, others))

@@ -65,8 +65,7 @@ class Resumable(torch.optim.Optimizer):
             for old in [p for p in self.state if id(p) in replaced]:
                 self.state[replaced[id(old)]] = self.state.pop(old)
             stepper.plain.hold(stepper.listing.others())
-            for g in set(stepper.listing.group_of(own)):
-                complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
+            self._complete_groups(own)
             self._forget()
             stepper.assign(len(self.param_groups), own)
             self._publish()
@@ -74,6 +73,11 @@ class Resumable(torch.optim.Optimizer):
         if not held or not all(held) or any(map(is_not, held, self._entries.values())):
             self._take_entries()
         return own
+
+    def _complete_groups(self, own: list[nn.Parameter]) -> None:
+        """What a group has beyond torch's if something in it is generated."""
+        for g in set(self._stepper.listing.group_of(own)):
+            complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
 
     def _forget(self) -> None:
         """Groups, tensors or their state are other ones: what is known of them is to be found out again."""
@@ -119,8 +123,7 @@ class Resumable(torch.optim.Optimizer):
         for layer in self._stepper.states:
             load_layer(layer, [loaded[p] for p in layer.factors.layer.parameters()])
         self._forget()
-        for g in set(self._stepper.listing.group_of(self._stepper.listing.now())):
-            complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
+        self._complete_groups(self._stepper.listing.now())
         self._publish()
 
     def _before_saving(self) -> None:

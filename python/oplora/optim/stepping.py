@@ -97,7 +97,7 @@ class Stepper:
         """The layers that have gradients, by engine; edits of their factors are absorbed on the way."""
         held = [self.of_engine(i, own) for i in range(len(self.engines))]
         changed = [engine.has_changed(some) for engine, some in zip(self.engines, held, strict=True)]
-        if any(changed) and self._have_moved(own):
+        if any(changed) and self._have_moved(held):
             self._follow(own)
             held = [self.of_engine(i, own) for i in range(len(self.engines))]
             changed = [True] * len(held)
@@ -120,11 +120,11 @@ class Stepper:
             engine.stale = []
         return stale
 
-    def _have_moved(self, own: list[nn.Parameter]) -> bool:
+    def _have_moved(self, held: Sequence[list[nn.Parameter]]) -> bool:
         """Whether factors are on another device than their generators were made for."""
         return any(
-            self.of_engine(i, own)[f].device != engine.placed
-            for i, engine in enumerate(self.engines)
+            some[f].device != engine.placed
+            for engine, some in zip(self.engines, held, strict=True)
             for f in engine.first_factor[:-1]
         )
 
