@@ -131,6 +131,8 @@ typedef long long int64x8 __attribute__((vector_size(64)));
      lean_round_##type##_##isa, \
      lean_reduce21_##type##_##isa, \
      lean_update21_##type##_##isa, \
+     rate_direction_##type##_##isa, \
+     rate_update_##type##_##isa, \
      hash_blocks_##type##_##isa}
 #ifdef HAVE_X86
 #define ROWS(type) {ROW(type, base), ROW(type, avx2), ROW(type, avx512)}

@@ -74,6 +74,12 @@ typedef struct {
     uint32_t key;
 } TY(lean_numbers);
 
+/* One step's numbers for a factor in adamw_rate.c: rate = eta, average = c, rate_of_average = eta (1 - beta1 (1 - c)),
+ * inverse_root = 1 / sqrt(1 - beta2^t). */
+typedef struct {
+    T beta2, beta2_rest, inverse_root, eps, weight_decay, rate, average, rate_of_average;
+} TY(oplora_rate_numbers);
+
 typedef struct {
     const char *name;
     void (*axpy)(const T *const *column, const T *h, int64_t count, T *restrict v, int64_t n);
@@ -98,6 +104,8 @@ typedef struct {
                           TY(oplora_moment) *R, const T *g, const T *base, int64_t first, int64_t n,
                           const TY(lean_numbers) *numbers, const T *weight, const T *turn0, const T *turn1,
                           const T *turn_A, T *out);
+    void (*rate_direction)(const T *g, const T *s, int64_t n, const TY(oplora_rate_numbers) *numbers, T *u);
+    void (*rate_update)(T *p, T *v, T *s, const T *g, int64_t n, const TY(oplora_rate_numbers) *numbers);
     void (*hash_blocks)(uint64_t *lanes, uint64_t *keys, const char *data, int64_t n);
 } TY(oplora_kernels);
 

@@ -116,19 +116,20 @@ typedef struct {
 /* One factor tensor (lora_A or lora_B): its entries are the next `rows` rows of W2. `g` is its gradient, `base`
  * (or NULL) a kept start: the factor becomes base + v. Its rows of c2 move at the rate `lr`, those of W2 at lr
  * weight_ratio, and both shrink by lr weight_decay a step. Lean state makes W2's start anew at every step, and needs to
- * know whether these rows are `random`: the i-th such factor of a layer is the i-th range of oplora_start. */
+ * know whether these rows are `random`: the i-th such factor of a layer is the i-th range of oplora_start. State rate
+ * `listens` to some of the factors. */
 typedef struct {
     int64_t rows;
     const float *g, *base;
     float *out;
-    int random;
+    int random, listens;
     double lr, weight_decay;
 } oplora_factor_f32;
 typedef struct {
     int64_t rows;
     const double *g, *base;
     double *out;
-    int random;
+    int random, listens;
     double lr, weight_decay;
 } oplora_factor_f64;
 
@@ -260,6 +261,50 @@ oplora_status oplora_lean_measure_f64(const oplora_lean_f64 *layers, int64_t n_l
 oplora_status oplora_lean_step_f32(const oplora_lean_f32 *layers, int64_t n_layers, int measured, void *workspace,
                                    oplora_parallel_fn par);
 oplora_status oplora_lean_step_f64(const oplora_lean_f64 *layers, int64_t n_layers, int measured, void *workspace,
+                                   oplora_parallel_fn par);
+
+/* ---- adamw_rate.c: one hidden unit for all layers, which learns their rate; the factors are averages ---- */
+
+/* One layer of N entries. `generated` is v, `exp_avg_sq` the second moment of its gradient. A factor `out` is in- and
+ * output, and moves at the rate `rate` times its lr; `base` (or NULL, for zero) is where a factor that `listens` started.
+ * Of adamw, weight_ratio and hidden_lr mean nothing here.
+ *
+ * report (OPLORA_RATE_REPORT numbers) is filled by a measurement:
+ *     [0] ||g||^2   [1] how many entries of g are NaN or infinite
+ *     [2] <g, v - base> and [3] <g, u> over the factors that listen, u being the step's direction at rate 1 */
+enum { OPLORA_RATE_REPORT = 4 };
+typedef struct {
+    int64_t N;
+    float *generated, *exp_avg_sq;
+    const oplora_factor_f32 *factors;
+    int64_t n_factors;
+    oplora_adamw adamw;
+    double rate, *report;
+} oplora_rate_f32;
+typedef struct {
+    int64_t N;
+    double *generated, *exp_avg_sq;
+    const oplora_factor_f64 *factors;
+    int64_t n_factors;
+    oplora_adamw adamw;
+    double rate, *report;
+} oplora_rate_f64;
+
+/* Bytes of scratch, aligned for double, that the calls below need for these layers; -1 for what they would refuse. */
+int64_t oplora_rate_workspace_bytes_f32(const oplora_rate_f32 *layers, int64_t n_layers);
+int64_t oplora_rate_workspace_bytes_f64(const oplora_rate_f64 *layers, int64_t n_layers);
+
+/* Fills the reports and changes nothing else: the caller finds the rate by them. A gradient with NaN or infinity in any
+ * layer is OPLORA_ENONFINITE. */
+oplora_status oplora_rate_measure_f32(const oplora_rate_f32 *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par);
+oplora_status oplora_rate_measure_f64(const oplora_rate_f64 *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par);
+
+/* One step of all layers, whose reports must have been measured. Where one tells of NaN or infinity nothing is changed. */
+oplora_status oplora_rate_step_f32(const oplora_rate_f32 *layers, int64_t n_layers, void *workspace,
+                                   oplora_parallel_fn par);
+oplora_status oplora_rate_step_f64(const oplora_rate_f64 *layers, int64_t n_layers, void *workspace,
                                    oplora_parallel_fn par);
 
 /* ---- merge.c: W <- W + scaling B A on a checkpoint's own numbers ---- */

@@ -28,6 +28,7 @@ template <class T> struct core;
     template <> struct core<type> { \
         using exact = oplora_exact_##suffix; \
         using lean = oplora_lean_##suffix; \
+        using rate = oplora_rate_##suffix; \
         using moment = oplora_moment_##suffix; \
         using factor = oplora_factor_##suffix; \
         static constexpr ScalarType dtype = suffix##_dtype; \
@@ -42,6 +43,9 @@ template <class T> struct core;
         static constexpr auto lean_workspace_bytes = oplora_lean_workspace_bytes_##suffix; \
         static constexpr auto lean_measure = oplora_lean_measure_##suffix; \
         static constexpr auto lean_step = oplora_lean_step_##suffix; \
+        static constexpr auto rate_workspace_bytes = oplora_rate_workspace_bytes_##suffix; \
+        static constexpr auto rate_measure = oplora_rate_measure_##suffix; \
+        static constexpr auto rate_step = oplora_rate_step_##suffix; \
     }
 constexpr ScalarType f32_dtype = ScalarType::Float, f64_dtype = ScalarType::Double;
 constexpr ScalarType f32_moment_dtype = ScalarType::BFloat16, f64_moment_dtype = ScalarType::Double;
@@ -159,6 +163,13 @@ inline int64_t report_size(const oplora_exact_f32 &layer) { return oplora_exact_
 inline int64_t report_size(const oplora_exact_f64 &layer) { return oplora_exact_report_size(layer.H); }
 inline int64_t report_size(const oplora_lean_f32 &) { return OPLORA_LEAN_REPORT; }
 inline int64_t report_size(const oplora_lean_f64 &) { return OPLORA_LEAN_REPORT; }
+inline int64_t report_size(const oplora_rate_f32 &) { return OPLORA_RATE_REPORT; }
+inline int64_t report_size(const oplora_rate_f64 &) { return OPLORA_RATE_REPORT; }
+
+// Whether H, Z and N of a layer are sizes of a generator; state rate has neither H nor Z.
+template <class Layer> bool has_sizes(const Layer &layer) { return oplora_size(layer.H, layer.Z, layer.N) > 0; }
+inline bool has_sizes(const oplora_rate_f32 &layer) { return layer.N > 0; }
+inline bool has_sizes(const oplora_rate_f64 &layer) { return layer.N > 0; }
 
 // The core's structs for a list of tensors, checked; `layers` points into `factors`.
 template <class T, class Layer> struct Layers {
@@ -167,13 +178,11 @@ template <class T, class Layer> struct Layers {
     const char *op;
     Place place;
 
-    // H and Z are the first columns of sizes, `n_factors` is the one with a layer's number of factors
+    // `n_factors` is the column of sizes with a layer's number of factors
     Layers(const char *op, Place place, const Table &sizes, int n_factors)
         : layers(static_cast<size_t>(sizes.count)), op(op), place(place) {
         int64_t sum = 0;
         for (size_t i = 0; i < layers.size(); i++) {
-            layers[i].H = sizes[i][0];
-            layers[i].Z = sizes[i][1];
             layers[i].n_factors = sizes[i][n_factors];
             STD_TORCH_CHECK(layers[i].n_factors >= 1 && layers[i].n_factors < (int64_t{1} << 32), "oplora::", op,
                             ": a layer needs a factor");
@@ -195,8 +204,8 @@ template <class T, class Layer> struct Layers {
                 layer.N += factors[f].rows = tensors[f].numel();
                 STD_TORCH_CHECK(factors[f].rows > 0, "oplora::", op, ": a factor is empty");
             }
-            STD_TORCH_CHECK(oplora_size(layer.H, layer.Z, layer.N) > 0, "oplora::", op,
-                            ": H, Z and N must be at least 1, are ", layer.H, ", ", layer.Z, ", ", layer.N);
+            STD_TORCH_CHECK(has_sizes(layer), "oplora::", op,
+                            ": H, Z and N must be at least 1, and their products fit");
         }
     }
 
@@ -306,7 +315,10 @@ template <class T> struct ExactLayers : Layers<T, typename core<T>::exact> {
     const Table sizes;
 
     ExactLayers(const char *op, const Table &sizes, Place place)
-        : Layers<T, typename core<T>::exact>(op, place, sizes, 2), sizes(sizes) {}
+        : Layers<T, typename core<T>::exact>(op, place, sizes, 2), sizes(sizes) {
+        for (size_t i = 0; i < this->layers.size(); i++)
+            this->layers[i].H = sizes[i][0], this->layers[i].Z = sizes[i][1];
+    }
 
     template <class Set> void set_numbers(const char *name, const Tensor &t, Set set) {
         check(this->op, name, t, core<T>::dtype, t.numel(), this->place);
@@ -376,12 +388,61 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
             auto &layer = this->layers[i];
             STD_TORCH_CHECK(n[4] == 0 || n[4] == 1, "oplora::", op, ": start must be 0 or 1, is ", n[4]);
             STD_TORCH_CHECK(n[5] >= 0 && n[5] <= UINT32_MAX, "oplora::", op, ": no layer has number ", n[5]);
-            layer.weight_rank = n[2], layer.moment_rank = n[3];
+            layer.H = n[0], layer.Z = n[1], layer.weight_rank = n[2], layer.moment_rank = n[3];
             layer.start = n[4] ? OPLORA_SIGN : OPLORA_UNIFORM;
             layer.layer = static_cast<uint32_t>(n[5]);
             layer.seed = static_cast<uint64_t>(n[10]);
         }
     }
+};
+
+template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
+    // factors, where the layer begins in `generated` and `exp_avg_sq`
+    enum { SIZES = 2, FOUND = 6 };
+
+    RateLayers(const char *op, const Tensor &sizes, Place place = {})
+        : RateLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
+
+    void set_state(const Tensor &generated, const Tensor &exp_avg_sq) {
+        check(this->op, "generated", generated, core<T>::dtype, generated.numel(), this->place);
+        check(this->op, "exp_avg_sq", exp_avg_sq, core<T>::dtype, generated.numel(), this->place);
+        for (size_t i = 0; i < this->layers.size(); i++) {
+            auto &layer = this->layers[i];
+            STD_TORCH_CHECK(fits(sizes[i][1], layer.N, generated.numel()), "oplora::", this->op,
+                            ": a layer does not lie within generated");
+            layer.generated = out<T>(generated) + sizes[i][1];
+            layer.exp_avg_sq = out<T>(exp_avg_sq) + sizes[i][1];
+        }
+    }
+
+    void set_starts(const OptionalTensors &bases, const Tensor &listens) {
+        check(this->op, "listens", listens, ScalarType::Long, static_cast<int64_t>(this->factors.size()));
+        STD_TORCH_CHECK(bases.empty() || bases.size() == this->factors.size(), "oplora::", this->op,
+                        ": a base (or None) a factor is needed");
+        for (size_t f = 0; f < this->factors.size(); f++) {
+            auto &factor = this->factors[f];
+            factor.listens = in<int64_t>(listens)[f] != 0;
+            if (bases.empty() || !bases[f]) continue;
+            check(this->op, "a base", *bases[f], core<T>::dtype, factor.rows, this->place);
+            factor.base = in<T>(*bases[f]);
+        }
+    }
+
+    // The first number of `found` (engines/rate.py): what every factor's lr is multiplied by.
+    void set_rate(const Tensor &found) {
+        check(this->op, "found", found, ScalarType::Double, FOUND, this->place);
+        for (auto &layer : this->layers) layer.rate = *in<double>(found);
+    }
+
+    std::unique_ptr<void, Free> scratch() const {
+        return workspace(this->op, core<T>::rate_workspace_bytes(this->layers.data(), this->count()));
+    }
+
+  private:
+    const Table sizes;
+
+    RateLayers(const char *op, const Table &sizes, Place place)
+        : Layers<T, typename core<T>::rate>(op, place, sizes, 0), sizes(sizes) {}
 };
 
 } // namespace

@@ -152,6 +152,46 @@ bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scal
     });
 }
 
+bool rate_measure_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors grads, OptionalTensors bases,
+                   const Tensor &sizes, const Tensor &listens, const Tensor &adamw, const Tensor &rates,
+                   const Tensor &rows, const Tensor &report) {
+    return for_dtype("rate_measure_", generated, [&](auto type) {
+        using T = decltype(type);
+        RateLayers<T> layers("rate_measure_", sizes);
+        layers.set_rows(grads);
+        layers.set_state(generated, exp_avg_sq);
+        layers.set_gradients(grads);
+        layers.set_starts(bases, listens);
+        layers.set_report(report);
+        layers.set_adamw(adamw, rates, layers.rows_of(adamw, rates, rows));
+        const auto memory = layers.scratch();
+        return finite(layers.op,
+                      core<T>::rate_measure(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
+    });
+}
+
+bool rate_step_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors factors, Tensors grads, const Tensor &sizes,
+                const Tensor &adamw, const Tensor &rates, const Tensor &rows, const Tensor &report,
+                const Tensor &found) {
+    return for_dtype("rate_step_", generated, [&](auto type) {
+        using T = decltype(type);
+        RateLayers<T> layers("rate_step_", sizes);
+        layers.set_rows(factors);
+        layers.set_state(generated, exp_avg_sq);
+        layers.set_factors(factors, {});
+        layers.set_gradients(grads);
+        layers.set_report(report);
+        layers.set_rate(found);
+        const Table of_layers = layers.rows_of(adamw, rates, rows);
+        layers.set_adamw(adamw, rates, of_layers);
+        const auto memory = layers.scratch();
+        const bool done = finite(
+            layers.op, core<T>::rate_step(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
+        if (done) layers.count_steps(adamw, of_layers);
+        return done;
+    });
+}
+
 // ---- fingerprint ----
 
 // One that is not contiguous is copied first: in the order of its elements.
@@ -189,6 +229,10 @@ STABLE_TORCH_LIBRARY(oplora, m) {
     m.def("lean_step_(Tensor(a!) numbers, Tensor(b!) moments, Tensor(c!) scalars, Tensor(d!)[] factors, "
           "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor random, Tensor(f!) adamw, Tensor rates, Tensor rows, "
           "Tensor(e!) report, Tensor? dh) -> bool");
+    m.def("rate_measure_(Tensor generated, Tensor exp_avg_sq, Tensor[] grads, Tensor?[] bases, Tensor sizes, "
+          "Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
+    m.def("rate_step_(Tensor(a!) generated, Tensor(b!) exp_avg_sq, Tensor(c!)[] factors, Tensor[] grads, Tensor sizes, "
+          "Tensor(d!) adamw, Tensor rates, Tensor rows, Tensor report, Tensor found) -> bool");
     m.def("fingerprint(Tensor[] tensors) -> Tensor");
 }
 
@@ -201,6 +245,8 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
     m.impl("lean_start_", TORCH_BOX(&lean_start_));
     m.impl("lean_measure_", TORCH_BOX(&lean_measure_));
     m.impl("lean_step_", TORCH_BOX(&lean_step_));
+    m.impl("rate_measure_", TORCH_BOX(&rate_measure_));
+    m.impl("rate_step_", TORCH_BOX(&rate_step_));
 }
 
 // no tensor at all tells no device

@@ -1,4 +1,4 @@
-"""How generators step: what is kept of them (lean, exact), and where the step runs (host, device)."""
+"""How generators step: what is kept of them (lean, exact, rate), and where the step runs (host, device)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,26 @@ from .factors import Factors, keep_starts, warn_adopted
 from .host import HostEngine, StagedEngine
 from .lean import Lean
 from .memory import refuse_more_than_memory
+from .rate import FOUND, Rate, find_rate
 from .saved_0_1 import entries_of_0_1
 from .settings import Settings, weight_ratio
 from .sharding import Shards
 from .written import Written
 
 __all__ = [
+    "FOUND",
     "Batch",
     "DeviceEngine",
     "Engine",
     "Factors",
     "LayerState",
+    "Rate",
     "Recipe",
     "Settings",
     "Shards",
     "Written",
     "entries_of_0_1",
+    "find_rate",
     "keep_starts",
     "warn_adopted",
 ]
@@ -54,16 +58,23 @@ class Recipe:
         return [self._engine(some) for some in by_kind.values()]
 
     def _engine(self, ties: Sequence[Factors]) -> Engine:
-        lean, first = self.kind == "lean", ties[0]
-        state = Lean(ties, self.settings, self.ranks) if lean else Exact(ties, self.settings)
+        first, state = ties[0], self._state(ties)
         if runs_on_device(first.device):
             made: type[Engine] = DeviceEngine
         else:
             made = StagedEngine if runs_on_device(first.placed) else HostEngine
         return made(state, ties, weight_ratio(self.settings.hidden_width))
 
+    def _state(self, ties: Sequence[Factors]) -> Lean | Exact | Rate:
+        if self.kind == "rate":
+            return Rate(ties, self.settings)
+        return Lean(ties, self.settings, self.ranks) if self.kind == "lean" else Exact(ties, self.settings)
+
     def _refuse_more_than_memory(self, ties: Sequence[Factors]) -> None:
-        if self.kind == "lean":
+        if self.kind == "rate":
+            needed = [(tie.device, Rate.bytes_needed(tie)) for tie in ties]
+            advice = "Preset 'auto' takes 8 bytes a factor entry: lower the rank r"
+        elif self.kind == "lean":
             needed = [(tie.device, Lean.bytes_needed(tie, self.settings, self.ranks)) for tie in ties]
             d, k = self.ranks
             advice = f"State 'lean' takes {4 * d + 2 * k + 6} bytes a factor entry: lower the rank r"

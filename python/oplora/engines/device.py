@@ -15,6 +15,7 @@ from .engine import Batch, Engine, LayerState, State
 from .exact import Exact
 from .factors import Factors
 from .lean import Lean
+from .rate import Rate
 
 __all__ = ["DeviceEngine"]
 
@@ -39,7 +40,7 @@ class Plan:
 class DeviceEngine(Engine):
     """Generators and factors on one GPU."""
 
-    state: Lean | Exact
+    state: Lean | Exact | Rate
     looks_for_edits = False
 
     def __init__(self, state: State, ties: Sequence[Factors], weight_ratio: float) -> None:
@@ -75,6 +76,8 @@ class DeviceEngine(Engine):
         return new
 
     def generate(self, state: LayerState) -> list[Tensor]:
+        if isinstance(self.state, Rate):
+            return [piece["generated"].clone() for piece in self.state.of_tensors(state.index)]
         batch = Batch(self, (state.index,))
         self._new_numbers(batch)
         v = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in state.factors.shapes]

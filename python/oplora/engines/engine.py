@@ -30,6 +30,8 @@ class State(ABC):
 
     KIND: str
     KEYS: tuple[str, ...]
+    IS_LINEAR = True  # whether a report of scaled gradients can be made from that of the gradients
+    DOUBTS = True  # whether values of which nobody knows who wrote them have to be looked into
     settings: Settings
     sizes: Tensor  # int64, a row a layer, as the ops of this state want them
 
@@ -78,13 +80,22 @@ class State(ABC):
         """Whether a step has to know of values that somebody else wrote into the factors: where they are an output
         alone. Where they are an input too, whatever they hold is what the step goes on from."""
 
-    @abstractmethod
-    def begin_masters(self, state: "LayerState", v: Sequence[Tensor]) -> None:
-        """For factors of another dtype, which have just been written from v, what was rounded."""
+    def begin(self, state: "LayerState") -> None:
+        """Ties the factors to a new generator: each keeps its value, or takes what is generated."""
+        v = state.engine.generate(state)
+        state.factors.begin(v, state.factors.kept)
+        self.begin_masters(state, v)
 
-    @abstractmethod
+    def begin_masters(self, state: "LayerState", v: Sequence[Tensor]) -> None:  # noqa: B027
+        """For factors of another dtype, which have just been written from v, what was rounded, if it is kept."""
+
     def make_masters(self, state: "LayerState", parameters: Sequence[nn.Parameter]) -> None:
         """For factors of another dtype than the generator's what steps add to, if the state goes on from factors."""
+        for i, parameter in enumerate(parameters):
+            if parameter.dtype == state.factors.dtype:  # also after the model was moved back
+                state.masters[i] = None
+            elif state.masters[i] is None:
+                state.masters[i] = parameter.detach().to(state.factors.dtype)
 
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
@@ -99,13 +110,18 @@ class Numbers:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
         self.adamw[:, 0] = weight_ratio
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
-        self._groups = torch.zeros(0)
+        self._groups = torch.zeros(0, 7)
         self._known: list[list[float | None]] = []
 
     @property
     def steps(self) -> Tensor:
         """That each layer has done."""
         return self.adamw.view(torch.int64)[:, 6]
+
+    @property
+    def highest_lr(self) -> Tensor:
+        """Of all groups."""
+        return self._groups[:, 0].amax()
 
     def assign(self, of_layers: Sequence[int], of_factors: Sequence[int], n_groups: int) -> None:
         """Which group's numbers every layer and every factor has."""
@@ -388,8 +404,10 @@ class Engine(ABC):
             now = marks(batch.parameters)
             if now == known:
                 return []
-            changed = [a != b for a, b in zip(known, now, strict=True)]
-            touched = [any(some) for some in batch.by_state(changed)]
+            doubts = self.state.DOUBTS
+            changed = [a != b and (doubts or a is not None) for a, b in zip(known, now, strict=True)]
+            of_states = zip(batch.states, batch.by_state(changed), strict=True)
+            touched = [any(some) or state.is_fresh for state, some in of_states]
         elif not any(state.is_fresh for state in batch.states):
             return []
         else:
@@ -430,11 +448,9 @@ class Engine(ABC):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Ties the factors to new generators: each keeps its value, or takes what is generated."""
+        """Ties the factors to new generators."""
         for state in self.states:
-            v = self.generate(state)
-            state.factors.begin(v, state.factors.kept)
-            self.state.begin_masters(state, v)
+            self.state.begin(state)
         self.look([p for state in self.states for p in state.factors.layer.parameters()])
 
     @abstractmethod

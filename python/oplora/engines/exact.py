@@ -155,9 +155,6 @@ class Exact(State):
     def watches(self, engine: Engine) -> bool:
         return True
 
-    def begin_masters(self, state: LayerState, v: Sequence[Tensor]) -> None:
-        """None, as below."""
-
     def make_masters(self, state: LayerState, parameters: Sequence[nn.Parameter]) -> None:
         """None: what a step writes is made from W2 and c2, whatever the factors hold."""
 

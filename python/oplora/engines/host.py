@@ -9,6 +9,7 @@ from torch import Tensor
 from .engine import Batch, Engine, LayerState
 from .exact import Exact
 from .lean import Lean
+from .rate import Rate
 from .staging import Staging
 
 __all__ = ["HostEngine", "StagedEngine"]
@@ -17,9 +18,11 @@ __all__ = ["HostEngine", "StagedEngine"]
 class HostEngine(Engine):
     """Generators and factors on the CPU."""
 
-    state: Lean | Exact
+    state: Lean | Exact | Rate
 
     def generate(self, state: LayerState) -> list[Tensor]:
+        if isinstance(self.state, Rate):
+            return [piece["generated"].clone() for piece in self.state.of_tensors(state.index)]
         v = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in state.factors.shapes]
         if isinstance(self.state, Lean):
             self.state.start(state.index, v)

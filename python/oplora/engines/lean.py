@@ -210,13 +210,6 @@ class Lean(State):
             if parameter.dtype != state.factors.dtype and not kept:
                 state.masters[i] = v[i]
 
-    def make_masters(self, state: LayerState, parameters: Sequence[nn.Parameter]) -> None:
-        for i, parameter in enumerate(parameters):
-            if parameter.dtype == state.factors.dtype:  # also after the model was moved back
-                state.masters[i] = None
-            elif state.masters[i] is None:
-                state.masters[i] = parameter.detach().to(state.factors.dtype)
-
     def absorb(self, state: LayerState, parameters: list[nn.Parameter]) -> bool:
         """What a factor holds is what the next step goes on from, so only masters have to follow it; before the first
         step also the bases, as when DistributedDataParallel writes rank 0's start into the replicas."""

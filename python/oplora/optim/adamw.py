@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import find, require_pairs
-from ..engines import Batch, Recipe, Settings
+from ..engines import Batch
 from .clipping import Clipped, scale_gradients
 from .groups import (
     check_defaults,
@@ -16,14 +16,13 @@ from .groups import (
     refuse_numbers,
     refuse_options,
     seen,
+    shares_of,
 )
-from .presets import preset_of
+from .presets import preset_of, recipe_of
 from .refusals import (
-    W2_STARTS,
     Unstepped,
     check_generator_device,
     check_positive,
-    check_state,
     refuse_foreign_adapter,
     refuse_mixed,
 )
@@ -99,39 +98,56 @@ class AdamW(Resumable):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | Tensor | None = None,
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        hidden_width: int = 32,
-        latent_width: int = 128,
-        latent_std: float = 0.01,
-        preset: str = "paper",
+        preset: str | None = None,
+        hidden_width: int | None = None,
+        latent_width: int | None = None,
+        latent_std: float | None = None,
         hidden_lr_ratio: float | None = None,
-        state: str = "lean",
+        state: str | None = None,
         start: str | None = None,
-        weight_rank: int = 2,
-        moment_rank: int = 1,
+        weight_rank: int | None = None,
+        moment_rank: int | None = None,
         init: str | None = None,
         precondition: float | None = None,
         max_grad_norm: float | None = None,
         shard: bool = False,
         adapter_name: str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         skip_nonfinite: bool = False,
         generator_device: str | torch.device | None = None,
         **options: Any,
     ) -> None:
         refuse_options(options)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        of_generators = {
+            "hidden_width": hidden_width,
+            "latent_width": latent_width,
+            "latent_std": latent_std,
+            "hidden_lr_ratio": hidden_lr_ratio,
+            "state": state,
+            "start": start,
+            "weight_rank": weight_rank,
+            "moment_rank": moment_rank,
+            "init": init,
+            "precondition": precondition,
+            "seed": seed,
+            "generator_device": generator_device,
+        }
+        chosen = preset_of(preset, of_generators)
+        defaults = {
+            "lr": chosen.lr if lr is None else lr,
+            "betas": chosen.betas if betas is None else betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         check_defaults(defaults, hidden_lr_ratio)
-        check_state(state, weight_rank, moment_rank)
         check_positive(precondition=precondition, max_grad_norm=max_grad_norm)
-        chosen = preset_of(preset)
-        w2_start = W2_STARTS[state] if start is None else start
-        settings = Settings(hidden_width, latent_width, latent_std, seed, w2_start)
-        elsewhere = check_generator_device(generator_device, state)
+        recipe = recipe_of(chosen, of_generators)
+        elsewhere = check_generator_device(generator_device, recipe.kind)
         found = find(params, adapter_name)
         if precondition is not None:
             require_pairs(found.layers)
@@ -142,7 +158,6 @@ class AdamW(Resumable):
         self._max_grad_norm, self.skip_nonfinite, self._model = max_grad_norm, skip_nonfinite, found.model
         self._clipped: Clipped | None = None
         self._given: Any = None  # the groups' numbers when they were last checked
-        recipe = Recipe(settings, state, (weight_rank, moment_rank))
         init = chosen.init if init is None else init
         stepper = Stepper(found.layers, recipe, init=init, shard=shard, delta=precondition, elsewhere=elsewhere)
         self._begin(stepper, chosen, hidden_lr_ratio)
@@ -182,19 +197,28 @@ class AdamW(Resumable):
         stepper = self._stepper
         self._refuse_nothing(batches)
         reports = self._reports(batches)
-        stepper.set_numbers(self._numbers())
+        numbers = self._numbers()
+        stepper.set_numbers(numbers)
         if stepper.is_on_device:
             self._tell_refusals()
             verdict = stepper.step_on_device(batches, reports)
-            stepper.plain.step_on_device(self.param_groups, self.state, verdict)
+            stepper.plain.step_on_device(self._plain_groups(numbers), self.state, verdict)
         elif where := stepper.step_on_host(batches, reports):
             if not self.skip_nonfinite:
                 refuse_nonfinite(where)
             return False
         else:
-            stepper.plain.step(self.param_groups, self.state)
+            stepper.plain.step(self._plain_groups(numbers), self.state)
         stepper.share_factors()
         return True
+
+    def _plain_groups(self, numbers: Sequence[Any]) -> Sequence[dict[str, Any]]:
+        """The groups as plain AdamW steps them: at the rate that was found, where one is."""
+        if not self._preset.finds_rate or not any(True for _ in self._stepper.plain):
+            return self.param_groups
+        rate: Any = self._stepper.found[0]
+        rate = rate.float() if self._stepper.is_on_device else float(rate)
+        return [{**group, "lr": share * rate} for group, (share, *_) in zip(self.param_groups, numbers, strict=True)]
 
     def _gather(self) -> list[Batch]:
         batches: list[Batch] = self._stepper.gather(self._refresh())
@@ -225,6 +249,8 @@ class AdamW(Resumable):
             refuse_numbers(self.param_groups)
             refuse_mixed(self._stepper.layers, self.param_groups)
             self._given = given
+        if self._preset.finds_rate:
+            return list(shares_of(self.param_groups))
         return [numbers_of(group, self._preset) for group in self.param_groups]
 
     @torch.no_grad()
@@ -280,6 +306,11 @@ class AdamW(Resumable):
         entries, plain = sum(p.numel() for p in tensors), sum(1 for p in self._stepper.plain if p.requires_grad)
         begun = any(not all(state.factors.kept) for state in self._stepper.states)
         written = "; A is what the generators start with, not what it was before (init='paper')" if begun else ""
+        if self._preset.finds_rate:
+            return (
+                f"{len(self._stepper.layers)} generators (preset auto, one hidden unit for all) behind {len(tensors)} "
+                f"tensors of {entries:,} entries; {plain} other parameters"
+            )
         return (
             f"{len(self._stepper.layers)} generators (state {recipe.kind}, hidden_width "
             f"{recipe.settings.hidden_width}, preset "

@@ -18,7 +18,9 @@ class Clipped:
         self._dh = [batch.dh for batch in batches]
         self.reports = reports
         # of 16 bits the gradients were rounded when they were scaled, so they are measured again
-        self._is_exact = all(source.element_size() > 2 for batch in batches for source in batch.sources)
+        self._is_exact = all(source.element_size() > 2 for batch in batches for source in batch.sources) and all(
+            batch.engine.state.IS_LINEAR for batch in batches
+        )
         self._written = [Written() for _ in batches]
         for written, batch in zip(self._written, batches, strict=True):
             written.remember(batch.sources)

@@ -2,6 +2,7 @@
 
 A group in which something is generated has two numbers more than torch.optim.AdamW's: `hidden_lr_ratio`, the rate of z,
 W1 and c1 over lr, and, where a preset chose it, `peak_lr`, the highest lr so far, of which the preset makes it anew.
+Under preset "auto" it has `peak_lr` alone, the highest lr of all groups so far: a group's lr is a share of it.
 """
 
 import math
@@ -22,6 +23,7 @@ __all__ = [
     "refuse_numbers",
     "refuse_options",
     "seen",
+    "shares_of",
     "with_names",
 ]
 
@@ -83,6 +85,9 @@ def check_defaults(defaults: dict[str, Any], hidden_lr_ratio: float | None) -> N
 
 def complete(group: dict[str, Any], preset: Preset, hidden_lr_ratio: float | None) -> None:
     """Adds what a group lacks in which something is generated. A ratio that was given has no peak."""
+    if preset.hidden_lr_ratio is None:
+        group.setdefault("peak_lr", 0.0)
+        return
     if hidden_lr_ratio is not None:
         group.setdefault("hidden_lr_ratio", hidden_lr_ratio)
     if "hidden_lr_ratio" not in group:
@@ -98,12 +103,13 @@ def rates_of(group: dict[str, Any], preset: Preset) -> tuple[float | Tensor, flo
     somebody else has set stays.
     """
     lr, ratio = group["lr"], group.get("hidden_lr_ratio", 0.0)
+    rule = preset.hidden_lr_ratio
     is_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     if not is_on_device:
         lr = float(lr)
         if "peak_lr" in group and lr > (peak := group["peak_lr"]):
-            if ratio == preset.hidden_lr_ratio(peak):
-                ratio = group["hidden_lr_ratio"] = preset.hidden_lr_ratio(lr)
+            if rule is not None and ratio == rule(peak):
+                ratio = group["hidden_lr_ratio"] = rule(lr)
             group["peak_lr"] = lr
     return lr, lr * ratio
 
@@ -112,6 +118,24 @@ def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
     """lr, weight_decay, hidden_lr, beta1, beta2, eps of a step now."""
     (lr, hidden_lr), (beta1, beta2) = rates_of(group, preset), group["betas"]
     return lr, float(group["weight_decay"]), hidden_lr, float(beta1), float(beta2), float(group["eps"])
+
+
+def shares_of(groups: Sequence[dict[str, Any]]) -> list[GroupNumbers]:
+    """As numbers_of where the rate is found: lr is a share of the highest so far, so that a schedule's course and the
+    groups' ratios matter, and its size does not. A warm-up is all at the highest: the search has one of its own."""
+    on_device = [isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
+    known = max((float(g.get("peak_lr", 0.0)) for g in groups), default=0.0)
+    # one on a device is read once
+    now = [float(g["lr"]) for g, is_there in zip(groups, on_device, strict=True) if not is_there or known == 0.0]
+    peak = max([known, *now])
+    numbers: list[GroupNumbers] = []
+    for group in groups:
+        group["peak_lr"] = peak
+        share = group["lr"] / peak if peak > 0 else 0.0
+        beta1, beta2 = group["betas"]
+        share = share if isinstance(share, Tensor) and share.device.type != "cpu" else float(share)
+        numbers.append((share, float(group["weight_decay"]), 0.0, float(beta1), float(beta2), float(group["eps"])))
+    return numbers
 
 
 def seen(group: dict[str, Any]) -> list[Any]:

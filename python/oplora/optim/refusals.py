@@ -13,27 +13,15 @@ from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
 from ..kernels import require_kernels, runs_on_device
 
 __all__ = [
-    "W2_STARTS",
     "Unstepped",
     "check_generator_device",
     "check_positive",
-    "check_state",
     "refuse_devices",
     "refuse_foreign_adapter",
     "refuse_mixed",
 ]
 
 _requires_grad = attrgetter("requires_grad")
-
-W2_STARTS = {"lean": "sign", "exact": "uniform"}  # of W2, by state, unless the user says otherwise
-
-
-def check_state(state: str, weight_rank: int, moment_rank: int) -> None:
-    if state not in W2_STARTS:
-        raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, W2_STARTS))}.")
-    for name, rank in (("weight_rank", weight_rank), ("moment_rank", moment_rank)):
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= 8:
-            raise OPLoRAValueError(f"oplora.AdamW: {name} is {rank!r}, expected a whole number from 1 to 8.")
 
 
 def check_positive(**numbers: float | None) -> None:

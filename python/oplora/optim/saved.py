@@ -27,9 +27,10 @@ __all__ = [
     "without_gaps",
 ]
 
-KINDS = {"weight_change": "lean", "weight": "exact"}  # by a key that only the one has
+KINDS = {"weight_change": "lean", "weight": "exact", "generated": "rate"}  # by a key that only the one has
+MADE_WITH = {"lean": "state='lean'", "exact": "state='exact'", "rate": "preset='auto'"}  # an optimizer of each kind
 SETTINGS = ("hidden_width", "latent_width", "weight_rank", "moment_rank", "sign")
-BEGUN = {"seed": (-(1 << 63), 1 << 64), "layer": (0, 1 << 32), "random": (0, 1 << 62)}
+BEGUN = {"listens": (1, 1 << 62), "seed": (-(1 << 63), 1 << 64), "layer": (0, 1 << 32), "random": (0, 1 << 62)}
 
 
 class Loaded:
@@ -78,7 +79,8 @@ def check_layers(layers: Sequence[LayerState], saved: Sequence[Sequence[Any]]) -
 def _check_layer(layer: LayerState, saved: Sequence[Any]) -> None:
     _check_kind(layer, saved)
     columns = next(key for key, kind in KINDS.items() if kind == layer.engine.state.KIND)
-    shapes = [list(getattr(entry[columns], "shape", ())[1:]) for entry in saved]
+    first = 0 if columns == "generated" else 1  # of a row factor's dimensions: the columns
+    shapes = [list(getattr(entry[columns], "shape", ())[first:]) for entry in saved]
     if shapes != (mine := [list(shape) for shape in layer.factors.shapes]):
         raise OPLoRAValueError(
             f"oplora: the saved state of layer {layer.name} has shapes {shapes}, this optimizer {mine}. Build the "
@@ -110,21 +112,22 @@ def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
         if not isinstance(entry, dict):
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} is a {type(entry).__name__}; it is not of "
-                f"state={kind!r}."
+                f"{MADE_WITH[kind]}."
             )
         theirs = next((KINDS[key] for key in KINDS if key in entry), None)
         if theirs not in (None, kind):
             raise OPLoRAValueError(
-                f"oplora: the saved state of layer {layer.name} is of state={theirs!r}, this optimizer's is "
-                f"{kind!r}. Neither is made into the other: a W2 trained whole is no seeded start and a change of "
-                f"low rank. To resume, make the optimizer with state={theirs!r}. To go on with state={kind!r}, load "
-                "the saved adapter and start anew with init='keep': A and B keep their values, the moments begin at 0."
+                f"oplora: the saved state of layer {layer.name} is of an optimizer with {MADE_WITH[theirs]}, this one "
+                f"has {MADE_WITH[kind]}. Neither is made into the other: a W2 trained whole is no seeded start and a "
+                f"change of low rank, and neither is an average. To resume, make the optimizer with "
+                f"{MADE_WITH[theirs]}. To go on with {MADE_WITH[kind]}, load the saved adapter and start anew (with "
+                "init='keep', but for preset 'auto'): A and B keep their values, the moments begin at 0."
             )
         wanted = (own.keys() | factor) - {"base", "master"}
         if missing := wanted - entry.keys():
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} lacks {', '.join(sorted(missing))}; it is not of "
-                f"state={kind!r}."
+                f"an optimizer with {MADE_WITH[kind]}."
             )
 
 

@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdaptedLayer, precondition_gradients, refuse_to_step
-from ..engines import Batch, DeviceEngine, Engine, Factors, LayerState, Recipe, Shards, keep_starts, warn_adopted
+from ..engines import (
+    Batch,
+    DeviceEngine,
+    Engine,
+    Factors,
+    LayerState,
+    Rate,
+    Recipe,
+    Shards,
+    find_rate,
+    keep_starts,
+    warn_adopted,
+)
 from ..errors import OPLoRARuntimeError
 from .listing import Listing
 from .plain import Plain
@@ -68,6 +80,17 @@ class Stepper:
     @property
     def is_on_device(self) -> bool:
         return isinstance(self.engines[0], DeviceEngine)
+
+    @property
+    def finds_rate(self) -> bool:
+        return self.recipe.kind == "rate"
+
+    @property
+    def found(self) -> Tensor:
+        """What is known of the rate; engines.FOUND names the numbers."""
+        state = self.engines[0].state
+        assert isinstance(state, Rate)
+        return state.found
 
     @property
     def device(self) -> torch.device:
@@ -154,12 +177,14 @@ class Stepper:
         """Whose gradient holds NaN or infinity; nothing was stepped then."""
         where = self.plain.nonfinite()
         # several dtypes or processes: none may step before the gradients of all are known to be finite
-        if reports is None and (len(batches) > 1 or self.shards is not None):
+        if reports is None and (len(batches) > 1 or self.shards is not None or self.finds_rate):
             reports = [batch.engine.measure(batch) for batch in batches]
         if reports is not None:
             where += [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
         if where := self._agreed(where):
             return where
+        if reports is not None and self.finds_rate:
+            self._find_rate(batches, reports, None)
         for i, batch in enumerate(batches):
             done, report = batch.engine.step(batch, None if reports is None else reports[i])
             if not done:
@@ -174,7 +199,7 @@ class Stepper:
         veto = self.plain.verdict(self.engines[0].device)
         engines = [batch.engine for batch in batches if isinstance(batch.engine, DeviceEngine)]
         # several devices or processes: none may step before the gradients of all are known to be finite
-        if len(batches) > 1 or self.shards is not None:
+        if len(batches) > 1 or self.shards is not None or self.finds_rate:
             reports = [batch.engine.measure(batch) for batch in batches] if reports is None else reports
             found = [engine.verdict[:1] for engine in engines] + ([] if veto is None else [veto])
             found = found or [torch.zeros(1, dtype=torch.int32, device=self.engines[0].device)]
@@ -183,10 +208,27 @@ class Stepper:
                 self.shards.any_refuses(veto)
                 if not batches and isinstance(first := self.engines[0], DeviceEngine):
                     first.count_refusal(veto)  # nothing is launched here that would
+            if self.finds_rate:
+                self._find_rate(batches, reports, veto)
         for engine, batch in zip(engines, batches, strict=True):
             on_device = None if veto is None else veto.to(engine.device, non_blocking=True)
             engine.launch(batch, reports is not None, on_device)
         return engines[0].verdict[:1] if engines else veto
+
+    def _find_rate(self, batches: Sequence[Batch], reports: Sequence[Tensor], refused: Tensor | None) -> None:
+        """By what the gradients of all layers tell, in the model's order, for any number of engines and processes."""
+        heard = torch.zeros(len(self.layers), 2, dtype=torch.float64, device=self.engines[0].device)
+        for batch, report in zip(batches, reports, strict=True):
+            assert isinstance(batch.engine.state, Rate)
+            positions = [state.factors.position for state in batch.states]
+            heard[positions] = batch.engine.state.heard(batch, report).to(heard.device, non_blocking=True)
+        if self.shards is not None:
+            self.shards.sum(heard)
+        signal, scale = heard.sum(0).unbind()
+        for engine in self.engines:
+            assert isinstance(engine.state, Rate)
+            on_device = None if refused is None else refused.to(engine.device)
+            find_rate(engine.state.found, signal.to(engine.device), scale.to(engine.device), on_device)
 
     def refusals(self) -> tuple[int, list[str]]:
         """How many steps devices have refused since the last call, as far as they have told, and whose gradient it

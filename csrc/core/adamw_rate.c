@@ -1,0 +1,222 @@
+/* adamw_rate: AdamW with one hidden unit for all layers, which learns the rate of them all; the factors are averages.
+ *
+ * Every generator is v = start + W2 h with one h for the model (docs/rate.md). AdamW on W2 moves v by h lr u, whatever h
+ * is, with u the gradient over the root of its second moment. So h is a learning rate, and its own gradient, in the scale
+ * of h, is <g, v - start>. For every entry of a factor p, its gradient g and the generated v,
+ *
+ *     s' = beta2 s + (1 - beta2) g^2,  u = g / (sqrt(s' / (1 - beta2^t)) + eps) + weight_decay p
+ *     v' = v - eta u,                  eta = rate lr
+ *     x' = (1 - c) x + c v',           c = 9 / (t + 8):  the average that weighs the latest ninth of all steps most
+ *     p' = (1 - beta1) v' + beta1 x'
+ *
+ * of which x, being (p - (1 - beta1) v) / beta1, is not kept: p' = p + c (v - p) - eta (1 - beta1 (1 - c)) u.
+ *
+ * Two passes. The first reads g, and of the factors that are listened to v and s: ||g||^2, what is not finite,
+ * <g, v - start> and <g, u>, from which the caller finds the rate. The second reads g and moves p, v and s: 28 bytes an
+ * entry (float), 4 to 12 in the first. Work is cut into tasks of CHUNK rows of one factor; sums over tasks run in order,
+ * so nothing depends on who does a task. */
+#ifndef T
+
+#include "dispatch.h"
+#include "workspace.h"
+
+#include <math.h>
+
+enum {
+    CHUNK = 2048, /* rows of a task: its u stays in the first-level cache */
+    GRAIN = 16,   /* tasks that a thread is woken for */
+    SUMS = OPLORA_RATE_REPORT
+};
+static const double AVERAGED = 8; /* c = (AVERAGED + 1) / (t + AVERAGED) */
+
+static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
+
+#define OPLORA_TEMPLATE "adamw_rate.c"
+#include "each_type.h"
+
+#else
+
+/* A factor's place in the list of tasks. */
+typedef struct {
+    int64_t first_task, layer, factor, row;
+} TY(span);
+
+typedef struct {
+    const TY(oplora_rate) *layers;
+    TY(span) *spans;                  /* n_spans, and one behind the last */
+    TY(oplora_rate_numbers) *numbers; /* of every span */
+    double *partial;                  /* (tasks, SUMS) */
+    int64_t n_spans, tasks;
+} TY(job);
+
+/* ---- what is where ---- */
+
+static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) {
+    OPLORA_RETURN_IF(n_layers < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(n_layers > 0 && !layers, OPLORA_ENULL);
+    for (const TY(oplora_rate) *l = layers; l < layers + n_layers; l++) {
+        int64_t rows = 0;
+        OPLORA_RETURN_IF(l->n_factors < 1 || l->N < 1, OPLORA_ESIZE);
+        OPLORA_RETURN_IF(!l->factors || !l->generated || !l->exp_avg_sq || !l->report, OPLORA_ENULL);
+        OPLORA_RETURN_IF(!oplora_adamw_is_valid(&l->adamw) || !isfinite(l->rate), OPLORA_EVALUE);
+        for (int64_t f = 0; f < l->n_factors; f++) {
+            const TY(oplora_factor) *const factor = &l->factors[f];
+            OPLORA_RETURN_IF(factor->rows < 1 || factor->rows > l->N - rows, OPLORA_ESIZE);
+            OPLORA_RETURN_IF(!factor->g, OPLORA_ENULL);
+            OPLORA_RETURN_IF(!(isfinite(factor->lr) && isfinite(factor->weight_decay)), OPLORA_EVALUE);
+            rows += factor->rows;
+        }
+        OPLORA_RETURN_IF(rows != l->N, OPLORA_ESIZE);
+    }
+    return OPLORA_OK;
+}
+
+static TY(oplora_rate_numbers) TY(numbers_of)(const TY(oplora_rate) *l, const TY(oplora_factor) *factor) {
+    const oplora_adamw *const a = &l->adamw;
+    const double eta = l->rate * factor->lr, c = (AVERAGED + 1) / ((double)a->step + AVERAGED);
+    return (TY(oplora_rate_numbers)){.beta2 = (T)a->beta2,
+                                     .beta2_rest = (T)(1 - a->beta2),
+                                     .inverse_root = (T)(1 / sqrt(1 - pow(a->beta2, (double)a->step))),
+                                     .eps = (T)a->eps,
+                                     .weight_decay = (T)factor->weight_decay,
+                                     .rate = (T)eta,
+                                     .average = (T)c,
+                                     .rate_of_average = (T)(eta * (1 - a->beta1 * (1 - c)))};
+}
+
+/* Lays the job out in the workspace; the same walk counts its bytes. */
+static TY(job) TY(plan)(const TY(oplora_rate) *layers, int64_t n_layers, arena *a) {
+    TY(job) job = {.layers = layers};
+    for (int64_t i = 0; i < n_layers; i++) job.n_spans += layers[i].n_factors;
+    job.spans = take(a, job.n_spans + 1, sizeof(TY(span)));
+    job.numbers = take(a, job.n_spans, sizeof(TY(oplora_rate_numbers)));
+    int64_t s = 0;
+    for (int64_t i = 0; i < n_layers; i++)
+        for (int64_t f = 0, row = 0; f < layers[i].n_factors; row += layers[i].factors[f++].rows, s++) {
+            if (a->memory) {
+                job.spans[s] = (TY(span)){job.tasks, i, f, row};
+                job.numbers[s] = TY(numbers_of)(&layers[i], &layers[i].factors[f]);
+            }
+            job.tasks += chunks(layers[i].factors[f].rows);
+        }
+    if (a->memory) job.spans[s].first_task = job.tasks;
+    job.partial = take(a, job.tasks, SUMS * sizeof(double));
+    return job;
+}
+
+int64_t TY(oplora_rate_workspace_bytes)(const TY(oplora_rate) *layers, int64_t n_layers) {
+    arena a = {NULL, 0};
+    if (TY(check)(layers, n_layers) != OPLORA_OK) return -1;
+    TY(plan)(layers, n_layers, &a);
+    return a.used;
+}
+
+/* The span that a task belongs to. */
+static int64_t TY(find_span)(const TY(job) *job, int64_t task) {
+    int64_t low = 0, high = job->n_spans;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (job->spans[middle].first_task <= task)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* ---- the first pass ---- */
+
+static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
+    const TY(oplora_kernels) *const k = TY(oplora_dispatch)();
+    const TY(span) *const span = &job->spans[s];
+    const TY(oplora_rate) *const l = &job->layers[span->layer];
+    const TY(oplora_factor) *const factor = &l->factors[span->factor];
+    const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, n = left < CHUNK ? left : CHUNK;
+    const T *const g = factor->g + at, *const v = l->generated + span->row + at;
+    double *const sums = job->partial + SUMS * task;
+    int64_t nonfinite;
+    T u[CHUNK];
+    sums[0] = k->square_sum(g, n, &nonfinite);
+    sums[1] = (double)nonfinite;
+    sums[2] = sums[3] = 0;
+    if (!factor->listens) return;
+    sums[2] = k->dot_double(g, v, n);
+    if (factor->base) sums[2] -= k->dot_double(g, factor->base + at, n);
+    k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->numbers[s], u);
+    sums[3] = k->dot_double(g, u, n);
+}
+
+#define TASK_RANGE(name, call) \
+    static void TY(name)(int64_t begin, int64_t end, void *context) { \
+        const TY(job) *const job = context; \
+        const uint64_t state = oplora_flush_subnormals(); \
+        for (int64_t task = begin, s = TY(find_span)(job, begin); task < end; task++) { \
+            while (task >= job->spans[s + 1].first_task) s++; \
+            call(job, s, task); \
+        } \
+        oplora_restore_subnormals(state); \
+    }
+
+TASK_RANGE(measure_tasks, TY(measure_task))
+
+/* Sums of the tasks of every layer, in their order. */
+static int TY(report)(const TY(job) *job) {
+    int finite = 1;
+    for (int64_t s = 0; s < job->n_spans; s++) {
+        const TY(span) *const span = &job->spans[s];
+        double *const report = job->layers[span->layer].report;
+        if (span->factor == 0)
+            for (int i = 0; i < SUMS; i++) report[i] = 0;
+        for (int64_t task = span->first_task; task < job->spans[s + 1].first_task; task++)
+            for (int i = 0; i < SUMS; i++) report[i] += job->partial[SUMS * task + i];
+        finite &= report[1] == 0;
+    }
+    return finite;
+}
+
+/* ---- the second ---- */
+
+static void TY(update_task)(const TY(job) *job, int64_t s, int64_t task) {
+    const TY(span) *const span = &job->spans[s];
+    const TY(oplora_rate) *const l = &job->layers[span->layer];
+    const TY(oplora_factor) *const factor = &l->factors[span->factor];
+    const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, row = span->row + at;
+    TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, factor->g + at,
+                                       left < CHUNK ? left : CHUNK, &job->numbers[s]);
+}
+
+TASK_RANGE(update_tasks, TY(update_task))
+#undef TASK_RANGE
+
+/* ---- entry points ---- */
+
+static oplora_status TY(prepare)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace, TY(job) *job) {
+    OPLORA_FORWARD(TY(check)(layers, n_layers));
+    OPLORA_RETURN_IF(n_layers > 0 && !workspace, OPLORA_ENULL);
+    arena a = {workspace, 0};
+    *job = TY(plan)(layers, n_layers, &a);
+    return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
+}
+
+oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    TY(job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
+    OPLORA_FORWARD(oplora_parallel(par, job.tasks, GRAIN, TY(measure_tasks), &job));
+    return TY(report)(&job) ? OPLORA_OK : OPLORA_ENONFINITE;
+}
+
+oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                   oplora_parallel_fn par) {
+    TY(job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
+    for (int64_t i = 0; i < n_layers; i++) {
+        OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
+        for (int64_t f = 0; f < layers[i].n_factors; f++) OPLORA_RETURN_IF(!layers[i].factors[f].out, OPLORA_ENULL);
+    }
+    return oplora_parallel(par, job.tasks, GRAIN, TY(update_tasks), &job);
+}
+
+#endif

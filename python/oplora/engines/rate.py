@@ -1,0 +1,230 @@
+"""State "rate": one hidden unit for all layers, whose gradient finds the learning rate; the factors are averages.
+
+A factor entry costs 8 bytes beside the factor and its gradient, as LoRA's does under AdamW: what is generated, and the
+second moment. docs/rate.md derives it, csrc/core/adamw_rate.c computes it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .. import ops  # noqa: F401  (loads the ops that are called below)
+from ..adapters import STARTS, Start
+from .engine import Batch, Engine, LayerState, State
+from .factors import Factors
+from .memory import allocate
+from .settings import Settings
+
+__all__ = ["FOUND", "Rate", "find_rate"]
+
+REPORT = 4
+
+# of `found`: the rate; the signal and its scale, means that forget; steps; the pace of the search; at which step the
+# signal turned first, or 0
+FOUND: Final = ("rate", "signal", "scale", "steps", "pace", "turned")
+START: Final = 1e-4  # of the rate: below what any model was seen to want
+FIRST_PACE: Final = 0.7  # in the logarithm of the rate, a step; halved at each turn
+GROWTH, DECAY = 4.0, 2.0  # over the number of steps: the pace that is left in the end
+GAIN: Final = 2.0
+FORGETS: Final = 0.5
+
+
+def find_rate(found: Tensor, signal: Tensor, scale: Tensor, refused: Tensor | None = None) -> None:
+    """Moves the rate, in place, by what the gradients of a step tell; where `refused` is not 0 nothing changes.
+
+    found: (6,) float64, as FOUND names them. signal: <g, v - start>, the loss's derivative in log h. scale: <g, u>, by
+    how much a step at rate 1 lowers the loss to first order.
+    """
+    rate, last, scales, steps, pace, turned = found.unbind()
+    signals = torch.lerp(last, signal, FORGETS)
+    scales = torch.lerp(scales, rate * scale, FORGETS)
+    slope = (GAIN * torch.where(scales > 0, signals / scales, 0.0)).clamp(-1.0, 1.0)
+    pace = torch.where(last * signals < 0, 0.5 * pace, pace)
+    least = torch.where(slope < 0, GROWTH, DECAY) / steps
+    move = slope * torch.maximum(pace, least).clamp(max=FIRST_PACE)
+    rate = torch.where(steps > 0, rate * torch.exp(-move), rate)  # at the first step v is the start
+    turned = torch.where((turned == 0) & (signals > 0), steps + 1, turned)
+    now = torch.stack([rate, signals, scales, steps + 1, pace, turned])
+    found.copy_(now if refused is None else torch.where(refused.view(()) != 0, found, now))
+
+
+class Rate(State):
+    """The arenas `generated` and `exp_avg_sq`, layer after layer, and `found`.
+
+    Factors are in- and output. Where one is of another dtype than the state (a bfloat16 model), a master holds its
+    value before rounding, as small steps would be lost otherwise.
+    """
+
+    KIND = "rate"
+    KEYS = ("generated", "exp_avg_sq", "found")
+    IS_LINEAR = False
+    DOUBTS = False
+
+    def __init__(self, ties: Sequence[Factors], settings: Settings) -> None:
+        self.ties, self.settings = ties, settings
+        dtype, device = ties[0].dtype, ties[0].device
+        self._begins = [0]
+        for tie in ties:
+            self._begins.append(self._begins[-1] + sum(tie.sizes))
+        self.generated, self.exp_avg_sq = (allocate(self._begins[-1], dtype, device, huge_pages=True) for _ in range(2))
+        self.found = torch.tensor([START, 0.0, 0.0, 0.0, FIRST_PACE, 0.0], dtype=torch.float64, device=device)
+        self.sizes = torch.tensor(
+            [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)], dtype=torch.int64
+        )
+        self._first = [0]  # factor of each layer
+        for tie in ties:
+            self._first.append(self._first[-1] + len(tie.shapes))
+        self.listens = torch.zeros(self._first[-1], dtype=torch.int64)
+        self._listening = torch.zeros(len(ties), dtype=torch.int64, device=device)  # of each layer the first that does
+        for i, tie in enumerate(ties):
+            self._set_listens(i, _listening(tie))
+
+    @staticmethod
+    def bytes_needed(tie: Factors) -> int:
+        return 2 * sum(tie.sizes) * tie.dtype.itemsize
+
+    # ---- what is where ----
+
+    def report_size(self, i: int) -> int:
+        return REPORT
+
+    def pieces(self, i: int) -> dict[str, Tensor]:
+        begin, end = self._begins[i], self._begins[i + 1]
+        return {"generated": self.generated[begin:end], "exp_avg_sq": self.exp_avg_sq[begin:end], "found": self.found}
+
+    def of_tensors(self, i: int) -> list[dict[str, Tensor]]:
+        """generated: v, of which the tensor is the average; exp_avg_sq: the second moment of its gradient."""
+        held, row = [], self._begins[i]
+        for shape in self.ties[i].shapes:
+            end = row + shape.numel()
+            held.append({key: getattr(self, key)[row:end].view(shape) for key in ("generated", "exp_avg_sq")})
+            row = end
+        return held
+
+    def of_layer(self, i: int) -> dict[str, Any]:
+        """found is the whole model's. listens has a bit for each tensor."""
+        listens = self.listens[self._first[i] : self._first[i + 1]].tolist()
+        return {"found": self.found, "listens": sum(bit << f for f, bit in enumerate(listens))}
+
+    def take_settings(self, i: int, saved: dict[str, Any]) -> None:
+        self._set_listens(i, [bool(saved["listens"] >> f & 1) for f in range(len(self.ties[i].shapes))])
+
+    def _set_listens(self, i: int, listens: Sequence[bool]) -> None:
+        self.listens[self._first[i] : self._first[i + 1]] = torch.tensor(listens, dtype=torch.int64)
+        self._listening[i] = self._first[i] + listens.index(True)
+
+    def forget_moments(self, i: int) -> None:
+        """An average of no steps is what the factor holds; the rate is known."""
+        for piece, parameter in zip(self.of_tensors(i), self.ties[i].layer.parameters(), strict=True):
+            piece["generated"].copy_(parameter.detach())
+        self.found[1:3] = 0
+
+    # ---- the core's calls ----
+
+    def measure(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
+        torch.ops.oplora.rate_measure_(
+            self.generated, self.exp_avg_sq, gradients, batch.bases(), *self._tables(batch), report
+        )
+
+    def step(
+        self, batch: Batch, out: list[Tensor], gradients: list[Tensor], numbers: Any, report: Tensor, measured: bool
+    ) -> bool:
+        assert measured, "the rate is found between measuring and stepping"
+        done: bool = torch.ops.oplora.rate_step_(
+            self.generated,
+            self.exp_avg_sq,
+            out,
+            gradients,
+            batch.sizes,
+            numbers.adamw,
+            numbers.rates,
+            batch.rows,
+            report,
+            self.found,
+        )
+        return done
+
+    def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
+        """The op's plan, table and workspace, for a GPU."""
+        return torch.ops.oplora.cuda_rate_plan(
+            self.generated,
+            self.exp_avg_sq,
+            self.found,
+            factors,
+            rounded,
+            batch.every_base(),
+            gradients,
+            *self._tables(batch),
+            verdict,
+            batch.report,
+        )
+
+    def _tables(self, batch: Batch) -> tuple[Tensor, ...]:
+        """sizes and listens of the batch's layers; the numbers of their steps, and which of them are theirs."""
+        listens = self.listens if batch.is_whole else self.listens[batch.factors]
+        numbers = batch.engine.numbers
+        return batch.sizes, listens, numbers.adamw, numbers.rates, batch.rows
+
+    # ---- what the gradients tell of the rate ----
+
+    def heard(self, batch: Batch, report: Tensor) -> Tensor:
+        """(layers of the batch, 2): <g, v - start>, and <g, u> times the lr of what listens over the highest lr of all
+        groups."""
+        numbers = report.view(-1, REPORT)
+        rates = batch.engine.numbers.rates[:, 0].index_select(0, self._listening)
+        if not batch.is_whole:
+            rates = rates[list(batch.indices)]
+        relative = rates / batch.engine.numbers.highest_lr.clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.stack([numbers[:, 2], numbers[:, 3] * relative], 1)
+
+    # ---- numbers to watch ----
+
+    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+        nan = float("nan")
+        return nan, 1, float(report[0]), nan
+
+    def stats(self, report: Tensor | None) -> dict[str, float]:
+        return {}
+
+    def square(self, batch: Batch, report: Tensor) -> Tensor:
+        """The factors' own: h has the signal for a gradient, which no step follows in its size."""
+        return report.view(-1, REPORT)[:, 0].clone()
+
+    def scale(self, batch: Batch, report: Tensor, scale: Tensor) -> None:
+        """Scaled gradients are measured again: u is not linear in them."""
+
+    # ---- other hands on the factors ----
+
+    def watches(self, engine: Engine) -> bool:
+        """An average that somebody has replaced is no average of what is generated any more."""
+        return True
+
+    def begin(self, state: LayerState) -> None:
+        """Every tensor keeps its value, which is what is generated."""
+        self._go_on_from(state, state.factors.layer.parameters())
+
+    def absorb(self, state: LayerState, parameters: list[Any]) -> bool:
+        """The new values are what is generated, and the average of no other."""
+        for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
+            if master is not None:
+                state.masters[i] = parameter.detach().to(master)
+        self._go_on_from(state, parameters)
+        return False
+
+    def _go_on_from(self, state: LayerState, parameters: Sequence[Any]) -> None:
+        tie, first = state.factors, self._first[state.index]
+        for i, (piece, parameter) in enumerate(zip(self.of_tensors(state.index), parameters, strict=True)):
+            value = piece["generated"].copy_(parameter.detach())
+            has_start = bool(self.listens[first + i]) and bool(value.count_nonzero())
+            tie.bases[i] = value.clone() if has_start else None
+
+
+def _listening(tie: Factors) -> list[bool]:
+    """Whether <g, v - start> of each tensor is heard: of those that start at zero, as their start need not be kept; of
+    all where none does. In LoRA <g_A, A> = <g_B, B>, so B tells of both."""
+    at_zero = [STARTS[tensor] is Start.ZERO for tensor in tie.layer.tensors]
+    if not any(at_zero):
+        at_zero = [not bool(parameter.detach().count_nonzero()) for parameter in tie.layer.parameters()]
+    return at_zero if any(at_zero) else [True] * len(at_zero)
