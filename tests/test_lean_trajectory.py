@@ -275,7 +275,9 @@ def test_each_moment_is_unbiased_over_seeds() -> None:
         pieces = []
         for dtype in (torch.float32, torch.float64):
             model, random = make_model(dtype, target_modules=["first"]), random_gradients(9)
-            optimizer = oplora.AdamW(model, lr=1e-7, seed=seed)  # h stays, so that the moments depend on g alone
+            optimizer = oplora.AdamW(
+                model, state="lean", lr=1e-7, seed=seed
+            )  # h stays, so that the moments depend on g alone
             state = optimizer._stepper.states[0]
             for _ in range(150):
                 set_gradient(state, (random(state) + 0.3).float())
@@ -313,7 +315,7 @@ def test_zero_gradients_move_nothing() -> None:
 
 def test_rate_of_zero_moves_no_bit() -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model, lr=1e-2)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-2)
     train(model, optimizer, 5)
     before = factors(model)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -361,7 +363,7 @@ def test_decay_so_strong_that_the_scale_vanishes_follows_the_oracle(decay: float
 @pytest.mark.parametrize("decay", [0.99, 1.0, 1.5, 2.0])
 def test_decay_so_strong_that_the_scale_vanishes_is_finite_in_float32(decay: float) -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model, lr=1e-3, weight_decay=decay / 1e-3)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-3, weight_decay=decay / 1e-3)
     train(model, optimizer, 200)
     assert all(t.isfinite().all() for t in factors(model).values())
     assert all(piece.isfinite().all() for state in optimizer._stepper.states for piece in state.pieces().values())
@@ -411,7 +413,7 @@ def test_edit_is_kept_and_decays_as_the_bias_does() -> None:
 
 def test_edits_make_no_warning() -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model)
+    optimizer = oplora.AdamW(model, state="lean")
     train(model, optimizer, 1)
     model.load_state_dict({n: t + 1 for n, t in factors(model).items()}, strict=False)
     with warnings.catch_warnings():
@@ -421,7 +423,7 @@ def test_edits_make_no_warning() -> None:
 
 def test_edits_of_bfloat16_factors_replace_their_masters() -> None:
     model = make_model(torch.bfloat16)
-    optimizer = oplora.AdamW(model, lr=1e-4)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-4)
     train(model, optimizer, 2, torch.bfloat16)
     model.load_state_dict({n: torch.full_like(t, 0.25) for n, t in factors(model).items()}, strict=False)
     train(model, optimizer, 1, torch.bfloat16)
@@ -435,7 +437,7 @@ def test_factors_that_are_not_contiguous_train_as_those_that_are(init: str) -> N
     linear = models[0].base_model.model.first.lora_A["default"]
     linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
     for model in models:
-        optimizer, random = oplora.AdamW(model, lr=1e-2, init=init), random_gradients(0)
+        optimizer, random = oplora.AdamW(model, state="lean", lr=1e-2, init=init), random_gradients(0)
         for _ in range(3):
             for state in optimizer._stepper.states:
                 set_gradient(state, random(state))
@@ -449,7 +451,7 @@ def test_factors_that_are_not_contiguous_train_as_those_that_are(init: str) -> N
 
 def test_small_steps_are_not_lost_in_bfloat16_factors() -> None:
     model = make_model(torch.bfloat16)
-    optimizer = oplora.AdamW(model, lr=1e-5, weight_decay=0.0)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-5, weight_decay=0.0)
     model_before = factors(model)
     for _ in range(300):
         for p in optimizer.param_groups[0]["params"]:
@@ -462,7 +464,7 @@ def test_small_steps_are_not_lost_in_bfloat16_factors() -> None:
 @pytest.mark.parametrize(("first", "then"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
 def test_state_that_is_saved_after_the_model_was_moved_resumes(first: torch.dtype, then: torch.dtype) -> None:
     model, fresh = make_model(first), make_model(then)
-    optimizer, resumed = oplora.AdamW(model, lr=1e-2), oplora.AdamW(fresh, lr=1e-2)
+    optimizer, resumed = oplora.AdamW(model, state="lean", lr=1e-2), oplora.AdamW(fresh, state="lean", lr=1e-2)
     train(model, optimizer, 2, first)
     model.to(then)
     fresh.load_state_dict(model.state_dict())
@@ -483,12 +485,12 @@ def test_resume_under_another_seed_equals_uninterrupted(
 ) -> None:
     options = dict(lr=1e-2, weight_rank=ranks[0], moment_rank=ranks[1], start=start)
     model, fresh = make_model(dtype), make_model(dtype)
-    optimizer = oplora.AdamW(model, **options, seed=2**64 - 5)
+    optimizer = oplora.AdamW(model, state="lean", **options, seed=2**64 - 5)
     train(model, optimizer, before, dtype)
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
-    resumed = oplora.AdamW(fresh, **options)
+    resumed = oplora.AdamW(fresh, state="lean", **options)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     assert train(fresh, resumed, after, dtype) == train(model, optimizer, after, dtype)
     assert_same_bits(factors(fresh), factors(model))
@@ -496,7 +498,7 @@ def test_resume_under_another_seed_equals_uninterrupted(
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 2**64), ("seed", 0.5), ("layer", 2**32), ("master", [None])])
 def test_damaged_lean_state_is_refused(key: str, value: object) -> None:
-    optimizer = oplora.AdamW(make_model(torch.bfloat16))
+    optimizer = oplora.AdamW(make_model(torch.bfloat16), state="lean")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0][key] = value
     with pytest.raises(oplora.OPLoRAError, match=f"the saved {key} of layer .*first.default"):
@@ -506,7 +508,7 @@ def test_damaged_lean_state_is_refused(key: str, value: object) -> None:
 @pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_state_of_another_dtype_goes_on_from_the_unrounded_factors(before: torch.dtype, after: torch.dtype) -> None:
     model, other = make_model(before), make_model(after)
-    optimizer, resumed = oplora.AdamW(model, lr=1e-2), oplora.AdamW(other, lr=1e-2)
+    optimizer, resumed = oplora.AdamW(model, state="lean", lr=1e-2), oplora.AdamW(other, state="lean", lr=1e-2)
     train(model, optimizer, 3, before)
     held = [master for state in optimizer._stepper.states for master in state.masters]
     exact = held if before == torch.bfloat16 else [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
@@ -520,7 +522,7 @@ def test_state_of_another_dtype_goes_on_from_the_unrounded_factors(before: torch
 
 def test_stats_tell_what_the_truncations_drop() -> None:
     model = make_model(torch.float64)
-    optimizer = oplora.AdamW(model, lr=1e-2, weight_rank=1)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-2, weight_rank=1)
     names = ("dropped_moment", "dropped_weight", "dropped_hidden_moment", "dropped_hidden_weight")
     assert all(math.isnan(numbers[name]) for numbers in oplora.stats(optimizer).values() for name in names)
     train(model, optimizer, 20, torch.float64)
@@ -531,7 +533,7 @@ def test_stats_tell_what_the_truncations_drop() -> None:
 
 def test_nothing_is_dropped_at_full_rank() -> None:
     model = make_model(torch.float64)
-    optimizer = oplora.AdamW(model, lr=1e-2, hidden_width=2, weight_rank=4, moment_rank=4)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-2, hidden_width=2, weight_rank=4, moment_rank=4)
     train(model, optimizer, 5, torch.float64)
     for numbers in oplora.stats(optimizer).values():
         assert numbers["dropped_moment"] < 1e-12 and numbers["dropped_weight"] < 1e-12
@@ -540,8 +542,8 @@ def test_nothing_is_dropped_at_full_rank() -> None:
 def test_state_saved_before_the_first_step_resumes_with_its_own_start() -> None:
     """latent_std is the saved run's: the start of a kept generator may be made anew."""
     model, twin = make_model(), make_model()
-    saved = oplora.AdamW(model, lr=1e-2, init="keep", latent_std=0.5)
-    resumed = oplora.AdamW(twin, lr=1e-2, init="keep")
+    saved = oplora.AdamW(model, state="lean", lr=1e-2, init="keep", latent_std=0.5)
+    resumed = oplora.AdamW(twin, state="lean", lr=1e-2, init="keep")
     resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
     assert train(model, saved, 3) == train(twin, resumed, 3)
     assert_same_bits(factors(model), factors(twin))
@@ -550,9 +552,9 @@ def test_state_saved_before_the_first_step_resumes_with_its_own_start() -> None:
 def test_state_whose_w2_starts_at_random_resumes_where_this_one_was_kept() -> None:
     """A trained adapter is kept until its state is loaded."""
     model, twin = make_model(), make_model()
-    optimizer = oplora.AdamW(model, lr=1e-2)
+    optimizer = oplora.AdamW(model, state="lean", lr=1e-2)
     train(model, optimizer, 2)
-    resumed = oplora.AdamW(twin, lr=1e-2, init="keep")
+    resumed = oplora.AdamW(twin, state="lean", lr=1e-2, init="keep")
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert train(model, optimizer, 3) == train(twin, resumed, 3)
     assert_same_bits(factors(model), factors(twin))

@@ -73,7 +73,7 @@ def test_resumed_run_goes_on_with_the_rates_it_had() -> None:
 
 
 def test_unknown_preset_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(oplora.OPLoRAError, match="preset is 'flatter', expected 'paper' or 'flat'"):
+    with pytest.raises(oplora.OPLoRAError, match="preset is 'flatter', expected 'auto' or 'paper' or 'flat'"):
         oplora.AdamW(make_model(), preset="flatter")
 
 

@@ -11,9 +11,9 @@
  *
  * of which x, being (p - (1 - beta1) v) / beta1, is not kept: p' = p + c (v - p) - eta (1 - beta1 (1 - c)) u.
  *
- * Two passes. The first reads g, and of the factors that are listened to v and s: ||g||^2, what is not finite,
- * <g, v - start> and <g, u>, from which the caller finds the rate. The second reads g and moves p, v and s: 28 bytes an
- * entry (float), 4 to 12 in the first. Work is cut into tasks of CHUNK rows of one factor; sums over tasks run in order,
+ * Two passes. The first reads g, and of the factors that are listened to p, v and s: ||g||^2, what is not finite,
+ * <g, v - start>, <g, u> and <g, v - p>, from which the caller finds the rate. The second reads g and moves p, v and s:
+ * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of CHUNK rows of one factor; sums over tasks run in order,
  * so nothing depends on who does a task. */
 #ifndef T
 
@@ -62,7 +62,7 @@ static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) 
         for (int64_t f = 0; f < l->n_factors; f++) {
             const TY(oplora_factor) *const factor = &l->factors[f];
             OPLORA_RETURN_IF(factor->rows < 1 || factor->rows > l->N - rows, OPLORA_ESIZE);
-            OPLORA_RETURN_IF(!factor->g, OPLORA_ENULL);
+            OPLORA_RETURN_IF(!factor->g || !factor->out, OPLORA_ENULL);
             OPLORA_RETURN_IF(!(isfinite(factor->lr) && isfinite(factor->weight_decay)), OPLORA_EVALUE);
             rows += factor->rows;
         }
@@ -138,9 +138,11 @@ static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
     T u[CHUNK];
     sums[0] = k->square_sum(g, n, &nonfinite);
     sums[1] = (double)nonfinite;
-    sums[2] = sums[3] = 0;
+    sums[2] = sums[3] = sums[4] = 0;
     if (!factor->listens) return;
-    sums[2] = k->dot_double(g, v, n);
+    const double of_v = k->dot_double(g, v, n);
+    sums[2] = of_v;
+    sums[4] = of_v - k->dot_double(g, factor->out + at, n);
     if (factor->base) sums[2] -= k->dot_double(g, factor->base + at, n);
     k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->numbers[s], u);
     sums[3] = k->dot_double(g, u, n);
@@ -212,10 +214,7 @@ oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_laye
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
-    for (int64_t i = 0; i < n_layers; i++) {
-        OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
-        for (int64_t f = 0; f < layers[i].n_factors; f++) OPLORA_RETURN_IF(!layers[i].factors[f].out, OPLORA_ENULL);
-    }
+    for (int64_t i = 0; i < n_layers; i++) OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
     return oplora_parallel(par, job.tasks, GRAIN, TY(update_tasks), &job);
 }
 

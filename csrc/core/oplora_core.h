@@ -271,8 +271,9 @@ oplora_status oplora_lean_step_f64(const oplora_lean_f64 *layers, int64_t n_laye
  *
  * report (OPLORA_RATE_REPORT numbers) is filled by a measurement:
  *     [0] ||g||^2   [1] how many entries of g are NaN or infinite
- *     [2] <g, v - base> and [3] <g, u> over the factors that listen, u being the step's direction at rate 1 */
-enum { OPLORA_RATE_REPORT = 4 };
+ *     [2] <g, v - base>, [3] <g, u> and [4] <g, v - p> over the factors p that listen, u being the step's direction at
+ *     rate 1 */
+enum { OPLORA_RATE_REPORT = 5 };
 typedef struct {
     int64_t N;
     float *generated, *exp_avg_sq;

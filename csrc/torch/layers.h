@@ -398,7 +398,7 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
 
 template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
     // factors, where the layer begins in `generated` and `exp_avg_sq`
-    enum { SIZES = 2, FOUND = 6 };
+    enum { SIZES = 2, FOUND = 7 };
 
     RateLayers(const char *op, const Tensor &sizes, Place place = {})
         : RateLayers(op, Table(op, "sizes", sizes, SIZES), place) {}

@@ -152,14 +152,15 @@ bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scal
     });
 }
 
-bool rate_measure_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors grads, OptionalTensors bases,
-                   const Tensor &sizes, const Tensor &listens, const Tensor &adamw, const Tensor &rates,
+bool rate_measure_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors factors, OptionalTensors bases,
+                   Tensors grads, const Tensor &sizes, const Tensor &listens, const Tensor &adamw, const Tensor &rates,
                    const Tensor &rows, const Tensor &report) {
     return for_dtype("rate_measure_", generated, [&](auto type) {
         using T = decltype(type);
         RateLayers<T> layers("rate_measure_", sizes);
-        layers.set_rows(grads);
+        layers.set_rows(factors);
         layers.set_state(generated, exp_avg_sq);
+        layers.set_factors(factors, {});
         layers.set_gradients(grads);
         layers.set_starts(bases, listens);
         layers.set_report(report);
@@ -229,8 +230,8 @@ STABLE_TORCH_LIBRARY(oplora, m) {
     m.def("lean_step_(Tensor(a!) numbers, Tensor(b!) moments, Tensor(c!) scalars, Tensor(d!)[] factors, "
           "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor random, Tensor(f!) adamw, Tensor rates, Tensor rows, "
           "Tensor(e!) report, Tensor? dh) -> bool");
-    m.def("rate_measure_(Tensor generated, Tensor exp_avg_sq, Tensor[] grads, Tensor?[] bases, Tensor sizes, "
-          "Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
+    m.def("rate_measure_(Tensor generated, Tensor exp_avg_sq, Tensor[] factors, Tensor?[] bases, Tensor[] grads, "
+          "Tensor sizes, Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
     m.def("rate_step_(Tensor(a!) generated, Tensor(b!) exp_avg_sq, Tensor(c!)[] factors, Tensor[] grads, Tensor sizes, "
           "Tensor(d!) adamw, Tensor rates, Tensor rows, Tensor report, Tensor found) -> bool");
     m.def("fingerprint(Tensor[] tensors) -> Tensor");

@@ -32,7 +32,10 @@ class HostEngine(Engine):
 
     def measure(self, batch: Batch) -> Tensor:
         report = batch.new_report()
-        self.state.measure(batch, self.inputs(batch), report)
+        if isinstance(self.state, Rate):
+            self.state.measure(batch, self.outputs(batch), self.inputs(batch), report)
+        else:
+            self.state.measure(batch, self.inputs(batch), report)
         return report
 
     def step(self, batch: Batch, report: Tensor | None) -> tuple[bool, Tensor]:

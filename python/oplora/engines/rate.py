@@ -19,11 +19,11 @@ from .settings import Settings
 
 __all__ = ["FOUND", "Rate", "find_rate"]
 
-REPORT = 4
+REPORT = 5
 
-# of `found`: the rate; the signal and its scale, means that forget; steps; the pace of the search; at which step the
+# of `found`: the rate; signal, scale and recent, means that forget; steps; the pace of the search; at which step the
 # signal turned first, or 0
-FOUND: Final = ("rate", "signal", "scale", "steps", "pace", "turned")
+FOUND: Final = ("rate", "signal", "scale", "recent", "steps", "pace", "turned")
 START: Final = 1e-4  # of the rate: below what any model was seen to want
 FIRST_PACE: Final = 0.7  # in the logarithm of the rate, a step; halved at each turn
 GROWTH, DECAY = 4.0, 2.0  # over the number of steps: the pace that is left in the end
@@ -31,22 +31,28 @@ GAIN: Final = 2.0
 FORGETS: Final = 0.5
 
 
-def find_rate(found: Tensor, signal: Tensor, scale: Tensor, refused: Tensor | None = None) -> None:
+def find_rate(found: Tensor, heard: Tensor, refused: Tensor | None = None) -> None:
     """Moves the rate, in place, by what the gradients of a step tell; where `refused` is not 0 nothing changes.
 
-    found: (6,) float64, as FOUND names them. signal: <g, v - start>, the loss's derivative in log h. scale: <g, u>, by
-    how much a step at rate 1 lowers the loss to first order.
+    found: (7,) float64, as FOUND names them.
+    heard: (3,) float64. The signal <g, v - start> is the derivative of the loss in log h: below 0 a higher rate would
+        have led lower. The scale <g, u> is by how much a step at rate 1 lowers the loss to first order. Recent, <g, v - p>,
+        is the signal of the latest steps alone: the rate falls where these lead uphill too. Where they lead down, what went
+        too far is being mended, and that takes steps.
     """
-    rate, last, scales, steps, pace, turned = found.unbind()
-    signals = torch.lerp(last, signal, FORGETS)
-    scales = torch.lerp(scales, rate * scale, FORGETS)
-    slope = (GAIN * torch.where(scales > 0, signals / scales, 0.0)).clamp(-1.0, 1.0)
-    pace = torch.where(last * signals < 0, 0.5 * pace, pace)
+    rate, last, scale, recent, steps, pace, turned = found.unbind()
+    signal, gain, late = heard.unbind()
+    signal = torch.lerp(last, signal, FORGETS)
+    scale = torch.lerp(scale, rate * gain, FORGETS)
+    recent = torch.lerp(recent, late, FORGETS)
+    slope = (GAIN * torch.where(scale > 0, signal / scale, 0.0)).clamp(-1.0, 1.0)
+    slope = torch.where((slope > 0) & (recent < 0), 0.0, slope)
+    pace = torch.where(last * signal < 0, 0.5 * pace, pace)
     least = torch.where(slope < 0, GROWTH, DECAY) / steps
     move = slope * torch.maximum(pace, least).clamp(max=FIRST_PACE)
     rate = torch.where(steps > 0, rate * torch.exp(-move), rate)  # at the first step v is the start
-    turned = torch.where((turned == 0) & (signals > 0), steps + 1, turned)
-    now = torch.stack([rate, signals, scales, steps + 1, pace, turned])
+    turned = torch.where((turned == 0) & (signal > 0), steps + 1, turned)
+    now = torch.stack([rate, signal, scale, recent, steps + 1, pace, turned])
     found.copy_(now if refused is None else torch.where(refused.view(()) != 0, found, now))
 
 
@@ -69,7 +75,7 @@ class Rate(State):
         for tie in ties:
             self._begins.append(self._begins[-1] + sum(tie.sizes))
         self.generated, self.exp_avg_sq = (allocate(self._begins[-1], dtype, device, huge_pages=True) for _ in range(2))
-        self.found = torch.tensor([START, 0.0, 0.0, 0.0, FIRST_PACE, 0.0], dtype=torch.float64, device=device)
+        self.found = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, FIRST_PACE, 0.0], dtype=torch.float64, device=device)
         self.sizes = torch.tensor(
             [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)], dtype=torch.int64
         )
@@ -119,13 +125,13 @@ class Rate(State):
         """An average of no steps is what the factor holds; the rate is known."""
         for piece, parameter in zip(self.of_tensors(i), self.ties[i].layer.parameters(), strict=True):
             piece["generated"].copy_(parameter.detach())
-        self.found[1:3] = 0
+        self.found[1:4] = 0
 
     # ---- the core's calls ----
 
-    def measure(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
+    def measure(self, batch: Batch, factors: list[Tensor], gradients: list[Tensor], report: Tensor) -> None:
         torch.ops.oplora.rate_measure_(
-            self.generated, self.exp_avg_sq, gradients, batch.bases(), *self._tables(batch), report
+            self.generated, self.exp_avg_sq, factors, batch.bases(), gradients, *self._tables(batch), report
         )
 
     def step(
@@ -170,14 +176,14 @@ class Rate(State):
     # ---- what the gradients tell of the rate ----
 
     def heard(self, batch: Batch, report: Tensor) -> Tensor:
-        """(layers of the batch, 2): <g, v - start>, and <g, u> times the lr of what listens over the highest lr of all
-        groups."""
+        """(layers of the batch, 3): <g, v - start>, <g, u> times the lr of what listens over the highest lr of all
+        groups, and <g, v - p>."""
         numbers = report.view(-1, REPORT)
         rates = batch.engine.numbers.rates[:, 0].index_select(0, self._listening)
         if not batch.is_whole:
             rates = rates[list(batch.indices)]
         relative = rates / batch.engine.numbers.highest_lr.clamp(min=torch.finfo(torch.float64).tiny)
-        return torch.stack([numbers[:, 2], numbers[:, 3] * relative], 1)
+        return torch.stack([numbers[:, 2], numbers[:, 3] * relative, numbers[:, 4]], 1)
 
     # ---- numbers to watch ----
 

@@ -74,7 +74,8 @@ RANKS: Final = {"weight_rank": 2, "moment_rank": 1}
 def recipe_of(preset: Preset, given: dict[str, Any]) -> Recipe:
     """given: as for preset_of."""
     if preset.finds_rate:
-        return Recipe(Settings(hidden_width=1), "rate", (0, 0))
+        seed = 0 if given["seed"] is None else given["seed"]
+        return Recipe(Settings(hidden_width=1, seed=seed), "rate", (0, 0))
     state = "lean" if given["state"] is None else given["state"]
     if state not in W2_STARTS:
         raise OPLoRAValueError(f"oplora.AdamW: state is {state!r}, expected {' or '.join(map(repr, W2_STARTS))}.")

@@ -183,7 +183,7 @@ class Stepper:
             where += [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
         if where := self._agreed(where):
             return where
-        if reports is not None and self.finds_rate:
+        if reports is not None and self.finds_rate and (batches or self.shards is not None):
             self._find_rate(batches, reports, None)
         for i, batch in enumerate(batches):
             done, report = batch.engine.step(batch, None if reports is None else reports[i])
@@ -217,18 +217,21 @@ class Stepper:
 
     def _find_rate(self, batches: Sequence[Batch], reports: Sequence[Tensor], refused: Tensor | None) -> None:
         """By what the gradients of all layers tell, in the model's order, for any number of engines and processes."""
-        heard = torch.zeros(len(self.layers), 2, dtype=torch.float64, device=self.engines[0].device)
+        heard = torch.zeros(len(self.layers), 3, dtype=torch.float64, device=self.engines[0].device)
         for batch, report in zip(batches, reports, strict=True):
             assert isinstance(batch.engine.state, Rate)
-            positions = [state.factors.position for state in batch.states]
-            heard[positions] = batch.engine.state.heard(batch, report).to(heard.device, non_blocking=True)
+            some = batch.engine.state.heard(batch, report).to(heard.device, non_blocking=True)
+            if len(some) == len(heard):
+                heard = some
+            else:
+                heard[[state.factors.position for state in batch.states]] = some
         if self.shards is not None:
             self.shards.sum(heard)
-        signal, scale = heard.sum(0).unbind()
+        of_all = heard.sum(0)
         for engine in self.engines:
             assert isinstance(engine.state, Rate)
             on_device = None if refused is None else refused.to(engine.device)
-            find_rate(engine.state.found, signal.to(engine.device), scale.to(engine.device), on_device)
+            find_rate(engine.state.found, of_all.to(engine.device), on_device)
 
     def refusals(self) -> tuple[int, list[str]]:
         """How many steps devices have refused since the last call, as far as they have told, and whose gradient it
