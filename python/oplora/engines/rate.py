@@ -36,9 +36,9 @@ def find_rate(found: Tensor, heard: Tensor, refused: Tensor | None = None) -> No
 
     found: (7,) float64, as FOUND names them.
     heard: (3,) float64. The signal <g, v - start> is the derivative of the loss in log h: below 0 a higher rate would
-        have led lower. The scale <g, u> is by how much a step at rate 1 lowers the loss to first order. Recent, <g, v - p>,
-        is the signal of the latest steps alone: the rate falls where these lead uphill too. Where they lead down, what went
-        too far is being mended, and that takes steps.
+        have led lower. The scale <g, u> is by how much a step at rate 1 lowers the loss to first order. Recent,
+        <g, v - p>, is the signal of the latest steps alone: the rate falls where these lead uphill too. Where they lead
+        down, what went too far is being mended, and that takes steps.
     """
     rate, last, scale, recent, steps, pace, turned = found.unbind()
     signal, gain, late = heard.unbind()
