@@ -37,11 +37,12 @@ log = logging.getLogger("oplora")
 class AdamW(Resumable):
     """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch's AdamW does.
 
-    Behind the factors of a layer stands h = ReLU(W1 z + c1), [A | B] = W2 h + c2; what DoRA, VeRA, IA3 and the other
-    adapters of docs/adapters.md train besides or instead is generated likewise. A step takes the gradients that
-    backward left in A and B, moves z, W1, c1, W2 and c2 as torch.optim.AdamW would if autograd ran through the
-    generator, and writes the next A and B in place. Nothing else changes: forward, backward, saving and loading are
-    PEFT's, and the adapter is an ordinary LoRA at every moment.
+    By default nobody chooses a learning rate: the gradients tell it, whatever lr is (docs/rate.md). Behind the factors of
+    a layer stands a generator, [A | B] = W2 h + c2; under presets "paper" and "flat" with h = ReLU(W1 z + c1), under
+    "auto" with one h for all layers. What DoRA, VeRA, IA3 and the other adapters of docs/adapters.md train besides or
+    instead is generated likewise. A step takes the gradients that backward left in A and B, moves the generator as
+    torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
+    forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
@@ -53,38 +54,42 @@ class AdamW(Resumable):
             tensors, (name, tensor) pairs, or groups of either with rates, decays and betas of their own. Tensors that
             belong together are found by PEFT's layers, by names or by shapes (docs/adapters.md); repr() tells what was
             found. A and B of one layer may be in groups with other rates and decays, not with other betas and eps.
-        lr: learning rate of W2 (at the default width), c2 and all other trainable parameters.
-        betas, eps, weight_decay: as in torch.optim.AdamW.
-        hidden_width: H, the units of a generator. State "exact" takes 12 (H + 1) bytes a factor entry, "lean" 16
+        lr: preset "auto" finds the rate, and takes of lr a schedule's course and the ratios between groups; by default
+            1.0. Else the learning rate of W2 (at the default width), c2 and all other trainable parameters; 1e-3.
+        betas, eps, weight_decay: as in torch.optim.AdamW; by default its betas, and (0.9, 0.99) under preset "auto",
+            where beta1 is the share of the average.
+        preset: "auto": one hidden unit for all layers, whose gradient finds the learning rate, and factors that are
+            averages; 16 bytes an entry, value and gradient counted in (docs/rate.md). "paper": a generator a layer as
+            the paper sets it up. "flat": the same with init="keep", and for z, W1 and c1 a rate of 0.01 at the highest
+            lr of a schedule, at most 5e-6 over it (schedules scale both). By default "auto", or "paper" where one of
+            the arguments of generators a layer is given, which are the following up to generator_device.
+        hidden_width: H, the units of a generator, 32. State "exact" takes 12 (H + 1) bytes a factor entry, "lean" 16
             whatever H is. W2's rate is 32 lr / H, so that one lr serves every width.
-        latent_width: Z, the length of z.
-        latent_std: standard deviation of z's start.
-        preset: of init and hidden_lr_ratio, where they are not given. "paper": init="paper", ratio 1. "flat":
-            init="keep", and for z, W1 and c1 a rate of 0.01 at the highest lr of a schedule, at most 5e-6 over it
-            (schedules scale both), with which lr matters little: docs/evidence.md.
+        latent_width: Z, the length of z, 128.
+        latent_std: standard deviation of z's start, 0.01.
         hidden_lr_ratio: the learning rate of z, W1 and c1 is their group's lr times this; the group of a layer's first
-            tensor. It is read and set in param_groups, as lr is.
-        state: how the generators are kept. "lean": W2 as its seeded start and a change of rank weight_rank, its
-            moments as factors; "exact": all of W2 and both its moments. docs/lean.md compares them.
+            tensor. It is read and set in param_groups, as lr is. By default the preset's.
+        state: how the generators are kept. "lean", the default: W2 as its seeded start and a change of rank
+            weight_rank, its moments as factors; "exact": all of W2 and both its moments. docs/lean.md compares them.
         start: of W2's random rows. "sign": +-1/sqrt(3 H), one random bit each; "uniform": the paper's. By default
             "sign" for state "lean", whose step makes them anew each time, and "uniform" for "exact".
-        weight_rank, moment_rank: of state "lean", 1 to 8 each. A factor entry takes 4 weight_rank + 2 moment_rank + 6
-            bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells what the truncations
-            drop.
+        weight_rank, moment_rank: of state "lean", 1 to 8 each, by default 2 and 1. A factor entry takes 4 weight_rank
+            + 2 moment_rank + 6 bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells
+            what the truncations drop.
         init: "paper": A starts from its generator's random numbers and B at zero, which are written now. "keep": every
             factor keeps the value it has, and the generator adds to it, from nothing on: W2 starts at 0. Layers whose
             B is not zero (a trained adapter, PiSSA, OLoRA) and EVA's are kept in either case, with a warning; so are,
-            without one, all tensors that are not LoRA's A and B.
+            without one, all tensors that are not LoRA's A and B. Preset "auto" keeps all of them.
         precondition: delta > 0 (1e-6) scales the gradients of A by (B^T B + delta I)^-1 and those of B by
             (A A^T + delta I)^-1 before they flow into the generator (OP-ScaledAdamW).
+        generator_device: of state "exact" with factors on a GPU. None keeps the generators there too, "cpu" in host
+            memory: the CPU makes the step, and only the factors and their gradients cross the bus.
         max_grad_norm: clip_grad_norm_ to it in every step, for loops that only clip the factors' own gradients.
         shard: under torch.distributed keep the generators of some layers in each process (docs/loops.md). The factors
             are those of shard=False to the bit. On a GPU the host then waits for it once a step.
         adapter_name: generate this adapter only; by default every adapter that is trainable.
         seed: of the generators' starts; the same on every replica.
         skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
-        generator_device: of state "exact" with factors on a GPU. None keeps the generators there too, "cpu" in host
-            memory: the CPU makes the step, and only the factors and their gradients cross the bus.
         options: foreach, fused and capturable of torch.optim.AdamW mean nothing here; amsgrad, maximize and
             differentiable are refused.
 
