@@ -37,8 +37,8 @@ log = logging.getLogger("oplora")
 class AdamW(Resumable):
     """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch's AdamW does.
 
-    By default nobody chooses a learning rate: the gradients tell it, whatever lr is (docs/rate.md). Behind the factors of
-    a layer stands a generator, [A | B] = W2 h + c2; under presets "paper" and "flat" with h = ReLU(W1 z + c1), under
+    By default nobody chooses a learning rate: the gradients tell it, whatever lr is (docs/rate.md). Behind the factors
+    of a layer stands a generator, [A | B] = W2 h + c2; under presets "paper" and "flat" with h = ReLU(W1 z + c1), under
     "auto" with one h for all layers. What DoRA, VeRA, IA3 and the other adapters of docs/adapters.md train besides or
     instead is generated likewise. A step takes the gradients that backward left in A and B, moves the generator as
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
