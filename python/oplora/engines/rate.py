@@ -193,7 +193,7 @@ class Rate(State):
 
     def step_numbers(self, report: Tensor) -> StepNumbers:
         nan = float("nan")
-        return StepNumbers(nan, nan, float(report[0]), nan, nan)
+        return StepNumbers(nan, nan, report[:1].tolist()[0], nan, nan)
 
     def stats(self, report: Tensor | None) -> dict[str, float]:
         return {}
