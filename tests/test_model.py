@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import oplora
+from oplora.engines import FOUND
 from oplora.engines.settings import views as views_of
 
 
@@ -274,7 +275,7 @@ def test_layer_that_auto_has_not_stepped_has_no_lr() -> None:
 @pytest.mark.parametrize("turned", [0.0, 7.0])
 def test_auto_has_settled_once_the_signal_has_turned(turned: float) -> None:
     optimizer = oplora.AdamW(make_model())
-    optimizer._stepper.found[5] = turned
+    optimizer._stepper.found[FOUND.index("turned")] = turned
     assert [n["settled"] for n in oplora.stats(optimizer).values()] == [float(turned > 0)] * 2
 
 
@@ -349,7 +350,7 @@ def test_log_tells_the_rate_after_a_hundred_steps_once(
     model = make_model()
     optimizer = oplora.AdamW(model)
     assert not rate_lines(caplog, optimizer, model, 99)
-    optimizer._stepper.found[5] = turned
+    optimizer._stepper.found[FOUND.index("turned")] = turned
     monkeypatch.setattr(oplora.optim.stepping, "find_rate", lambda *_: None)
     assert rate_lines(caplog, optimizer, model, 1) == [f"oplora found {optimizer.found_lr:.1e}{more}"]
     assert not rate_lines(caplog, optimizer, model, 101)

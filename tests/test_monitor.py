@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora.__main__ import main
+from oplora.engines import FOUND
 from oplora.watching.plot import Run, _draw, plot_run, shortened
 
 STATES = {
@@ -28,6 +29,7 @@ STATES = {
     "exact": lambda model: oplora.AdamW(model, lr=1e-2, state="exact"),
     "general": lambda model: oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=1e-2),
 }
+TURNED = FOUND.index("turned")
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 every_state = pytest.mark.parametrize("make_optimizer", STATES.values(), ids=STATES)
 
@@ -122,7 +124,7 @@ def test_rate_is_recorded_as_it_is_found(tmp_path: Path) -> None:
         train(model, optimizer, 1)
         monitor()
         rates.append(optimizer.found_lr)
-        turned.append(float(optimizer._stepper.found[5] > 0))
+        turned.append(float(optimizer._stepper.found[TURNED] > 0))
     run = Run.read(tmp_path)
     assert len(set(rates)) > 5
     for column, settled in zip(run.tables["lr"].T, run.tables["settled"].T, strict=True):
