@@ -224,7 +224,7 @@ class Stepper:
             if len(some) == len(heard):
                 heard = some
             else:
-                heard[[state.factors.position for state in batch.states]] = some
+                heard.index_copy_(0, batch.positions.to(heard.device, non_blocking=True), some)
         if self.shards is not None:
             self.shards.sum(heard)
         of_all = heard.sum(0)
