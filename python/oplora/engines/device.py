@@ -106,8 +106,10 @@ class DeviceEngine(Engine):
         return True, self.launch(batch, report is not None, None)
 
     def launch(self, batch: Batch, measured: bool, veto: Tensor | None) -> Tensor:
-        """A step that is refused where a gradient is not finite or veto (int32, on the device) says so. In state rate it
-        is measured always."""
+        """A step that is refused where a gradient is not finite or veto (int32, on the device) says so.
+
+        State rate's is always measured.
+        """
         plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
         for factor, stand_in in plan.copied:
             stand_in.copy_(factor)
