@@ -81,7 +81,7 @@ def test_the_rate_that_is_found_is_the_cores(as_device, dtype, several, monkeypa
         found += [engine.state.found for engine in optimizer._stepper.engines]
     for numbers in found[1:]:
         torch.testing.assert_close(numbers, found[0], rtol=1e-12, atol=0)
-    rate, _, _, steps, *_ = found[0].tolist()
+    rate, _, _, _, steps, *_ = found[0].tolist()
     assert steps == 6 and rate != engines.rate.START
 
 
@@ -97,7 +97,7 @@ def test_a_refused_step_finds_no_rate(as_device):
         for key, value in entry.items():
             assert torch.equal(value, state[number][key]) if isinstance(value, torch.Tensor) else True, key
     train(model, optimizer, 1)
-    assert found[3] == before[3] + 1
+    assert found[4] == before[4] + 1
 
 
 @pytest.mark.parametrize("state", ["lean", "exact"])
@@ -538,7 +538,7 @@ def test_the_ops_of_state_rate_refuse_what_does_not_fit(as_device):
         "rates": engine.numbers.rates,
         "rows": torch.tensor([[0, 0]]),
         "verdict": engine.verdict,
-        "report": torch.zeros(4, dtype=torch.float64),
+        "report": torch.zeros(5, dtype=torch.float64),
     }
     plan = torch.ops.oplora.cuda_rate_plan
     plan(**args)
@@ -552,7 +552,7 @@ def test_the_ops_of_state_rate_refuse_what_does_not_fit(as_device):
         ("listens", rate.listens[:1], "listens"),
         ("rows", torch.tensor([[2, 0]]), "no row 2"),
         ("verdict", engine.verdict[:1], "verdict"),
-        ("report", torch.zeros(3, dtype=torch.float64), "report"),
+        ("report", torch.zeros(4, dtype=torch.float64), "report"),
     ):
         with pytest.raises(RuntimeError, match=what):
             plan(**{**args, name: bad})

@@ -2,7 +2,7 @@
  * does: sums run in the core's lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
  *
  *     begin     a step's numbers, a layer a block; in a step also what the reports say of the gradients
- *     measure   a task's sums, a task eight lanes: 4 bytes an entry, and 8 more where it listens
+ *     measure   a task's sums, a task eight lanes: 4 bytes an entry, and 12 more where it listens
  *     report    their sums, a layer a block; the verdict
  *     update    p, v, s, a task a block: 28 bytes an entry; the step count
  *
@@ -71,53 +71,77 @@ template <int COUNT> __device__ void load(const float *from, int64_t first, int6
     Gradient{from, OPLORA_F32}.load(first, SQUARE_LANES, n, x);
 }
 
-/* One lane's sums over a task: ||g||^2, how many are not finite, <g, v>, <g, u>, <g, base>. */
-__device__ void measure_lane(const Task &task, int lane, double (&sums)[SUMS + 1]) {
+/* What was written into a factor of 16 bits is its value, and what is generated. */
+__device__ void adopt(oplora_dtype dtype, uint16_t bits, float &p, float &v) {
+    if (to_half(p, dtype) != bits) p = v = from_half(bits, dtype);
+}
+
+/* p and v of a factor's entries first + k SQUARE_LANES. */
+template <int COUNT>
+__device__ void load_values(const Task &task, int64_t first, float (&p)[COUNT], float (&v)[COUNT]) {
+    const Factor &f = *task.factor;
+    load(f.out + task.offset, first, task.count, p);
+    load(task.layer->generated + task.row, first, task.count, v);
+    if (!f.rounded) return;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++)
+        if (first + k * SQUARE_LANES < task.count)
+            adopt(f.dtype, f.rounded[task.offset + first + k * SQUARE_LANES], p[k], v[k]);
+}
+
+/* What a lane sums over a task. */
+enum { SQUARE, BAD, SIGNAL, SCALE, OF_P, OF_BASE, LANE_SUMS };
+
+/* ||g||^2, how many are not finite, <g, v>, <g, u>, <g, p>, <g, base>. */
+__device__ void measure_lane(const Task &task, int lane, double (&sums)[LANE_SUMS]) {
     constexpr int BATCH = 8;
     const Factor &f = *task.factor;
-    const Layer &l = *task.layer;
-    const Numbers a = l.of_factors[task.index];
+    const Numbers a = task.layer->of_factors[task.index];
     const Gradient g = gradient_of(f, task.offset);
     for (int64_t i = lane; i < task.count; i += BATCH * SQUARE_LANES) {
-        float x[BATCH], v[BATCH], s[BATCH], base[BATCH];
+        float x[BATCH], p[BATCH], v[BATCH], s[BATCH], base[BATCH];
         g.load(i, SQUARE_LANES, task.count, x);
         if (f.listens) {
-            load(l.generated + task.row, i, task.count, v);
-            load(l.exp_avg_sq + task.row, i, task.count, s);
+            load(task.layer->exp_avg_sq + task.row, i, task.count, s);
             if (f.base) load(f.base + task.offset, i, task.count, base);
+            load_values(task, i, p, v);
         }
 #pragma unroll
         for (int k = 0; k < BATCH; k++) {
             if (i + k * SQUARE_LANES >= task.count) break;
             const double wide = x[k];
-            sums[0] += wide * wide;
-            sums[1] += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
+            sums[SQUARE] += wide * wide;
+            sums[BAD] += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
             if (!f.listens) continue;
-            sums[2] += wide * v[k];
-            sums[3] += wide * direction(a, next_s(a, s[k], x[k]), x[k]);
-            if (f.base) sums[4] += wide * base[k];
+            sums[SIGNAL] += wide * v[k];
+            sums[SCALE] += wide * direction(a, next_s(a, s[k], x[k]), x[k]);
+            sums[OF_P] += wide * p[k];
+            if (f.base) sums[OF_BASE] += wide * base[k];
         }
     }
 }
 
 /* TASKS tasks a block. */
 __global__ void __launch_bounds__(THREADS) measure_kernel(Table t) {
-    SHARED_ARRAY(double, lanes, (SUMS + 1) * THREADS);
+    SHARED_ARRAY(double, lanes, LANE_SUMS *THREADS);
     const int id = static_cast<int>(threadIdx.x), lane = id % SQUARE_LANES;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * TASKS + id / SQUARE_LANES;
     const bool is_there = index < t.first_part[t.n_layers];
-    double sums[SUMS + 1] = {};
+    double sums[LANE_SUMS] = {};
     if (is_there) measure_lane(task_at(t, index), lane, sums);
-    for (int i = 0; i <= SUMS; i++) lanes[i * THREADS + id] = sums[i];
+    for (int i = 0; i < LANE_SUMS; i++) lanes[i * THREADS + id] = sums[i];
     __syncthreads();
     if (!is_there || lane >= SUMS) return;
-    double sum = 0, start = 0;
-    for (int k = 0; k < SQUARE_LANES; k++) {
-        sum += lanes[lane * THREADS + id - lane + k];
-        start += lanes[SUMS * THREADS + id - lane + k];
-    }
+    const auto sum_of = [&](int which) {
+        double sum = 0;
+        for (int k = 0; k < SQUARE_LANES; k++) sum += lanes[which * THREADS + id - lane + k];
+        return sum;
+    };
+    double sum = sum_of(lane);
+    if (lane == SIGNAL) sum -= sum_of(OF_BASE);
+    if (lane == OF_P) sum = sum_of(SIGNAL) - sum;
     const Task task = task_at(t, index);
-    task.layer->partial[task.of_layer * SUMS + lane] = lane == 2 ? sum - start : sum;
+    task.layer->partial[task.of_layer * SUMS + lane] = sum;
 }
 
 /* A layer's sums in the order of tasks. */
@@ -141,14 +165,6 @@ __device__ bool is_aligned(const Task &task) {
     return bits % 16 == 0 && task.count % 4 == 0;
 }
 
-/* What was written into a factor of 16 bits is its value, and what is generated. */
-template <int COUNT> __device__ void adopt(const Factor &f, int64_t entry, Some<COUNT> &p, Some<COUNT> &v) {
-    const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.rounded) + entry);
-#pragma unroll
-    for (int k = 0; k < COUNT; k++)
-        if (to_half(p.value[k], f.dtype) != bits.value[k]) p.value[k] = v.value[k] = from_half(bits.value[k], f.dtype);
-}
-
 /* rate_update in csrc/core/kernels.h. */
 template <int COUNT> __device__ void update_rows(const Task &task) {
     const Factor &f = *task.factor;
@@ -159,7 +175,11 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
         const Some<COUNT> g = gradient_at<COUNT>(f, entry);
         Some<COUNT> p = at<COUNT>(f.out + entry), v = at<COUNT>(l.generated + task.row + n);
         Some<COUNT> s = at<COUNT>(l.exp_avg_sq + task.row + n);
-        if (f.rounded) adopt<COUNT>(f, entry, p, v);
+        if (f.rounded) {
+            const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.rounded) + entry);
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) adopt(f.dtype, bits.value[k], p.value[k], v.value[k]);
+        }
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
             s.value[k] = next_s(a, s.value[k], g.value[k]);

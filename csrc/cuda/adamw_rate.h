@@ -21,7 +21,7 @@ OPLORA_CUDA_API oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32
                                                            oplora_cuda_plan *plan);
 
 /* oplora_rate_measure and oplora_rate_step. Where a factor of 16 bits is not its value before rounding, rounded, somebody
- * wrote into it: a step goes on from what it holds, as what is generated too. */
+ * wrote into it: both go on from what it holds, as what is generated too. */
 OPLORA_CUDA_API int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, void *stream);
 OPLORA_CUDA_API int oplora_cuda_rate_step(const oplora_cuda_plan *plan, const void *table, const int *veto,
                                           void *stream);

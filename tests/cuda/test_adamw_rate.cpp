@@ -233,6 +233,13 @@ void edits_of_16_bits_are_gone_on_from(const Shape &shape) {
             pair.core.out[f][k] = from_half(pair.halves.out[f][k], shape.dtype);
             pair.core.generated[row + k] = pair.core.out[f][k];
         }
+    pair.gradients(1.f);
+    pair.set_numbers();
+    oplora_rate_measure_f32(pair.core.layers.data(), pair.plan.n_layers, Pair::aligned(pair.scratch), nullptr);
+    check(oplora_cuda_rate_measure(&pair.plan, Pair::aligned(pair.table), nullptr) == cudaSuccess,
+          shape.name + ": measure runs");
+    std::string where;
+    check(same(pair.core.report, pair.device.report, "report", &where), shape.name + ": edited: " + where);
     pair.step();
     pair.measure();
 }

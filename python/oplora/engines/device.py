@@ -111,8 +111,6 @@ class DeviceEngine(Engine):
         State rate's is always measured.
         """
         plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
-        for factor, stand_in in plan.copied:
-            stand_in.copy_(factor)
         self._launch("step", plan, veto, *(() if isinstance(self.state, Rate) else (measured,)))
         for factor, stand_in in plan.copied:
             factor.copy_(stand_in)
@@ -122,6 +120,8 @@ class DeviceEngine(Engine):
         return plan.report
 
     def _launch(self, what: str, plan: Plan, *more: Any) -> None:
+        for factor, stand_in in plan.copied:
+            stand_in.copy_(factor)
         getattr(torch.ops.oplora, f"cuda_{self.state.KIND}_{what}_")(*plan.arguments(), *more)
 
     def _new_numbers(self, batch: Batch) -> None:
