@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import adapter_types
@@ -20,7 +21,7 @@ from oplora import engines, kernels, reference
 from oplora.engines import DeviceEngine, staging
 from oplora.optim import refusals
 
-STATES = ("lean", "exact")
+STATES = ("lean", "exact", None)  # None: of preset "auto"
 HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
 
 
@@ -67,7 +68,39 @@ def test_a_device_trains_with_the_cores_bits(as_device, state, dtype):
     assert_same_bits(factors(on_device), factors(on_core))
 
 
-@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_rate_that_is_found_is_the_cores(as_device, dtype, several, monkeypatch):
+    if several:  # engines
+        monkeypatch.setattr(engines.Recipe, "make", lambda self, ties: [self._engine([tie]) for tie in ties])
+    found = []
+    for on in (True, False):
+        as_device(on)
+        _, optimizer = trained(steps=6, dtype=dtype)
+        assert len(optimizer._stepper.engines) == 1 + several
+        found += [engine.state.found for engine in optimizer._stepper.engines]
+    for numbers in found[1:]:
+        torch.testing.assert_close(numbers, found[0], rtol=1e-12, atol=0)
+    rate, _, _, _, steps, *_ = found[0].tolist()
+    assert steps == 6 and rate != engines.rate.START
+
+
+def test_a_refused_step_finds_no_rate(as_device):
+    model, optimizer = trained(skip_nonfinite=True)
+    found = optimizer._stepper.found
+    before, state = found.clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    next(p.grad for p in model.parameters() if p.grad is not None)[0, 0] = float("nan")
+    for _ in range(2):
+        optimizer.step()
+        assert torch.equal(found, before)
+    for number, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            assert torch.equal(value, state[number][key]) if isinstance(value, torch.Tensor) else True, key
+    train(model, optimizer, 1)
+    assert found[4] == before[4] + 1
+
+
+@pytest.mark.parametrize("state", ["lean", "exact"])
 @pytest.mark.parametrize("init", ["paper", "keep"])
 def test_starts_are_the_cores(as_device, state, init):
     on_device, on_core = both(as_device, state=state, init=init, steps=0)
@@ -144,10 +177,11 @@ class NoWaiting(TorchDispatchMode):
 def test_neither_step_nor_clipping_waits(as_device, state):
     model = make_model(modules_to_save=["second"], target_modules=["first"])
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)
-    for _ in range(3):
+    for i in range(3):
         optimizer.zero_grad()
         backward(model)
-        with NoWaiting():
+        # before its first step preset "auto" looks whether what tells of the rate starts at zero
+        with nullcontext() if state is None and i == 0 else NoWaiting():
             optimizer.clip_grad_norm_(1.0)
             optimizer.step()
     assert optimizer._stepper.states[0].steps == 3
@@ -241,6 +275,22 @@ def test_a_state_resumes_on_either_side(as_device, state):
 
 
 @pytest.mark.parametrize("state", STATES)
+def test_a_state_is_loaded_between_steps_of_one_plan(as_device, state):
+    """Gradients stay where they are; how the loaded generators began is another story."""
+
+    def loaded(on: bool) -> dict[str, torch.Tensor]:
+        as_device(on)
+        source = oplora.AdamW(make_model(), lr=1e-2, seed=99, state=state).state_dict()
+        model, optimizer = trained(state=state)
+        optimizer.load_state_dict(copy.deepcopy(source))
+        optimizer.step()
+        optimizer.step()
+        return factors(model)
+
+    assert_same_bits(loaded(True), loaded(False))
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_a_moved_model_takes_its_generators_along(as_device, state):
     """As accelerate and Trainer do: the optimizer is made before the model goes to the GPU."""
     as_device(False)
@@ -280,7 +330,7 @@ def test_rates_reach_the_device_as_numbers_and_as_tensors(as_device, state):
         optimizer.param_groups[0]["lr"] = as_rate(3e-3)
         train(model, optimizer, 2)
         ends.append(factors(model))
-    rates = torch.tensor(3e-3).double().item()
+    rates = (torch.tensor(3e-3) if state else torch.tensor(3e-3) / 1e-2).double().item()  # auto: of the highest
     assert optimizer._stepper.engines[0].numbers.rates[0, 0].item() == rates
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=1e-5, atol=1e-7)
@@ -302,11 +352,12 @@ def test_edits_are_gone_on_from(as_device, state):
     assert_same_bits(edited(True), edited(False))
 
 
+@pytest.mark.parametrize("state", ["lean", None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_edits_of_16_bits_that_no_version_counts_are_gone_on_from(as_device, dtype):
+def test_edits_of_16_bits_that_no_version_counts_are_gone_on_from(as_device, state, dtype):
     def edited(on: bool) -> dict[str, torch.Tensor]:
         as_device(on)
-        model, optimizer = trained(dtype=dtype)
+        model, optimizer = trained(state=state, dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
@@ -315,6 +366,20 @@ def test_edits_of_16_bits_that_no_version_counts_are_gone_on_from(as_device, dty
         return factors(model)
 
     assert_same_bits(edited(True), edited(False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_edits_of_16_bits_that_only_the_kernels_see(as_device, dtype, monkeypatch):
+    """Fingerprints do not tell on a GPU: what was written is also what is generated from then on."""
+    monkeypatch.setattr(engines.engine, "marks", lambda tensors: [(t.data_ptr(), t._version) for t in tensors])
+    model, optimizer = trained(dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(0.5)
+    optimizer.step()
+    rate = float(optimizer._stepper.found[0])
+    for value in [*factors(model).values(), optimizer._stepper.engines[0].state.generated]:
+        torch.testing.assert_close(value.float(), torch.full(value.shape, 0.5), rtol=0, atol=4 * rate + 1e-3)
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -427,7 +492,7 @@ def test_generates_cuda_side(as_device, dtype, columns):
 
 
 def test_the_ops_refuse_what_does_not_fit(as_device):
-    _, optimizer = trained(steps=1)
+    _, optimizer = trained(steps=1, state="lean")
     (engine,) = optimizer._stepper.engines
     lean, parameters = engine.state, engine.states[0].factors.layer.parameters()
     gradients = [p.grad for p in parameters]
@@ -453,6 +518,47 @@ def test_the_ops_refuse_what_does_not_fit(as_device):
         plan(*args[:3], [None] * 2, *args[4:], *last)
     with pytest.raises(RuntimeError, match="has another dtype"):
         plan(*args[:6], [g.double() for g in gradients], *args[7:], *last)
+
+
+def test_the_ops_of_state_rate_refuse_what_does_not_fit(as_device):
+    _, optimizer = trained(steps=1)
+    (engine,) = optimizer._stepper.engines
+    rate, parameters = engine.state, engine.states[0].factors.layer.parameters()
+    args = {
+        "generated": rate.generated,
+        "exp_avg_sq": rate.exp_avg_sq,
+        "found": rate.found,
+        "factors": parameters,
+        "rounded": [None] * 2,
+        "bases": [None] * 2,
+        "grads": [p.grad for p in parameters],
+        "sizes": rate.sizes[:1],
+        "listens": rate.listens[:2],
+        "adamw": engine.numbers.adamw,
+        "rates": engine.numbers.rates,
+        "rows": torch.tensor([[0, 0]]),
+        "verdict": engine.verdict,
+        "report": torch.zeros(5, dtype=torch.float64),
+    }
+    plan = torch.ops.oplora.cuda_rate_plan
+    plan(**args)
+    for name, bad, what in (
+        ("generated", rate.generated[:5], "exp_avg_sq has"),
+        ("found", rate.found[:1], "found"),
+        ("found", rate.found.float(), "found"),
+        ("factors", [None] * 2, "a factor is missing"),
+        ("grads", [p.grad.double() for p in parameters], "has another dtype"),
+        ("sizes", torch.tensor([[2, rate.generated.numel()]]), "within generated"),
+        ("listens", rate.listens[:1], "listens"),
+        ("rows", torch.tensor([[2, 0]]), "no row 2"),
+        ("verdict", engine.verdict[:1], "verdict"),
+        ("report", torch.zeros(4, dtype=torch.float64), "report"),
+    ):
+        with pytest.raises(RuntimeError, match=what):
+            plan(**{**args, name: bad})
+    halves = [p.detach().bfloat16() for p in parameters]
+    with pytest.raises(RuntimeError, match="value before rounding"):
+        plan(**{**args, "factors": [None] * 2, "rounded": halves, "grads": halves})
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -16,7 +16,7 @@ from oplora.kernels import has_kernels
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_kernels()), reason="needs a CUDA GPU, and liboplora_cuda.so"
 )
-STATES = ("lean", "exact")
+STATES = ("lean", "exact", None)  # None: of preset "auto"
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, clip: float | None = None) -> None:

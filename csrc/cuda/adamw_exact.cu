@@ -13,7 +13,7 @@
 #include "adamw_exact.h"
 
 #include "hidden.cuh"
-#include "model.cuh"
+#include "tasks.cuh"
 
 #include <math.h>
 
@@ -22,7 +22,6 @@ namespace {
 constexpr int THREADS = 128, LANES = 16, GROUPS = THREADS / LANES; /* of dot in csrc/core/kernels.h */
 constexpr int UNITS = THREADS / HIDDEN_LANES;
 static_assert(HIDDEN_LANES == SQUARE_LANES, "units, and tasks of the squares, a block");
-constexpr int64_t CHUNK = 2048; /* as in the core */
 
 /* AdamW's numbers for a tensor; see adamw_numbers in csrc/core/dispatch.h. */
 struct Numbers {
@@ -46,36 +45,14 @@ struct Layer {
     double *latent, *partial;   /* scratch: (Z); (tasks, H + 2): dh, ||g||^2, how many are not finite */
     Numbers *hidden;            /* scratch: for z, W1, c1 */
     Rates *of_factors;          /* scratch: (factors) */
-    int64_t first_factor, n_factors, first_task, tasks;
+    int64_t first_factor, n_factors, tasks;
 };
 
 using Table = Model<Layer>;
 
-/* CHUNK rows of one factor. */
-struct Task {
-    const Layer *layer;
-    const Factor *factor;
-    int64_t index; /* of the factor in its layer */
-    double *partial;
-    int64_t row, offset, count; /* first row in W2, first entry in the factor, entries */
-};
+using Task = FactorTask<Layer>;
 
-__host__ __device__ int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
-
-__device__ Task task_at(const Table &t, int64_t task) {
-    int64_t row = 0;
-    const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, task)];
-    task -= l.first_task;
-    double *const partial = l.partial + task * (l.H + 2);
-    const Factor *factor = t.factors + l.first_factor;
-    for (; task >= chunks_of(factor->rows); factor++) {
-        task -= chunks_of(factor->rows);
-        row += factor->rows;
-    }
-    const int64_t offset = task * CHUNK, left = factor->rows - offset;
-    return {
-        &l, factor, factor - (t.factors + l.first_factor), partial, row + offset, offset, left < CHUNK ? left : CHUNK};
-}
+__device__ double *partial_of(const Task &task) { return task.layer->partial + task.of_layer * (task.layer->H + 2); }
 
 __device__ float *W1_of(const Layer &l) { return l.parameters + l.H * l.N + l.N; }
 __device__ float *c1_of(const Layer &l) { return W1_of(l) + l.H * l.Z; }
@@ -94,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) squares_kernel(Table t) {
     if (index < t.first_part[t.n_layers]) {
         const Task task = task_at(t, index);
         g = gradient_of(*task.factor, task.offset);
-        to = task.partial + task.layer->H;
+        to = partial_of(task) + task.layer->H;
         n = task.count;
     }
     find_squares(g, n, to, lanes, bad);
@@ -173,7 +150,7 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(Table t) {
         if (lane == 0 && j < l.H) {
             double total = 0;
             for (int k = 0; k < LANES; k++) total += lanes[id + k];
-            task.partial[j] = total;
+            partial_of(task)[j] = total;
         }
         __syncthreads();
     }
@@ -262,38 +239,11 @@ __global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, 
 
 /* ---- rows ---- */
 
-/* COUNT neighbouring entries, which one load brings. */
-template <int COUNT> struct alignas(COUNT * sizeof(float)) Some {
-    float value[COUNT];
-};
-template <int COUNT> struct alignas(COUNT * sizeof(uint16_t)) Halves {
-    uint16_t value[COUNT];
-};
-template <int COUNT> __device__ Some<COUNT> &at(float *p) { return *reinterpret_cast<Some<COUNT> *>(p); }
-template <int COUNT> __device__ const Some<COUNT> &at(const float *p) {
-    return *reinterpret_cast<const Some<COUNT> *>(p);
-}
-
-/* COUNT entries of a factor's gradient. */
-template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t entry) {
-    if (f.dtype == OPLORA_F32) return at<COUNT>(static_cast<const float *>(f.g) + entry);
-    const auto bits = *reinterpret_cast<const Halves<COUNT> *>(static_cast<const uint16_t *>(f.g) + entry);
-    Some<COUNT> g;
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
-    return g;
-}
-
 /* Whether a task's rows are aligned to their vectors wherever they lie, and whole. */
 __device__ bool is_aligned(const Task &task) {
-    const Factor &f = *task.factor;
     const Layer &l = *task.layer;
-    uintptr_t bits = 0;
+    uintptr_t bits = alignment_of(*task.factor, task.offset);
     for (const float *p : {l.parameters, l.exp_avg, l.exp_avg_sq}) bits |= reinterpret_cast<uintptr_t>(p + task.row);
-    for (const float *p : {static_cast<const float *>(f.out), f.base})
-        if (p) bits |= reinterpret_cast<uintptr_t>(p + task.offset);
-    const uintptr_t g = reinterpret_cast<uintptr_t>(gradient_of(f, task.offset).at);
-    bits |= f.dtype == OPLORA_F32 ? g : 2 * g | 2 * reinterpret_cast<uintptr_t>(f.rounded + task.offset);
     return bits % 16 == 0 && l.N % 4 == 0 && task.count % 4 == 0;
 }
 
@@ -306,11 +256,7 @@ template <int COUNT> __device__ void write_factor(const Task &task, int64_t n, c
         for (int k = 0; k < COUNT; k++) value.value[k] = base.value[k] + v.value[k];
     }
     if (f.out) at<COUNT>(f.out + task.offset + n) = value;
-    if (!f.rounded) return;
-    Halves<COUNT> rounded;
-#pragma unroll
-    for (int k = 0; k < COUNT; k++) rounded.value[k] = to_half(value.value[k], f.dtype);
-    *reinterpret_cast<Halves<COUNT> *>(f.rounded + task.offset + n) = rounded;
+    if (f.rounded) write_rounded<COUNT>(f, task.offset + n, value);
 }
 
 /* AdamW on COUNT entries of a column whose gradient is h g; v += h_next times what they become. */
@@ -412,12 +358,6 @@ __global__ void __launch_bounds__(THREADS) settle_kernel(Table t) {
 
 /* ---- the plan, on the host ---- */
 
-int64_t tasks_of(const oplora_exact_f32 &l) {
-    int64_t tasks = 0;
-    for (int64_t f = 0; f < l.n_factors; f++) tasks += chunks_of(l.factors[f].rows);
-    return tasks;
-}
-
 /* A layer with its scratch in the workspace; the same walk counts the bytes. */
 Layer plan_layer(const oplora_exact_f32 &l, arena *a) {
     Layer layer = {};
@@ -482,7 +422,7 @@ oplora_status oplora_cuda_exact_plan_layers(const oplora_exact_f32 *layers, int6
         layer.adamw = adamw[i];
         layer.rates = rates[i];
         layer.first_factor = factor - to.factors;
-        layer.first_task = to.first_part[i] = to.first_chunk[i] = task;
+        to.first_part[i] = to.first_chunk[i] = task;
         factor = plan_factors(layers[i].factors, layers[i].n_factors, halves ? halves + layer.first_factor : nullptr,
                               factor);
         task += layer.tasks;

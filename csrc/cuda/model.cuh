@@ -17,7 +17,7 @@ struct Factor {
     float *out;
     uint16_t *rounded;
     oplora_dtype dtype;
-    int random;
+    int random, listens;
 };
 
 /* The table as kernels see it. Layer is the state's own. */
@@ -145,7 +145,8 @@ template <class Layer> struct Sections {
 static inline Factor *plan_factors(const oplora_factor_f32 *from, int64_t n, const oplora_cuda_half *halves,
                                    Factor *to) {
     for (int64_t i = 0; i < n; i++, to++) {
-        *to = {from[i].rows, from[i].g, from[i].base, from[i].out, nullptr, OPLORA_F32, from[i].random};
+        *to = {from[i].rows, from[i].g,  from[i].base,   from[i].out,
+               nullptr,      OPLORA_F32, from[i].random, from[i].listens};
         if (!halves || (halves[i].dtype != OPLORA_BF16 && halves[i].dtype != OPLORA_F16)) continue;
         to->g = halves[i].g;
         to->rounded = halves[i].out;

@@ -22,7 +22,7 @@ extern "C" {
 #endif
 
 /* Of this interface: a library that was built from other sources is not called. */
-enum { OPLORA_CUDA_VERSION = 2 };
+enum { OPLORA_CUDA_VERSION = 3 };
 OPLORA_CUDA_API int oplora_cuda_version(void);
 
 /* CUDA's sentence for a cudaError_t. */
@@ -30,7 +30,7 @@ OPLORA_CUDA_API const char *oplora_cuda_strerror(int error);
 
 /* A factor that the model keeps in OPLORA_BF16 or OPLORA_F16: its gradient, and itself, which takes what the step makes,
  * rounded once. The core's struct beside it holds no gradient then; its `out` is the value before rounding, which lean
- * state goes on from, and may be NULL in exact state. Every other dtype: the core's struct holds all. */
+ * state and state rate go on from, and may be NULL in exact state. Every other dtype: the core's struct holds all. */
 typedef struct {
     const uint16_t *g;
     uint16_t *out;

@@ -1,9 +1,9 @@
 // The torch ops' CUDA side. The kernels lie in liboplora_cuda.so, a plain C library beside this one, which is loaded when
 // the first CUDA tensor arrives: so nothing here needs CUDA to be built, or to be there.
 //
-// A step is planned once (csrc/cuda/plan.h): cuda_lean_plan and cuda_exact_plan return the plan and its table, both on the
-// CPU, and the workspace. The caller copies the table to the device, keeps all three while the tensors stay where they
-// are, and hands them to the ops that launch.
+// A step is planned once (csrc/cuda/plan.h): cuda_lean_plan, cuda_exact_plan and cuda_rate_plan return the plan and its
+// table, both on the CPU, and the workspace. The caller copies the table to the device, keeps all three while the tensors
+// stay where they are, and hands them to the ops that launch.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -15,6 +15,7 @@
 
 #include "../cuda/adamw_exact.h"
 #include "../cuda/adamw_lean.h"
+#include "../cuda/adamw_rate.h"
 #include "../cuda/generate.h"
 #include "layers.h"
 
@@ -168,8 +169,8 @@ oplora_dtype half_dtype(const char *op, const Tensor &t) {
     return dtype == ScalarType::BFloat16 ? OPLORA_BF16 : OPLORA_F16;
 }
 
-// Gradients, and the factors of 16 bits: of each pair of factor and rounded one is given, or (lean) both. No gradients:
-// the plan is not for a step.
+// Gradients, and the factors of 16 bits: of each pair of factor and rounded one is given, or (lean, rate) both. No
+// gradients: the plan is not for a step.
 template <class L>
 std::vector<oplora_cuda_half> set_tensors(L &layers, const OptionalTensors &factors, const OptionalTensors &rounded,
                                           const OptionalTensors &bases, const Tensors &grads) {
@@ -201,6 +202,12 @@ std::vector<oplora_cuda_half> set_tensors(L &layers, const OptionalTensors &fact
                      static_cast<uint16_t *>(rounded[f]->mutable_data_ptr()), half_dtype(op, *rounded[f])};
     }
     return halves;
+}
+
+// For the states whose steps add to what the factors hold.
+template <class L> void check_values(const L &layers) {
+    for (const auto &factor : layers.factors)
+        STD_TORCH_CHECK(factor.out, "oplora::", layers.op, ": every factor's value before rounding is needed");
 }
 
 Tensors rows_like(const OptionalTensors &factors, const OptionalTensors &rounded) {
@@ -264,11 +271,30 @@ Plan cuda_lean_plan(const Tensor &numbers, const Tensor &moments, const Tensor &
     layers.set_report(report);
     layers.set_dh(dh);
     const auto halves = set_tensors(layers, factors, rounded, bases, grads);
-    for (const auto &factor : layers.factors)
-        STD_TORCH_CHECK(factor.out, "oplora::", op, ": lean state needs every factor's value before rounding");
+    check_values(layers);
     return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
                      CUDA_CALL(oplora_cuda_lean_table_bytes), CUDA_CALL(oplora_cuda_lean_workspace_bytes),
                      CUDA_CALL(oplora_cuda_lean_plan_layers));
+}
+
+Plan cuda_rate_plan(const Tensor &generated, const Tensor &exp_avg_sq, const Tensor &found, OptionalTensors factors,
+                    OptionalTensors rounded, OptionalTensors bases, Tensors grads, const Tensor &sizes,
+                    const Tensor &listens, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
+                    const Tensor &verdict, const Tensor &report) {
+    const char *const op = "cuda_rate_plan";
+    RateLayers<float> layers(op, sizes, place_of(op, adamw));
+    layers.set_rows(rows_like(factors, rounded));
+    layers.set_state(generated, exp_avg_sq);
+    layers.set_starts({}, listens);
+    layers.set_report(report);
+    layers.check_found(found);
+    const auto halves = set_tensors(layers, factors, rounded, bases, grads);
+    check_values(layers);
+    const auto plan_layers = [&](auto *all, int64_t n, auto *numbers, auto *of_factors, auto *some, auto... more) {
+        return CUDA_CALL(oplora_cuda_rate_plan_layers)(all, n, numbers, of_factors, in<double>(found), some, more...);
+    };
+    return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
+                     CUDA_CALL(oplora_cuda_rate_table_bytes), CUDA_CALL(oplora_cuda_rate_workspace_bytes), plan_layers);
 }
 
 // ---- launches ----
@@ -328,6 +354,18 @@ void cuda_lean_step_(const Tensor &plan, const Tensor &table, const Tensor &work
     });
 }
 
+void cuda_rate_measure_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
+    launch("cuda_rate_measure_", plan, table, workspace, CUDA_CALL(oplora_cuda_rate_measure));
+}
+
+void cuda_rate_step_(const Tensor &plan, const Tensor &table, const Tensor &workspace, std::optional<Tensor> veto) {
+    const char *const op = "cuda_rate_step_";
+    const int *const vetoed = veto_of(op, veto, table);
+    launch(op, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+        return CUDA_CALL(oplora_cuda_rate_step)(planned, on_table, vetoed, stream);
+    });
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
@@ -343,6 +381,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
     m.def("cuda_lean_start_(Tensor plan, Tensor table, Tensor(a!) workspace, float latent_std) -> ()");
     m.def("cuda_lean_measure_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
     m.def("cuda_lean_step_(Tensor plan, Tensor table, Tensor(a!) workspace, Tensor? veto, bool measured) -> ()");
+    m.def("cuda_rate_plan(Tensor generated, Tensor exp_avg_sq, Tensor found, Tensor?[] factors, Tensor?[] rounded, "
+          "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor listens, Tensor adamw, Tensor rates, Tensor rows, "
+          "Tensor verdict, Tensor report) -> (Tensor, Tensor, Tensor)");
+    m.def("cuda_rate_measure_(Tensor plan, Tensor table, Tensor(a!) workspace) -> ()");
+    m.def("cuda_rate_step_(Tensor plan, Tensor table, Tensor(a!) workspace, Tensor? veto) -> ()");
 }
 
 #define STEP_IMPLEMENTATIONS(m) \
@@ -353,7 +396,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
     m.impl("cuda_lean_plan", TORCH_BOX(&cuda_lean_plan)); \
     m.impl("cuda_lean_start_", TORCH_BOX(&cuda_lean_start_)); \
     m.impl("cuda_lean_measure_", TORCH_BOX(&cuda_lean_measure_)); \
-    m.impl("cuda_lean_step_", TORCH_BOX(&cuda_lean_step_))
+    m.impl("cuda_lean_step_", TORCH_BOX(&cuda_lean_step_)); \
+    m.impl("cuda_rate_plan", TORCH_BOX(&cuda_rate_plan)); \
+    m.impl("cuda_rate_measure_", TORCH_BOX(&cuda_rate_measure_)); \
+    m.impl("cuda_rate_step_", TORCH_BOX(&cuda_rate_step_))
 
 STABLE_TORCH_LIBRARY_IMPL(oplora, CUDA, m) {
     m.impl("generate", TORCH_BOX(&generate));

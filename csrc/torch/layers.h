@@ -428,9 +428,13 @@ template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
         }
     }
 
-    // The first number of `found` (engines/rate.py): what every factor's lr is multiplied by.
-    void set_rate(const Tensor &found) {
+    void check_found(const Tensor &found) const {
         check(this->op, "found", found, ScalarType::Double, FOUND, this->place);
+    }
+
+    // The first number of `found` (engines/rate.py): what every factor's lr is multiplied by. It is read here.
+    void set_rate(const Tensor &found) {
+        check_found(found);
         for (auto &layer : this->layers) layer.rate = *in<double>(found);
     }
 

@@ -71,7 +71,7 @@ struct Side {
             const auto &f = shape.factors[i % shape.factors.size()];
             factors.push_back({f.rows, gradients[i].data() + shape.offset,
                                f.based ? bases[i].data() + shape.offset : nullptr, out[i].data() + shape.offset, 0, 0,
-                               0});
+                               0, 0});
         }
         for (int64_t i = 0; i < n; i++) {
             const int64_t at = i * size + shape.offset;

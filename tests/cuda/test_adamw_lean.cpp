@@ -73,7 +73,7 @@ struct Side {
         for (size_t i = 0; i < gradients.size(); i++) {
             const auto &f = shape.factors[i % shape.factors.size()];
             factors.push_back(
-                {f.rows, gradients[i].data(), f.based ? bases[i].data() : nullptr, out[i].data(), f.random, 0, 0});
+                {f.rows, gradients[i].data(), f.based ? bases[i].data() : nullptr, out[i].data(), f.random, 0, 0, 0});
         }
         for (size_t i = 0; i < n; i++)
             layers.push_back({shape.H, shape.Z, N, shape.d, shape.k, 0x123456789abcdefu, static_cast<uint32_t>(i + 3),

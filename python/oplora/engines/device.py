@@ -29,7 +29,7 @@ class Plan:
     table: Tensor
     workspace: Tensor
     report: Tensor
-    dh: Tensor
+    dh: Tensor | None  # lean state's
     copied: list[tuple[Tensor, Tensor]]  # factors that are not contiguous, and what stands for them
     kept: list[Any]  # whatever else the device reads
 
@@ -55,6 +55,10 @@ class DeviceEngine(Engine):
     def casts(self) -> bool:
         """The kernels read gradients of 16 bits as they are."""
         return False
+
+    def forget(self, layer: LayerState) -> None:
+        super().forget(layer)
+        self.plan = None  # it holds how the layer began
 
     # ---- the verdict ----
 
@@ -102,11 +106,12 @@ class DeviceEngine(Engine):
         return True, self.launch(batch, report is not None, None)
 
     def launch(self, batch: Batch, measured: bool, veto: Tensor | None) -> Tensor:
-        """A step that is refused where a gradient is not finite or veto (int32, on the device) says so."""
+        """A step that is refused where a gradient is not finite or veto (int32, on the device) says so.
+
+        State rate's is always measured.
+        """
         plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
-        for factor, stand_in in plan.copied:
-            stand_in.copy_(factor)
-        self._launch("step", plan, veto, measured)
+        self._launch("step", plan, veto, *(() if isinstance(self.state, Rate) else (measured,)))
         for factor, stand_in in plan.copied:
             factor.copy_(stand_in)
         self.tell_verdict()
@@ -115,12 +120,15 @@ class DeviceEngine(Engine):
         return plan.report
 
     def _launch(self, what: str, plan: Plan, *more: Any) -> None:
+        for factor, stand_in in plan.copied:
+            stand_in.copy_(factor)
         getattr(torch.ops.oplora, f"cuda_{self.state.KIND}_{what}_")(*plan.arguments(), *more)
 
     def _new_numbers(self, batch: Batch) -> None:
         """Room for what the device tells of the batch."""
         batch.report = batch.new_report()
-        batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=self.device)
+        if isinstance(self.state, Lean):
+            batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=self.device)
 
     def _plan_of(self, batch: Batch) -> Plan:
         masters = [master for state in batch.states for master in state.masters]
@@ -146,7 +154,7 @@ class DeviceEngine(Engine):
             self._leave_latest()  # the report that is kept is of the last plan
             self.latest = None
         self._new_numbers(batch)
-        assert batch.report is not None and batch.dh is not None
+        assert batch.report is not None
         plan, table, workspace = self.state.plan(batch, factors, rounded, batch.gradients, self.numbers, self.verdict)
         on_device, host = _upload(table, self.device)
         # the plan is kept for many steps, and must not keep their gradients

@@ -283,6 +283,10 @@ class Batch:
         self.is_whole = len(indices) == len(engine.states)
         self.sizes = engine.state.sizes[list(indices)].contiguous()
         self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64)
+        # of the layers in the engine and in the model, on the device: indexing by lists would wait for it
+        self.places = torch.tensor(indices, dtype=torch.int64, device=engine.device)
+        of_model = [state.factors.position for state in self.states]
+        self.positions = torch.tensor(of_model, dtype=torch.int64, device=engine.device)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
         self.begins = dict(zip(indices, accumulate(self.report_sizes, initial=0), strict=False))
         self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h

@@ -179,9 +179,8 @@ class Rate(State):
         """(layers of the batch, 3): <g, v - start>, <g, u> times the lr of what listens over the highest lr of all
         groups, and <g, v - p>."""
         numbers = report.view(-1, REPORT)
-        rates = batch.engine.numbers.rates[:, 0].index_select(0, self._listening)
-        if not batch.is_whole:
-            rates = rates[list(batch.indices)]
+        listening = self._listening.index_select(0, batch.places)
+        rates = batch.engine.numbers.rates[:, 0].index_select(0, listening)
         relative = rates / batch.engine.numbers.highest_lr.clamp(min=torch.finfo(torch.float64).tiny)
         return torch.stack([numbers[:, 2], numbers[:, 3] * relative, numbers[:, 4]], 1)
 

@@ -93,7 +93,7 @@ class Plain:
         if not held:
             return None
         if self._inner is None:
-            self._inner = torch.optim.AdamW([{"params": list(some), "lr": float(group["lr"])} for group, some in held])
+            self._inner = torch.optim.AdamW([{"params": list(some)} for _, some in held])
         for inner, (group, _) in zip(self._inner.param_groups, held, strict=True):
             inner.update({name: group[name] for name in NUMBERS})
         return self._inner

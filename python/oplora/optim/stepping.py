@@ -208,7 +208,7 @@ class Stepper:
                 self.shards.any_refuses(veto)
                 if not batches and isinstance(first := self.engines[0], DeviceEngine):
                     first.count_refusal(veto)  # nothing is launched here that would
-            if self.finds_rate:
+            if self.finds_rate and (batches or self.shards is not None):
                 self._find_rate(batches, reports, veto)
         for engine, batch in zip(engines, batches, strict=True):
             on_device = None if veto is None else veto.to(engine.device, non_blocking=True)
@@ -224,7 +224,7 @@ class Stepper:
             if len(some) == len(heard):
                 heard = some
             else:
-                heard[[state.factors.position for state in batch.states]] = some
+                heard.index_copy_(0, batch.positions.to(heard.device, non_blocking=True), some)
         if self.shards is not None:
             self.shards.sum(heard)
         of_all = heard.sum(0)

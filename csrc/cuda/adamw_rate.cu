@@ -1,0 +1,297 @@
+/* adamw_rate on a GPU. The formulas are in csrc/core/adamw_rate.c, whose bits these kernels give wherever the GPU's pow
+ * does: sums run in the core's lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
+ *
+ *     begin     a step's numbers, a layer a block; in a step also what the reports say of the gradients
+ *     measure   a task's sums, a task eight lanes: 4 bytes an entry, and 12 more where it listens
+ *     report    their sums, a layer a block; the verdict
+ *     update    p, v, s, a task a block: 28 bytes an entry; the step count
+ *
+ * A measurement is begin, measure and report, a step begin and update; between them the caller finds the rate, on the
+ * device. measure and update are memory-bound. */
+#include "adamw_rate.h"
+
+#include "tasks.cuh"
+
+#include <math.h>
+
+namespace {
+
+constexpr int THREADS = 128, SUMS = OPLORA_RATE_REPORT;
+constexpr int TASKS = THREADS / SQUARE_LANES; /* a block of the measurement */
+constexpr double AVERAGED = 8;                /* as in the core */
+
+/* For a factor; see oplora_rate_numbers in csrc/core/dispatch.h. */
+struct Numbers {
+    float beta2, beta2_rest, inverse_root, eps, weight_decay, rate, average, rate_of_average;
+};
+
+struct Layer {
+    int64_t N;
+    float *generated, *exp_avg_sq;
+    double *report;
+    oplora_adamw *adamw;
+    const double *rates, *found; /* (factors, 2); the rate */
+    double *partial;             /* scratch: (tasks, SUMS) */
+    Numbers *of_factors;         /* scratch: (factors) */
+    int64_t first_factor, n_factors, tasks;
+};
+
+using Table = Model<Layer>;
+using Task = FactorTask<Layer>;
+
+/* ---- begin ---- */
+
+__device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, double weight_decay) {
+    const double step = static_cast<double>(a.step + 1);
+    const double eta = rate * lr, c = (AVERAGED + 1) / (step + AVERAGED);
+    return {static_cast<float>(a.beta2),
+            static_cast<float>(1 - a.beta2),
+            static_cast<float>(1 / sqrt(1 - pow(a.beta2, step))),
+            static_cast<float>(a.eps),
+            static_cast<float>(weight_decay),
+            static_cast<float>(eta),
+            static_cast<float>(c),
+            static_cast<float>(eta * (1 - a.beta1 * (1 - c)))};
+}
+
+__global__ void __launch_bounds__(32) begin_kernel(Table t, int steps) {
+    const Layer &l = t.layers[blockIdx.x];
+    for (int64_t f = threadIdx.x; f < l.n_factors; f += 32)
+        l.of_factors[f] = numbers_of(*l.adamw, *l.found, l.rates[2 * f], l.rates[2 * f + 1]);
+    if (steps && threadIdx.x == 0 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
+}
+
+/* ---- measure, report ---- */
+
+__device__ float next_s(const Numbers &a, float s, float g) { return a.beta2 * s + a.beta2_rest * (g * g); }
+__device__ float direction(const Numbers &a, float s, float g) { return g / (sqrtf(s) * a.inverse_root + a.eps); }
+
+/* x[k] = entry first + k SQUARE_LANES, 0 from n on. */
+template <int COUNT> __device__ void load(const float *from, int64_t first, int64_t n, float (&x)[COUNT]) {
+    Gradient{from, OPLORA_F32}.load(first, SQUARE_LANES, n, x);
+}
+
+/* What was written into a factor of 16 bits is its value, and what is generated. */
+__device__ void adopt(oplora_dtype dtype, uint16_t bits, float &p, float &v) {
+    if (to_half(p, dtype) != bits) p = v = from_half(bits, dtype);
+}
+
+/* p and v of a factor's entries first + k SQUARE_LANES. */
+template <int COUNT>
+__device__ void load_values(const Task &task, int64_t first, float (&p)[COUNT], float (&v)[COUNT]) {
+    const Factor &f = *task.factor;
+    load(f.out + task.offset, first, task.count, p);
+    load(task.layer->generated + task.row, first, task.count, v);
+    if (!f.rounded) return;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++)
+        if (first + k * SQUARE_LANES < task.count)
+            adopt(f.dtype, f.rounded[task.offset + first + k * SQUARE_LANES], p[k], v[k]);
+}
+
+/* What a lane sums over a task. */
+enum { SQUARE, BAD, SIGNAL, SCALE, OF_P, OF_BASE, LANE_SUMS };
+
+/* ||g||^2, how many are not finite, <g, v>, <g, u>, <g, p>, <g, base>. */
+__device__ void measure_lane(const Task &task, int lane, double (&sums)[LANE_SUMS]) {
+    constexpr int BATCH = 8;
+    const Factor &f = *task.factor;
+    const Numbers a = task.layer->of_factors[task.index];
+    const Gradient g = gradient_of(f, task.offset);
+    for (int64_t i = lane; i < task.count; i += BATCH * SQUARE_LANES) {
+        float x[BATCH], p[BATCH], v[BATCH], s[BATCH], base[BATCH];
+        g.load(i, SQUARE_LANES, task.count, x);
+        if (f.listens) {
+            load(task.layer->exp_avg_sq + task.row, i, task.count, s);
+            if (f.base) load(f.base + task.offset, i, task.count, base);
+            load_values(task, i, p, v);
+        }
+#pragma unroll
+        for (int k = 0; k < BATCH; k++) {
+            if (i + k * SQUARE_LANES >= task.count) break;
+            const double wide = x[k];
+            sums[SQUARE] += wide * wide;
+            sums[BAD] += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
+            if (!f.listens) continue;
+            sums[SIGNAL] += wide * v[k];
+            sums[SCALE] += wide * direction(a, next_s(a, s[k], x[k]), x[k]);
+            sums[OF_P] += wide * p[k];
+            if (f.base) sums[OF_BASE] += wide * base[k];
+        }
+    }
+}
+
+/* TASKS tasks a block. */
+__global__ void __launch_bounds__(THREADS) measure_kernel(Table t) {
+    SHARED_ARRAY(double, lanes, LANE_SUMS *THREADS);
+    const int id = static_cast<int>(threadIdx.x), lane = id % SQUARE_LANES;
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * TASKS + id / SQUARE_LANES;
+    const bool is_there = index < t.first_part[t.n_layers];
+    double sums[LANE_SUMS] = {};
+    if (is_there) measure_lane(task_at(t, index), lane, sums);
+    for (int i = 0; i < LANE_SUMS; i++) lanes[i * THREADS + id] = sums[i];
+    __syncthreads();
+    if (!is_there || lane >= SUMS) return;
+    const auto sum_of = [&](int which) {
+        double sum = 0;
+        for (int k = 0; k < SQUARE_LANES; k++) sum += lanes[which * THREADS + id - lane + k];
+        return sum;
+    };
+    double sum = sum_of(lane);
+    if (lane == SIGNAL) sum -= sum_of(OF_BASE);
+    if (lane == OF_P) sum = sum_of(SIGNAL) - sum;
+    const Task task = task_at(t, index);
+    task.layer->partial[task.of_layer * SUMS + lane] = sum;
+}
+
+/* A layer's sums in the order of tasks. */
+__global__ void __launch_bounds__(32) report_kernel(Table t) {
+    const Layer &l = t.layers[blockIdx.x];
+    const int which = static_cast<int>(threadIdx.x);
+    if (which >= SUMS) return;
+    double sum = 0;
+    for (int64_t task = 0; task < l.tasks; task++) sum += l.partial[task * SUMS + which];
+    l.report[which] = sum;
+    if (which == 1 && sum != 0) atomicOr(&t.verdict->nonfinite, 1);
+}
+
+/* ---- update ---- */
+
+/* Whether a task's entries are aligned to their vectors wherever they lie, and whole. */
+__device__ bool is_aligned(const Task &task) {
+    const Layer &l = *task.layer;
+    uintptr_t bits = alignment_of(*task.factor, task.offset);
+    for (const float *p : {l.generated, l.exp_avg_sq}) bits |= reinterpret_cast<uintptr_t>(p + task.row);
+    return bits % 16 == 0 && task.count % 4 == 0;
+}
+
+/* rate_update in csrc/core/kernels.h. */
+template <int COUNT> __device__ void update_rows(const Task &task) {
+    const Factor &f = *task.factor;
+    const Layer &l = *task.layer;
+    const Numbers a = l.of_factors[task.index];
+    for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
+        const int64_t entry = task.offset + n;
+        const Some<COUNT> g = gradient_at<COUNT>(f, entry);
+        Some<COUNT> p = at<COUNT>(f.out + entry), v = at<COUNT>(l.generated + task.row + n);
+        Some<COUNT> s = at<COUNT>(l.exp_avg_sq + task.row + n);
+        if (f.rounded) {
+            const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.rounded) + entry);
+#pragma unroll
+            for (int k = 0; k < COUNT; k++) adopt(f.dtype, bits.value[k], p.value[k], v.value[k]);
+        }
+#pragma unroll
+        for (int k = 0; k < COUNT; k++) {
+            s.value[k] = next_s(a, s.value[k], g.value[k]);
+            const float u = direction(a, s.value[k], g.value[k]) + a.weight_decay * p.value[k];
+            p.value[k] = (p.value[k] + a.average * (v.value[k] - p.value[k])) - a.rate_of_average * u;
+            v.value[k] = v.value[k] - a.rate * u;
+        }
+        at<COUNT>(l.generated + task.row + n) = v;
+        at<COUNT>(l.exp_avg_sq + task.row + n) = s;
+        at<COUNT>(f.out + entry) = p;
+        if (f.rounded) write_rounded<COUNT>(f, entry, p);
+    }
+}
+
+__global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
+    if (t.refused()) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) t.verdict->refused++;
+        return;
+    }
+    const Task task = task_at(t, blockIdx.x);
+    if (is_aligned(task))
+        update_rows<4>(task);
+    else
+        update_rows<1>(task);
+    if (task.of_layer == 0 && threadIdx.x == 0) task.layer->adamw->step++;
+}
+
+/* ---- the plan, on the host ---- */
+
+bool sizes_fit(const oplora_rate_f32 *layers, int64_t n_layers) {
+    if (n_layers < 0 || (n_layers > 0 && !layers)) return false;
+    for (const oplora_rate_f32 *l = layers; l < layers + n_layers; l++) {
+        int64_t rows = 0;
+        if (l->N < 1 || l->n_factors < 1 || !l->factors) return false;
+        for (int64_t f = 0; f < l->n_factors; rows += l->factors[f++].rows)
+            if (l->factors[f].rows < 1 || l->factors[f].rows > l->N - rows) return false;
+        if (rows != l->N) return false;
+    }
+    return true;
+}
+
+/* A layer with its scratch in the workspace; the same walk counts the bytes. */
+Layer plan_layer(const oplora_rate_f32 &l, arena *a) {
+    Layer layer = {};
+    layer.N = l.N, layer.n_factors = l.n_factors;
+    layer.generated = l.generated, layer.exp_avg_sq = l.exp_avg_sq, layer.report = l.report;
+    layer.tasks = tasks_of(l);
+    layer.partial = static_cast<double *>(take(a, layer.tasks * SUMS, sizeof(double)));
+    layer.of_factors = static_cast<Numbers *>(take(a, l.n_factors, sizeof(Numbers)));
+    return layer;
+}
+
+} // namespace
+
+int64_t oplora_cuda_rate_table_bytes(const oplora_rate_f32 *layers, int64_t n_layers) {
+    if (!sizes_fit(layers, n_layers)) return -1;
+    return Sections<Layer>(layers, n_layers, nullptr).memory.used;
+}
+
+int64_t oplora_cuda_rate_workspace_bytes(const oplora_rate_f32 *layers, int64_t n_layers) {
+    if (!sizes_fit(layers, n_layers)) return -1;
+    arena a = {nullptr, 0};
+    for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
+    return a.used;
+}
+
+oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32 *layers, int64_t n_layers, oplora_adamw *const *adamw,
+                                           const double *const *rates, const double *found,
+                                           const oplora_cuda_half *halves, oplora_cuda_verdict *verdict,
+                                           void *workspace, void *table, oplora_cuda_plan *plan) {
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !rates || !found || !verdict || !workspace || !table)))
+        return OPLORA_ENULL;
+    if (!sizes_fit(layers, n_layers)) return OPLORA_ESIZE;
+    const Sections<Layer> to(layers, n_layers, table);
+    int64_t task = 0;
+    Factor *factor = to.factors;
+    arena a = {static_cast<char *>(workspace), 0};
+    for (int64_t i = 0; i < n_layers; i++) {
+        const oplora_rate_f32 &l = layers[i];
+        if (!l.generated || !l.exp_avg_sq || !l.report) return OPLORA_ENULL;
+        for (int64_t f = 0; f < l.n_factors; f++)
+            if (!l.factors[f].out) return OPLORA_ENULL;
+        Layer layer = plan_layer(l, &a);
+        layer.adamw = adamw[i], layer.rates = rates[i], layer.found = found;
+        layer.first_factor = factor - to.factors;
+        to.first_part[i] = to.first_chunk[i] = task;
+        factor = plan_factors(l.factors, l.n_factors, halves ? halves + layer.first_factor : nullptr, factor);
+        task += layer.tasks;
+        memcpy(&to.layers[i], &layer, sizeof layer);
+    }
+    to.first_part[n_layers] = to.first_chunk[n_layers] = task;
+    *plan = {n_layers, task, task, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
+             verdict,  0};
+    return task > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
+}
+
+int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {
+    const Table t = model_of<Layer>(plan, table);
+    const auto on = static_cast<cudaStream_t>(stream);
+    const unsigned layers = count_of(plan->n_layers);
+    if (plan->n_layers == 0) return cudaSuccess;
+    CUDA_FORWARD(begin_verdict(plan, nullptr, on));
+    CUDA_FORWARD(cuda_launch(begin_kernel, layers, 32, 0, on, t, 0));
+    CUDA_FORWARD(cuda_launch(measure_kernel, count_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
+    return cuda_launch(report_kernel, layers, 32, 0, on, t);
+}
+
+int oplora_cuda_rate_step(const oplora_cuda_plan *plan, const void *table, const int *veto, void *stream) {
+    const Table t = model_of<Layer>(plan, table);
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (plan->n_layers == 0) return cudaSuccess;
+    CUDA_FORWARD(begin_verdict(plan, veto, on));
+    CUDA_FORWARD(cuda_launch(begin_kernel, count_of(plan->n_layers), 32, 0, on, t, 1));
+    return cuda_launch(update_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
+}

@@ -1,0 +1,83 @@
+/* tasks: how exact state and state rate cut a model into tasks, CHUNK rows of one factor, and load their entries. A plan's
+ * parts are its tasks. */
+#ifndef OPLORA_TASKS_CUH
+#define OPLORA_TASKS_CUH
+
+#include "model.cuh"
+
+constexpr int64_t CHUNK = 2048; /* as in the core */
+
+template <class Layer> struct FactorTask {
+    const Layer *layer;
+    const Factor *factor;
+    int64_t index, of_layer;    /* of the factor in its layer; of the task in its layer */
+    int64_t row, offset, count; /* first row in the layer, first entry in the factor, entries */
+};
+
+static __host__ __device__ __forceinline__ int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
+
+template <class Layer> __device__ FactorTask<Layer> task_at(const Model<Layer> &t, int64_t task) {
+    const int64_t layer = layer_of(t.first_part, t.n_layers, task);
+    const Layer &l = t.layers[layer];
+    const int64_t of_layer = task - t.first_part[layer];
+    const Factor *const first = t.factors + l.first_factor, *factor = first;
+    int64_t row = 0, chunk = of_layer;
+    for (; chunk >= chunks_of(factor->rows); factor++) {
+        chunk -= chunks_of(factor->rows);
+        row += factor->rows;
+    }
+    const int64_t offset = chunk * CHUNK, left = factor->rows - offset;
+    return {&l, factor, factor - first, of_layer, row + offset, offset, left < CHUNK ? left : CHUNK};
+}
+
+/* On the host, of a layer of the core's. */
+template <class CoreLayer> int64_t tasks_of(const CoreLayer &l) {
+    int64_t tasks = 0;
+    for (int64_t f = 0; f < l.n_factors; f++) tasks += chunks_of(l.factors[f].rows);
+    return tasks;
+}
+
+/* COUNT neighbouring entries, which one load brings. */
+template <int COUNT> struct alignas(COUNT * sizeof(float)) Some {
+    float value[COUNT];
+};
+template <int COUNT> struct alignas(COUNT * sizeof(uint16_t)) Halves {
+    uint16_t value[COUNT];
+};
+template <int COUNT> __device__ Some<COUNT> &at(float *p) { return *reinterpret_cast<Some<COUNT> *>(p); }
+template <int COUNT> __device__ const Some<COUNT> &at(const float *p) {
+    return *reinterpret_cast<const Some<COUNT> *>(p);
+}
+template <int COUNT> __device__ Halves<COUNT> &at(uint16_t *p) { return *reinterpret_cast<Halves<COUNT> *>(p); }
+template <int COUNT> __device__ const Halves<COUNT> &at(const uint16_t *p) {
+    return *reinterpret_cast<const Halves<COUNT> *>(p);
+}
+
+/* COUNT entries of a factor's gradient. */
+template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t entry) {
+    if (f.dtype == OPLORA_F32) return at<COUNT>(static_cast<const float *>(f.g) + entry);
+    const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.g) + entry);
+    Some<COUNT> g;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
+    return g;
+}
+
+/* COUNT entries of a factor of 16 bits, rounded from their values. */
+template <int COUNT> __device__ void write_rounded(const Factor &f, int64_t entry, const Some<COUNT> &value) {
+    Halves<COUNT> rounded;
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) rounded.value[k] = to_half(value.value[k], f.dtype);
+    at<COUNT>(f.rounded + entry) = rounded;
+}
+
+/* Bits that are 0 modulo 16 where vectors of four entries from `entry` on are aligned, of a factor's tensors. */
+static __device__ __forceinline__ uintptr_t alignment_of(const Factor &f, int64_t entry) {
+    uintptr_t bits = 0;
+    for (const float *p : {static_cast<const float *>(f.out), f.base})
+        if (p) bits |= reinterpret_cast<uintptr_t>(p + entry);
+    const uintptr_t g = reinterpret_cast<uintptr_t>(gradient_of(f, entry).at);
+    return bits | (f.dtype == OPLORA_F32 ? g : 2 * g | 2 * reinterpret_cast<uintptr_t>(f.rounded + entry));
+}
+
+#endif

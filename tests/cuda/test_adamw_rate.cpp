@@ -1,0 +1,341 @@
+// State rate's kernels against the C core, bit for bit: after every call what is generated, second moments, factors, reports
+// and step counts are the same. Runs on the CPU, as test_adamw_lean.cpp; argv[1] names the build.
+#include "adamw_rate.h"
+#include "cuda_on_cpu.h"
+#include "halves.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+static int failures = 0, checks = 0;
+static void check(bool good, const std::string &what) {
+    checks++;
+    if (!good) failures++, printf("FAILED: %s\n", what.c_str());
+}
+
+namespace {
+
+struct FactorShape {
+    int64_t rows;
+    bool listens, based;
+};
+
+struct Shape {
+    std::string name;
+    std::vector<FactorShape> factors;
+    int layers = 1, offset = 0;      // offset: numbers by which every array is shifted, to spoil its alignment
+    oplora_dtype dtype = OPLORA_F32; // of the model's factors
+};
+
+size_t count(int64_t n) { return static_cast<size_t>(n); }
+
+// One side's memory: everything a step reads or writes.
+struct Side {
+    std::vector<float> generated, exp_avg_sq;
+    std::vector<double> report;
+    std::vector<std::vector<float>> gradients, bases, out;
+    std::vector<oplora_factor_f32> factors;
+    std::vector<oplora_rate_f32> layers;
+    std::vector<oplora_adamw> adamw; // of steps done
+    std::vector<double> rates;       // of every factor: lr, weight_decay
+    double found = 1e-3;
+
+    explicit Side(const Shape &shape) {
+        int64_t N = 0;
+        for (const auto &f : shape.factors) N += f.rows;
+        const int64_t n = shape.layers, o = shape.offset;
+        std::mt19937 random{3};
+        std::normal_distribution<float> normal(0, 0.1f);
+        generated.resize(count(n * N + o));
+        exp_avg_sq.resize(count(n * N + o));
+        report.resize(count(n * OPLORA_RATE_REPORT), -1);
+        adamw.resize(count(n), {2, 5e-4, 0.9, 0.99, 1e-8, 0.1, 0});
+        for (auto &v : generated) v = normal(random);
+        for (int64_t i = 0; i < n; i++)
+            for (const auto &f : shape.factors) {
+                gradients.emplace_back(count(f.rows + o));
+                bases.emplace_back(count(f.based ? f.rows + o : 0), 0.25f);
+                out.emplace_back(count(f.rows + o));
+                rates.insert(rates.end(), {1, 0.1});
+            }
+        for (size_t i = 0, row = 0; i < out.size(); row += count(shape.factors[i++ % shape.factors.size()].rows)) {
+            const auto &f = shape.factors[i % shape.factors.size()];
+            for (size_t k = 0; k < count(f.rows); k++) out[i][k + count(o)] = generated[row + k + count(o)];
+            oplora_factor_f32 factor = {};
+            factor.rows = f.rows, factor.g = gradients[i].data() + o, factor.out = out[i].data() + o;
+            factor.base = f.based ? bases[i].data() + o : nullptr;
+            factor.listens = f.listens;
+            factors.push_back(factor);
+        }
+        for (int64_t i = 0; i < n; i++)
+            layers.push_back({N, generated.data() + i * N + o, exp_avg_sq.data() + i * N + o,
+                              factors.data() + count(i) * shape.factors.size(),
+                              static_cast<int64_t>(shape.factors.size()), adamw[count(i)], 0,
+                              report.data() + i * OPLORA_RATE_REPORT});
+    }
+};
+
+template <class T> bool same(const std::vector<T> &a, const std::vector<T> &b, const char *name, std::string *where) {
+    for (size_t i = 0; i < a.size(); i++)
+        if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0) {
+            char text[200];
+            snprintf(text, sizeof text, "%s[%zu of %zu] is %.9g, the core's %.9g", name, i, a.size(),
+                     static_cast<double>(b[i]), static_cast<double>(a[i]));
+            *where = text;
+            return false;
+        }
+    return true;
+}
+
+bool same_sides(const Side &core, const Side &device, std::string *where) {
+    if (!same(core.report, device.report, "report", where) ||
+        !same(core.generated, device.generated, "generated", where) ||
+        !same(core.exp_avg_sq, device.exp_avg_sq, "exp_avg_sq", where))
+        return false;
+    for (size_t f = 0; f < core.out.size(); f++)
+        if (!same(core.out[f], device.out[f], ("factor " + std::to_string(f)).c_str(), where)) return false;
+    for (size_t i = 0; i < core.adamw.size(); i++)
+        if (core.adamw[i].step != device.adamw[i].step) {
+            *where = "step of layer " + std::to_string(i);
+            return false;
+        }
+    return true;
+}
+
+// Both sides through the same calls.
+struct Pair {
+    Shape shape;
+    Side core, device;
+    std::vector<char> scratch, table, workspace;
+    oplora_cuda_plan plan;
+    Halves halves;
+    oplora_cuda_verdict verdict = {};
+    std::vector<oplora_adamw *> adamw;
+    std::vector<const double *> rates;
+    std::mt19937 random{7};
+
+    explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
+        for (auto &a : device.adamw) adamw.push_back(&a);
+        for (size_t i = 0; i < device.layers.size(); i++)
+            rates.push_back(device.rates.data() + 2 * i * shape.factors.size());
+        for (size_t f = 0; halves.used() && f < device.out.size(); f++) {
+            device.factors[f].g = nullptr;
+            for (size_t i = 0; i < device.out[f].size(); i++) halves.out[f][i] = to_half(device.out[f][i], s.dtype);
+        }
+        const auto n = static_cast<int64_t>(core.layers.size());
+        set_numbers();
+        scratch.resize(count(oplora_rate_workspace_bytes_f32(core.layers.data(), n)) + 64);
+        // what a device hands out holds anything
+        workspace.assign(count(oplora_cuda_rate_workspace_bytes(device.layers.data(), n)) + 64, '\x7f');
+        table.resize(count(oplora_cuda_rate_table_bytes(device.layers.data(), n)) + 64);
+        check(oplora_cuda_rate_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), &device.found,
+                                           halves.halves.data(), &verdict, aligned(workspace), aligned(table),
+                                           &plan) == OPLORA_OK,
+              shape.name + ": plan");
+    }
+
+    static void *aligned(std::vector<char> &memory) {
+        return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    }
+
+    void compare(const char *what) {
+        std::string where;
+        check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
+        check(halves.holds(core.out), shape.name + ": " + what + ": rounded factors");
+    }
+
+    void gradients(float scale) {
+        std::normal_distribution<float> normal(0, scale);
+        for (size_t f = 0; f < core.gradients.size(); f++)
+            for (size_t i = 0; i < core.gradients[f].size(); i++)
+                core.gradients[f][i] = device.gradients[f][i] = normal(random);
+        halves.round(core.gradients);
+    }
+
+    // What the core has by value and the kernels read on the device.
+    void set_numbers() {
+        for (size_t i = 0; i < core.layers.size(); i++) {
+            core.layers[i].adamw = core.adamw[i];
+            core.layers[i].adamw.step++;
+            core.layers[i].rate = core.found;
+        }
+        for (size_t f = 0; f < core.factors.size(); f++) {
+            core.factors[f].lr = core.rates[2 * f];
+            core.factors[f].weight_decay = core.rates[2 * f + 1];
+        }
+    }
+
+    void measure() {
+        set_numbers();
+        const oplora_status status =
+            oplora_rate_measure_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
+        check(oplora_cuda_rate_measure(&plan, aligned(table), nullptr) == cudaSuccess, shape.name + ": measure runs");
+        check(verdict.nonfinite == (status == OPLORA_ENONFINITE), shape.name + ": the verdict of a measurement");
+        compare("measure");
+    }
+
+    void step() {
+        set_numbers();
+        const oplora_status status = oplora_rate_step_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
+        for (auto &a : core.adamw) a.step += status == OPLORA_OK;
+        check(oplora_cuda_rate_step(&plan, aligned(table), nullptr, nullptr) == cudaSuccess,
+              shape.name + ": step runs");
+        check(verdict.nonfinite == (status == OPLORA_ENONFINITE), shape.name + ": the verdict of a step");
+        compare("step");
+    }
+
+    template <class Set> void each_side(Set set) {
+        set(core);
+        set(device);
+    }
+};
+
+void steps(const Shape &shape, int n) {
+    Pair pair(shape);
+    for (int i = 0; i < n; i++) {
+        pair.gradients(i % 2 ? 1e-2f : 1.f);
+        pair.measure();
+        pair.each_side([&](Side &side) { // as the search does
+            side.found *= i % 2 ? 0.5 : 2.014;
+            for (size_t f = 0; f < side.factors.size(); f++) { // and a schedule
+                side.rates[2 * f] = 1 - 0.3 * static_cast<double>(f % 3);
+                side.rates[2 * f + 1] = f % 2 ? 0 : 0.1 * i;
+            }
+        });
+        pair.step();
+    }
+    pair.gradients(1e-24f); // squares that are subnormal
+    pair.measure();
+    pair.step();
+    pair.each_side([](Side &side) { side.found = 0; });
+    pair.measure();
+    pair.step();
+}
+
+void edits_of_16_bits_are_gone_on_from(const Shape &shape) {
+    Pair pair(shape);
+    for (int i = 0; i < 2; i++) {
+        pair.gradients(1.f);
+        pair.measure();
+        pair.step();
+    }
+    for (size_t f = 0, row = 0; f < pair.core.out.size(); row += pair.core.out[f++].size())
+        for (size_t k = f; k < pair.core.out[f].size(); k += 3) {
+            pair.halves.out[f][k] = to_half(2 * pair.core.out[f][k] + 1, shape.dtype);
+            pair.core.out[f][k] = from_half(pair.halves.out[f][k], shape.dtype);
+            pair.core.generated[row + k] = pair.core.out[f][k];
+        }
+    pair.gradients(1.f);
+    pair.set_numbers();
+    oplora_rate_measure_f32(pair.core.layers.data(), pair.plan.n_layers, Pair::aligned(pair.scratch), nullptr);
+    check(oplora_cuda_rate_measure(&pair.plan, Pair::aligned(pair.table), nullptr) == cudaSuccess,
+          shape.name + ": measure runs");
+    std::string where;
+    check(same(pair.core.report, pair.device.report, "report", &where), shape.name + ": edited: " + where);
+    pair.step();
+    pair.measure();
+}
+
+void nonfinite_changes_nothing(const Shape &shape) {
+    for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+        Pair pair(shape);
+        pair.gradients(1.f);
+        pair.measure();
+        pair.step();
+        pair.core.gradients.back().back() = pair.device.gradients.back().back() = bad;
+        pair.halves.round(pair.core.gradients);
+        const Side before = pair.device;
+        pair.measure();
+        pair.step();
+        check(pair.device.layers.back().report[1] == 1, shape.name + ": counted");
+        check(before.generated == pair.device.generated && before.exp_avg_sq == pair.device.exp_avg_sq &&
+                  before.out == pair.device.out && before.adamw[0].step == pair.device.adamw[0].step,
+              shape.name + ": a gradient that is not finite changes nothing");
+        pair.gradients(1.f);
+        pair.measure();
+        const Side good = pair.device;
+        const int veto = 1;
+        check(oplora_cuda_rate_step(&pair.plan, Pair::aligned(pair.table), &veto, nullptr) == cudaSuccess,
+              shape.name + ": a vetoed step runs");
+        check(good.generated == pair.device.generated && good.out == pair.device.out &&
+                  good.adamw[0].step == pair.device.adamw[0].step && pair.verdict.nonfinite == 1,
+              shape.name + ": a vetoed step changes nothing");
+        check(pair.verdict.refused == 2, shape.name + ": refused steps are counted");
+        pair.step(); // no veto any more
+    }
+}
+
+void refuses(const char *what, oplora_status expected, const std::vector<oplora_rate_f32> &layers) {
+    oplora_cuda_plan plan;
+    std::vector<char> memory(1 << 16);
+    oplora_adamw numbers = {}, *adamw = &numbers;
+    const double factors[4] = {}, *rates = factors, found = 1;
+    oplora_cuda_verdict verdict = {};
+    check(oplora_cuda_rate_plan_layers(layers.data(), static_cast<int64_t>(layers.size()), &adamw, &rates, &found,
+                                       nullptr, &verdict, memory.data(), memory.data(), &plan) == expected,
+          what);
+    if (expected != OPLORA_ESIZE) return;
+    check(oplora_cuda_rate_workspace_bytes(layers.data(), static_cast<int64_t>(layers.size())) == -1, what);
+    check(oplora_cuda_rate_table_bytes(layers.data(), static_cast<int64_t>(layers.size())) == -1, what);
+}
+
+void run(bool slow) {
+    using F = std::vector<FactorShape>;
+    const std::vector<Shape> shapes = {
+        {"one entry", F{{1, true, false}}},
+        {"odd", F{{31, false, false}, {33, true, true}}},
+        {"vectors", F{{64, false, false}, {36, true, true}}},
+        {"vectors that are not aligned", F{{64, true, false}, {36, true, true}}, 1, 1},
+        {"a factor that begins inside a vector", F{{62, false, false}, {66, true, false}}},
+        {"tasks end inside", F{{2047, true, false}, {2049, true, true}}},
+        {"nothing that listens", F{{64, false, false}, {36, false, true}}},
+        {"bfloat16", F{{64, false, false}, {36, true, true}}, 1, 0, OPLORA_BF16},
+        {"float16, tasks end inside", F{{2047, true, false}, {2049, true, true}}, 1, 0, OPLORA_F16},
+        {"many layers", F{{8, false, false}, {4, true, false}}, slow ? 40 : 300},
+    };
+    for (const auto &shape : shapes) steps(shape, slow ? 2 : 4);
+    if (!slow) {
+        steps({"many tasks", F{{30001, true, false}, {4100, true, true}}}, 2);
+        steps({"many tasks in vectors", F{{30000, true, false}, {4100, true, true}}}, 2);
+        steps({"a million entries", F{{1000001, true, false}}}, 1);
+    }
+    edits_of_16_bits_are_gone_on_from(shapes[7]);
+    edits_of_16_bits_are_gone_on_from(shapes[8]);
+    nonfinite_changes_nothing(shapes[2]);
+    nonfinite_changes_nothing(shapes[7]); // bfloat16
+    nonfinite_changes_nothing(shapes.back());
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    const std::string kind = argc > 1 ? argv[1] : "values";
+#if defined(__x86_64__)
+    _mm_setcsr(_mm_getcsr() | 0x8040); // nvcc -ftz=true, and what the core does around its own loops
+#endif
+    using cuda_on_cpu::Order;
+    for (const Order order : {Order::forward, Order::reverse, Order::random}) {
+        cuda_on_cpu::options.order = order;
+        run(kind != "values");
+    }
+    Side side({"bad", {{9, true, false}}});
+    auto layers = side.layers;
+    layers[0].exp_avg_sq = nullptr;
+    refuses("a missing pointer is refused", OPLORA_ENULL, layers);
+    layers = side.layers;
+    layers[0].N = 10;
+    refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+    layers = side.layers;
+    side.factors[0].out = nullptr;
+    refuses("a factor without its value is refused", OPLORA_ENULL, layers);
+    printf("state rate's kernels, %s: %d passed, %d failed\n", kind.c_str(), checks - failures, failures);
+    return failures != 0;
+}
