@@ -102,7 +102,7 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, optimizer: Any, m
 
 
 def found_lr(optimizer: Any) -> float | None:
-    """The rate that OP-LoRA has found by now; None where it was given."""
+    """The rate that OP-LoRA has found by now, of which a schedule makes less; None where it was given."""
     found = next((state["found"] for state in optimizer.state.values() if "found" in state), None)
     return None if found is None else float(found[0])
 

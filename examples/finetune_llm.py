@@ -100,7 +100,7 @@ def clip_gradients(model: PeftModel, optimizer: torch.optim.Optimizer, max_norm:
 
 
 def found_lr(optimizer: torch.optim.Optimizer) -> float | None:
-    """The rate that OP-LoRA has found by now; None where it was given."""
+    """The rate that OP-LoRA has found by now, of which a schedule makes less; None where it was given."""
     found = next((state["found"] for state in optimizer.state.values() if "found" in state), None)
     return None if found is None else float(found[0])
 

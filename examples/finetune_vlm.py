@@ -91,7 +91,7 @@ def make_optimizer(model: PeftModel, args: argparse.Namespace) -> torch.optim.Op
 
 
 def found_lr(optimizer: Any) -> float | None:
-    """The rate that OP-LoRA has found by now; None where it was given."""
+    """The rate that OP-LoRA has found by now, of which a schedule makes less; None where it was given."""
     found = next((state["found"] for state in optimizer.state.values() if "found" in state), None)
     return None if found is None else float(found[0])
 
