@@ -1,6 +1,6 @@
 # `make demo` and `make test` are the two commands; each makes its environment (.venv) if it is not there.
 #
-#   make demo      fine-tune SmolLM2-135M with LoRA and with OP-LoRA side by side, save, reload, compare, draw
+#   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
 #   make cuda      the CUDA kernels, compiled for every architecture without warnings and spills

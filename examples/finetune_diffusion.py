@@ -7,9 +7,9 @@ The architecture follows from the checkpoint. A picture's caption stands in meta
 file_name and text, as in the imagefolder of datasets), in a file NAME.txt beside the picture, or is --caption.
 
 Both methods train the same adapter on the same pictures in the same order with the same noise and timesteps; they
-differ in the optimizer (make_optimizer below). Out comes pytorch_lora_weights.safetensors, an ordinary LoRA that
-pipeline.load_lora_weights reads, and with --kohya the file that ComfyUI and others read. docs/diffusion.md tells the
-rest.
+differ in the optimizer (make_optimizer below): OP-LoRA finds its learning rate, LoRA takes --lr. Out comes
+pytorch_lora_weights.safetensors, an ordinary LoRA that pipeline.load_lora_weights reads, and with --kohya the file
+that ComfyUI and others read. docs/diffusion.md tells the rest.
 """
 
 import argparse
@@ -64,6 +64,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 PROGRESS = "progress.json"
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 NAMES_SHOWN = 10
+LR = 1e-4  # where none is found
 # what a resumed run may change: it has no influence on the course of the training
 FREE_SETTINGS = {
     *("model", "variant", "revision", "data", "output", "workers", "kohya", "gradient_checkpointing"),
@@ -77,7 +78,9 @@ FREE_SETTINGS = {
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
-    shared = {"lr": args.lr, "betas": tuple(args.betas), "eps": args.eps, "weight_decay": args.weight_decay}
+    given = {"lr": args.lr, "betas": args.betas and tuple(args.betas)}
+    shared = {name: value for name, value in given.items() if value is not None}
+    shared |= {"eps": args.eps, "weight_decay": args.weight_decay}
     if args.method == "lora":
         return torch.optim.AdamW(trainable(model), **shared)
     return oplora.AdamW(
@@ -96,6 +99,12 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, optimizer: Any, m
         optimizer.optimizer.clip_grad_norm_(max_norm)
     else:
         accelerator.clip_grad_norm_(trainable(model), max_norm)
+
+
+def found_lr(optimizer: Any) -> float | None:
+    """The rate that OP-LoRA has found by now, of which a schedule makes less; None where it was given."""
+    found = next((state["found"] for state in optimizer.state.values() if "found" in state), None)
+    return None if found is None else float(found[0])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -717,12 +726,11 @@ class Run:
             except oplora.OPLoRAError as error:  # a gradient is not finite
                 sys.exit(f"error: step {step}: {error}{self.checkpoints.last_stays()}")
             if not math.isfinite(loss):
-                sys.exit(
-                    f"error: the loss is {loss} at step {step}; lower --lr, which is {args.lr}."
-                    f"{self.checkpoints.last_stays()}"
-                )
+                advice = f"lower --lr, which is {args.lr}" if args.lr is not None else "--preset paper takes --lr"
+                sys.exit(f"error: the loss is {loss} at step {step}; {advice}.{self.checkpoints.last_stays()}")
             self.history["train_loss"].append(loss)
-            progress.set_postfix(loss=f"{loss:.4f}")
+            found = {"found_lr": f"{self.history['found_lr'][-1]:.1e}"} if "found_lr" in self.history else {}
+            progress.set_postfix(loss=f"{loss:.4f}", **found)
             if due(step, args.eval_steps) or step == args.steps:
                 self._evaluate(step)
             if due(step, args.validation_steps):
@@ -759,6 +767,8 @@ class Run:
                 self.optimizer.zero_grad()
             losses.append(loss.detach())
         mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if (found := found_lr(self.optimizer)) is not None:
+            self.history.setdefault("found_lr", []).append(found)
         self.history["seconds"] += time.perf_counter() - began
         return mean
 
@@ -1056,13 +1066,19 @@ def draw(path: Path, history: dict[str, Any], method: str) -> None:
     width = max(1, len(losses) // 10)
     smooth = [losses[max(0, end - width) : end].mean() for end in range(1, len(losses) + 1)]
     steps = np.arange(1, len(losses) + 1)
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    found = history.get("found_lr")
+    panels = 1 if found is None else 2
+    figure, axes = plt.subplots(1, panels, figsize=(3 + 4 * panels, 4.2), squeeze=False, layout="constrained")
+    axis = axes[0, 0]
     axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axis.plot(steps, smooth, color="tab:blue", label=f"{LABELS[method]}, training, mean of {width}")
     if history["held_out_loss"]:
         axis.plot(*zip(*history["held_out_loss"], strict=True), "o-", color="tab:orange", label="held out")
     axis.set(xlabel="step", ylabel="denoising loss")
     axis.legend()
+    if found is not None:
+        axes[0, 1].semilogy(steps, found, color="tab:green")
+        axes[0, 1].set(xlabel="step", ylabel="learning rate", title=f"found: {found[-1]:.1e} at the end")
     with replaced(path) as new:
         figure.savefig(new, dpi=150)
     plt.close(figure)
@@ -1134,20 +1150,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("OP-LoRA").add_argument
-    add("--hidden-width", type=size, default=32, help="units of a generator")
     add(
         "--preset",
-        choices=("paper", "flat"),
-        default="paper",
-        help="flat: from LoRA's own A and B, with less regard to the rate",
+        choices=("auto", "paper", "flat"),
+        default="auto",
+        help="auto finds the learning rate; paper and flat have a generator in every layer and take --lr",
     )
-    add("--oplora-state", choices=("lean", "exact"), default="lean", help="how the generators are kept")
+    add("--hidden-width", type=size, help="units of a generator, for presets paper and flat (default: 32)")
+    add("--oplora-state", choices=("lean", "exact"), help="how these generators are kept (default: lean)")
 
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=size, default=1000, help="steps of the optimizer")
     add("--batch-size", type=size, default=1, help="pictures in a forward pass, in each process")
     add("--grad-accumulation", type=size, default=1, help="forward passes to a step")
-    add("--lr", type=number(float, 0, open_low=True), default=1e-4, help="learning rate")
+    add(
+        "--lr",
+        type=number(float, 0, open_low=True),
+        help=f"learning rate; preset auto needs none, and takes only a schedule's course from it (else: {LR:g})",
+    )
     add(
         "--lr-scheduler",
         choices=[s.value for s in SchedulerType if s.value != "piecewise_constant"],
@@ -1155,7 +1175,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="of diffusers",
     )
     add("--warmup", type=count, default=0, help="steps in which the rate rises, for schedules that have it")
-    add("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999], help="of AdamW")
+    add("--betas", type=number(float, 0, 1), nargs=2, help="of AdamW (default: 0.9 0.999, of preset auto 0.9 0.99)")
     add("--eps", type=number(float, 0, open_low=True), default=1e-8, help="of AdamW")
     add("--weight-decay", type=number(float, 0), default=0.01, help="of AdamW")
     add("--max-grad-norm", type=number(float, 0), default=1.0, help="clip the gradient's norm; 0: don't")
@@ -1207,6 +1227,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.cache_latents = args.cache_latents and not args.random_crop
     args.cache_text = args.cache_text and not args.train_text_encoder
+    if args.method == "lora" or args.preset != "auto":
+        args.lr = LR if args.lr is None else args.lr
+    else:
+        for flag, value in (("--hidden-width", args.hidden_width), ("--oplora-state", args.oplora_state)):
+            if value is not None:
+                parser.error(f"{flag} is for --preset paper and flat; auto, the default, has no generator in a layer")
     return args
 
 

@@ -1,17 +1,18 @@
-"""Fine-tunes a causal language model on a text file with LoRA and with OP-LoRA, side by side.
+"""Fine-tunes a causal language model on a text file with LoRA at several rates and with OP-LoRA, side by side.
 
     python examples/finetune_llm.py                            # the demo, about five minutes on two cores
     python examples/finetune_llm.py --model ./my-model --text notes.txt --method oplora --r 16 --lora-alpha 32
 
-Both methods train the same adapter: same base model, rank, alpha and target modules, same batches in the same
-order, same number of steps, rate, warm-up, decay and clipping. They differ in one line, the optimizer
-(make_optimizer below); with --preset flat also the start of A and B is the same. The defaults belong to the demo,
-SmolLM2-135M-Instruct on Python's reference documentation at a rate that nobody tuned. With the rate tuned for
-each (5e-3 here) neither is ahead of the other by more than chance: examples/README.md has the figures. A few
-dozen steps are a demonstration, not a benchmark: try a few rates for both.
+All runs train the same adapter: same base model, rank, alpha and target modules, same start of A and B, same batches
+in the same order, same number of steps, decay and clipping. They differ in one line, the optimizer (make_optimizer
+below). LoRA wants a learning rate, and gets each that --lora-lr names in a run of its own; OP-LoRA finds its own, or
+takes --oplora-lr with --preset paper or flat.
+
+The demo trains SmolLM2-135M-Instruct on Python's reference documentation at PEFT's usual 1e-4, at 1e-3 and at 1e-2,
+and with nothing chosen. A few dozen steps are a demonstration, not a benchmark: docs/evidence.md has the figures.
 
 At the end each adapter is saved, loaded into a fresh model by PEFT alone, and must give the training model's
-logits bit for bit. OP-LoRA's fused step works on CPU tensors.
+logits bit for bit.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -49,19 +50,41 @@ LABELS = {"lora": "LoRA", "oplora": "OP-LoRA"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGED_MODEL = Path("models/smollm2")
 NEW_TOKENS = 32
+OPLORA_LR = 1e-3  # of presets that take a rate
 # what a resumed run may change: it has no influence on the losses
-FREE_SETTINGS = {"output", "resume", "method", "save_every", "prompt"}
+FREE_SETTINGS = {"output", "resume", "method", "lora_lr", "save_every", "prompt"}
 
 
 # ---- the method: all that differs ----
 
 
-def make_optimizer(method: str, model: PeftModel, args: argparse.Namespace) -> torch.optim.Optimizer:
-    if method == "lora":
-        return torch.optim.AdamW(trainable(model), lr=args.lora_lr, weight_decay=args.weight_decay)
+class Run(NamedTuple):
+    """lr: None where it is found."""
+
+    method: str
+    lr: float | None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"lora-{self.lr}" if self.method == "lora" else self.method
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.method] if self.lr is None else f"{LABELS[self.method]} at {self.lr:g}"
+
+
+def runs_of(args: argparse.Namespace) -> list[Run]:
+    runs = [Run("lora", lr) for lr in dict.fromkeys(args.lora_lr)] if args.method != "oplora" else []
+    return runs if args.method == "lora" else [*runs, Run("oplora", args.oplora_lr)]
+
+
+def make_optimizer(run: Run, model: PeftModel, args: argparse.Namespace) -> torch.optim.Optimizer:
+    if run.method == "lora":
+        return torch.optim.AdamW(trainable(model), lr=run.lr, weight_decay=args.weight_decay)
     return oplora.AdamW(
         model,
-        lr=args.oplora_lr,
+        lr=run.lr,
         weight_decay=args.weight_decay,
         hidden_width=args.hidden_width,
         preset=args.preset,
@@ -74,6 +97,12 @@ def clip_gradients(model: PeftModel, optimizer: torch.optim.Optimizer, max_norm:
         optimizer.clip_grad_norm_(max_norm)
     else:
         torch.nn.utils.clip_grad_norm_(trainable(model), max_norm)
+
+
+def found_lr(optimizer: torch.optim.Optimizer) -> float | None:
+    """The rate that OP-LoRA has found by now, of which a schedule makes less; None where it was given."""
+    found = next((state["found"] for state in optimizer.state.values() if "found" in state), None)
+    return None if found is None else float(found[0])
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -160,7 +189,7 @@ def split_into_blocks(
 
 
 def block_order(count: int, seed: int) -> Iterator[int]:
-    """Endless epochs, each in another order; the same for both methods, and for a run that is resumed."""
+    """Endless epochs, each in another order; the same for all runs, and for one that is resumed."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
@@ -176,16 +205,16 @@ def warmup_then_linear(step: int, warmup: int, steps: int) -> float:
 
 
 def train(
-    method: str, train_blocks: Tensor, held_out: Tensor, loss_before: float, args: argparse.Namespace
+    run: Run, train_blocks: Tensor, held_out: Tensor, loss_before: float, args: argparse.Namespace
 ) -> tuple[PeftModel, dict[str, Any]]:
     base = load_base(args)
     config = LoraConfig(r=args.r, lora_alpha=args.lora_alpha, target_modules=args.target_modules, task_type="CAUSAL_LM")
-    torch.manual_seed(args.seed)  # both methods start from the same A
+    torch.manual_seed(args.seed)  # all runs start from the same A
     model = get_peft_model(base, config)
-    optimizer = make_optimizer(method, model, args)
+    optimizer = make_optimizer(run, model, args)
     scheduler = LambdaLR(optimizer, lambda step: warmup_then_linear(step, args.warmup, args.steps))
 
-    folder = args.output / method
+    folder = args.output / run.name
     history = load_checkpoint(folder, model, optimizer, scheduler, args) if args.resume else None
     if history is None:
         remove_checkpoints(folder)
@@ -195,7 +224,7 @@ def train(
     done = len(history["train_loss"])
     blocks_per_step = args.batch_size * args.grad_accumulation
     order = islice(block_order(len(train_blocks), args.seed), done * blocks_per_step, None)
-    progress = tqdm(range(done + 1, args.steps + 1), desc=LABELS[method], initial=done, total=args.steps)
+    progress = tqdm(range(done + 1, args.steps + 1), desc=run.label, initial=done, total=args.steps)
     model.train()
     for step in progress:
         batch = train_blocks[list(islice(order, blocks_per_step))].to(args.device)
@@ -203,7 +232,8 @@ def train(
         loss = train_step(model, optimizer, batch, history, args)
         scheduler.step()
         if not math.isfinite(loss):
-            sys.exit(f"error: {LABELS[method]}'s loss is {loss} at step {step}; lower its learning rate.")
+            advice = "lower its learning rate" if run.lr is not None else "--preset paper takes a rate, by --oplora-lr"
+            sys.exit(f"error: {run.label}: the loss is {loss} at step {step}; {advice}.")
         history["train_loss"].append(loss)
         progress.set_postfix(loss=f"{loss:.3f}")
         if step % args.eval_every == 0 or step == args.steps:
@@ -238,11 +268,20 @@ def train_step(
     history["seconds"] += ended - began
     history["optimizer_seconds"] += ended - before_optimizer
     if isinstance(optimizer, oplora.AdamW):
-        layers = oplora.stats(optimizer).values()
-        for name in ("trainable_lr", "line_search", "live_units"):
-            quantiles = np.quantile([layer[name] for layer in layers], [0.1, 0.5, 0.9]).tolist()
-            history.setdefault(name, []).append(quantiles)
+        watch(optimizer, history)
     return loss
+
+
+def watch(optimizer: oplora.AdamW, history: dict[str, Any]) -> None:
+    """The rate of this step if it was found; else what the layers' generators did in it, 10%, 50% and 90% of them."""
+    found = found_lr(optimizer)
+    if found is not None:
+        history.setdefault("found_lr", []).append(found)
+        return
+    layers = oplora.stats(optimizer).values()
+    for name in ("trainable_lr", "line_search", "live_units"):
+        quantiles = np.quantile([layer[name] for layer in layers], [0.1, 0.5, 0.9]).tolist()
+        history.setdefault(name, []).append(quantiles)
 
 
 @torch.no_grad()
@@ -367,8 +406,10 @@ def save_and_reload(model: PeftModel, folder: Path, blocks: Tensor, args: argpar
 
 
 def summarize(history: dict[str, Any]) -> dict[str, float]:
+    """found_lr: the last, of which the schedule then makes less."""
     last_third = history["train_loss"][-max(1, len(history["train_loss"]) // 3) :]
-    return {
+    found = {"found_lr": history["found_lr"][-1]} if "found_lr" in history else {}
+    return found | {
         "train_loss_last_third": sum(last_third) / len(last_third),
         "held_out_loss": history["held_out_loss"][-1][1],
         "seconds": history["seconds"],
@@ -376,26 +417,28 @@ def summarize(history: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def print_summary(results: dict[str, dict], rates: dict[str, float]) -> None:
-    print(f"\n{'':16}{'lr':>8}{'train loss':>12}{'held-out loss':>15}{'seconds':>10}{'in the optimizer':>18}")
-    print(f"{'before':16}{'':8}{'':12}{next(iter(results.values()))['held_out_loss'][0][1]:15.4f}")
-    for method, history in results.items():
+def print_summary(results: dict[Run, dict]) -> None:
+    heads = "learning rate", "train loss", "held-out loss", "seconds", "in the optimizer"
+    print("\n{:8}{:>15}{:>12}{:>15}{:>10}{:>18}".format("", *heads))
+    print(f"{'before':8}{'':15}{'':12}{next(iter(results.values()))['held_out_loss'][0][1]:15.4f}")
+    for run, history in results.items():
         row = summarize(history)
+        rate = f"found {row['found_lr']:.1e}" if run.lr is None else f"{run.lr:g}"
         print(
-            f"{LABELS[method]:16}{rates[method]:8g}{row['train_loss_last_third']:12.4f}{row['held_out_loss']:15.4f}"
+            f"{LABELS[run.method]:8}{rate:>15}{row['train_loss_last_third']:12.4f}{row['held_out_loss']:15.4f}"
             f"{row['seconds']:10.1f}{row['optimizer_seconds']:18.2f}"
         )
     print("(train loss: mean of the last third of the steps; seconds: of the training steps)")
 
 
-def write_json(path: Path, results: dict[str, dict], texts: dict[str, str], args: argparse.Namespace) -> None:
+def write_json(path: Path, results: dict[Run, dict], texts: dict[str, str], args: argparse.Namespace) -> None:
     packages = (oplora, torch, transformers, peft)
     record = {
         "settings": settings_of(args),
         "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
-        "summary": {method: summarize(history) for method, history in results.items()},
+        "summary": {run.name: summarize(history) for run, history in results.items()},
         "generated": texts,
-        "methods": results,
+        "runs": {run.name: history for run, history in results.items()},
     }
     beside = path.with_name(f"unfinished-{path.name}")
     beside.write_text(json.dumps(record, indent=1) + "\n")
@@ -408,27 +451,45 @@ def smooth(values: list[float]) -> list[float]:
     return [float(np.mean(values[max(0, end - width) : end])) for end in range(1, len(values) + 1)]
 
 
-def draw(path: Path, results: dict[str, dict]) -> None:
-    with_generators = "oplora" in results
-    figure, axes = plt.subplots(
-        1, 1 + with_generators, figsize=(6 + 5 * with_generators, 4.2), squeeze=False, layout="constrained"
-    )
-    for color, (method, history) in zip(("tab:blue", "tab:orange"), results.items(), strict=False):
-        draw_losses(axes[0, 0], method, history, color)
-    axes[0, 0].set(xlabel="step", ylabel="loss")
-    axes[0, 0].legend()
-    if with_generators:
-        draw_generators(axes[0, 1], results["oplora"])
+def draw(path: Path, results: dict[Run, dict]) -> None:
+    """The losses; beside them the rates where one was found, or what generators with a given rate did."""
+    by_generators = next((history for history in results.values() if "trainable_lr" in history), None)
+    has_found = any("found_lr" in history for history in results.values())
+    panels = 1 + (has_found or by_generators is not None)
+    figure, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 4.4), squeeze=False, layout="constrained")
+    shades = np.linspace(0.95, 0.45, sum(run.method == "lora" for run in results))
+    blues = iter(plt.colormaps["Blues"](shades[::-1]))
+    for run, history in results.items():
+        color = next(blues) if run.method == "lora" else "tab:orange"
+        draw_losses(axes[0, 0], run, history, color)
+        if has_found:
+            draw_rates(axes[0, 1], run, history, color)
+    axes[0, 0].set(xlabel="step", ylabel="loss", title="Training (lines) and held out (points)")
+    axes[0, 0].legend(title="at the end, held out")
+    if has_found:
+        axes[0, 1].set_yscale("log")
+        axes[0, 1].set(xlabel="step", ylabel="learning rate", title="Learning rate, given or found")
+        axes[0, 1].legend()
+    elif by_generators is not None:
+        draw_generators(axes[0, 1], by_generators)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def draw_losses(axis: plt.Axes, method: str, history: dict[str, Any], color: str) -> None:
+def draw_losses(axis: plt.Axes, run: Run, history: dict[str, Any], color: Any) -> None:
     steps = np.arange(1, len(history["train_loss"]) + 1)
-    axis.plot(steps, history["train_loss"], color=color, alpha=0.25, linewidth=0.8)
-    axis.plot(steps, smooth(history["train_loss"]), color=color, label=f"{LABELS[method]}, training")
     held_out_steps, held_out = zip(*history["held_out_loss"], strict=True)
-    axis.plot(held_out_steps, held_out, "o", color=color, label=f"{LABELS[method]}, held out")
+    axis.plot(steps, history["train_loss"], color=color, alpha=0.15, linewidth=0.8)
+    axis.plot(steps, smooth(history["train_loss"]), color=color, label=f"{run.label}: {held_out[-1]:.3f}")
+    axis.plot(held_out_steps, held_out, "o", color=color)
+
+
+def draw_rates(axis: plt.Axes, run: Run, history: dict[str, Any], color: Any) -> None:
+    """Of every step. One that is found is scaled by the schedule's fall; a warm-up is the search's own matter."""
+    rates = np.array(history["learning_rate"])
+    if "found_lr" in history:
+        rates = np.array(history["found_lr"]) * rates / np.maximum.accumulate(rates)
+    axis.plot(np.arange(1, len(rates) + 1), rates, color=color, label=run.label)
 
 
 def draw_generators(axis: plt.Axes, history: dict[str, Any]) -> None:
@@ -479,19 +540,25 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("OP-LoRA").add_argument
-    add("--hidden-width", type=at_least(1), default=32, help="units of a generator")
     add(
         "--preset",
-        choices=("paper", "flat"),
-        default="paper",
-        help="flat: from LoRA's own A and B, with less regard to the rate",
+        choices=("auto", "paper", "flat"),
+        default="auto",
+        help="auto finds the learning rate; paper and flat have a generator in every layer and take --oplora-lr",
     )
+    add("--oplora-lr", type=float, help=f"peak learning rate of presets paper and flat (default: {OPLORA_LR:g})")
+    add("--hidden-width", type=at_least(1), help="units of a generator, for presets paper and flat (default: 32)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--lr", type=float, default=1e-3, help="peak learning rate of both methods")
-    add("--lora-lr", type=float, help="LoRA's, if it is to be another")
-    add("--oplora-lr", type=float, help="OP-LoRA's, if it is to be another")
-    add("--steps", type=at_least(1), default=40, help="steps of the optimizer")
+    add(
+        "--lora-lr",
+        type=float,
+        nargs="+",
+        metavar="LR",
+        default=[1e-4, 1e-3, 1e-2],
+        help="peak learning rates of LoRA, each in a run of its own",
+    )
+    add("--steps", type=at_least(1), default=60, help="steps of the optimizer")
     add("--warmup", type=at_least(0), default=10, help="steps in which the rate rises; then it falls to 0")
     add("--batch-size", type=at_least(1), default=4, help="blocks in a forward pass")
     add("--block-size", type=at_least(2), default=64, help="tokens in a block")
@@ -518,8 +585,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.warmup >= args.steps:
         parser.error(f"--warmup {args.warmup} leaves none of --steps {args.steps} for the decay")
-    args.lora_lr = args.lr if args.lora_lr is None else args.lora_lr
-    args.oplora_lr = args.lr if args.oplora_lr is None else args.oplora_lr
+    if args.preset == "auto":
+        for flag, value in (("--oplora-lr", args.oplora_lr), ("--hidden-width", args.hidden_width)):
+            if value is not None:
+                parser.error(f"{flag} is for --preset paper and flat; auto, the default, finds its learning rate")
+    elif args.oplora_lr is None:
+        args.oplora_lr = OPLORA_LR
     return args
 
 
@@ -532,8 +603,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def main() -> None:
     args = parse_arguments()
-    methods = ["lora", "oplora"] if args.method == "both" else [args.method]
-    if args.resume and not any(checkpoints(args.output / method) for method in methods):
+    runs = runs_of(args)
+    if args.resume and not any(checkpoints(args.output / run.name) for run in runs):
         sys.exit(f"error: nothing to resume: {args.output} holds no checkpoint; --save-every writes them.")
     transformers.utils.logging.disable_progress_bar()
 
@@ -545,7 +616,7 @@ def main() -> None:
     check_target_modules(base, args.target_modules)
     texts = {"prompt": args.prompt, "before": generate(base, tokenizer, args.prompt)}
     loss_before = evaluate(base, held_out, args)
-    del base  # each method gets a fresh one
+    del base  # each run gets a fresh one
     print(
         f"{len(train_blocks)} blocks of {args.block_size} tokens to train on, {len(held_out)} held out; "
         f"their loss before training is {loss_before:.4f}",
@@ -553,17 +624,18 @@ def main() -> None:
     )
 
     results = {}
-    for method in methods:
-        model, results[method] = train(method, train_blocks, held_out, loss_before, args)
-        fresh = save_and_reload(model, args.output / method / "adapter", held_out, args)
-        texts[method] = generate(fresh, tokenizer, args.prompt)
+    for run in runs:
+        model, results[run] = train(run, train_blocks, held_out, loss_before, args)
+        fresh = save_and_reload(model, args.output / run.name / "adapter", held_out, args)
+        texts[run.name] = generate(fresh, tokenizer, args.prompt)
 
     write_json(args.output / "losses.json", results, texts, args)
     draw(args.output / "loss_curves.png", results)
+    labels = {run.name: run.label for run in runs}
     for name, continuation in texts.items():
-        print(f"\n[{LABELS.get(name, name)}] {continuation.strip()}")
-    print_summary(results, {"lora": args.lora_lr, "oplora": args.oplora_lr})
-    print(f"\nwritten: {args.output}: losses.json, loss_curves.png, and each method's adapter")
+        print(f"\n[{labels.get(name, name)}] {continuation.strip()}")
+    print_summary(results)
+    print(f"\nwritten: {args.output}: losses.json, loss_curves.png, and each run's adapter")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python examples/finetune_vlm.py --model ./llava-1.5-7b-hf --data cars.jsonl --targets projector --method lora
 
 Takes the models of transformers that AutoModelForImageTextToText and AutoProcessor load and whose processor has a
-chat template. The loop is transformers' Trainer; the two methods differ in one line, the optimizer (make_optimizer).
-The adapter that comes out is an ordinary LoRA: at the end it is loaded into a fresh model by PEFT alone, and must
-give the logits of the model that was trained. docs/vlm.md describes the data, the flags and the output.
+chat template. The loop is transformers' Trainer; the two methods differ in one line, the optimizer (make_optimizer):
+OP-LoRA finds its learning rate, LoRA takes --lr. The adapter that comes out is an ordinary LoRA: at the end it is
+loaded into a fresh model by PEFT alone, and must give the logits of the model that was trained. docs/vlm.md describes
+the data, the flags and the output.
 """
 
 import argparse
@@ -55,6 +56,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROJECTORS = ("multi_modal_projector", "mm_projector", "connector", "merger", "deepstack_merger_list", "aligner")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTOR_WIDTH, LANGUAGE_WIDTH = 768, 32  # the paper's for LLaVA's projector, and for everything else
+LR = 5e-5  # where none is found
 IGNORED = -100  # the label of tokens without loss
 OUR_STATE = "finetune_vlm.json"
 # what a resumed run may change: it has no influence on the losses but for rounding, or is checked otherwise
@@ -86,6 +88,12 @@ def make_optimizer(model: PeftModel, args: argparse.Namespace) -> torch.optim.Op
         max_grad_norm=args.max_grad_norm or None,  # it trains the generators, so their gradients' norm counts
         seed=args.seed,
     )
+
+
+def found_lr(optimizer: Any) -> float | None:
+    """The rate that OP-LoRA has found by now, of which a schedule makes less; None where it was given."""
+    found = next((state["found"] for state in optimizer.state.values() if "found" in state), None)
+    return None if found is None else float(found[0])
 
 
 # ---- model ----
@@ -536,7 +544,8 @@ class StopAtNan(TrainerCallback):
     def on_log(self, _: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         loss = (logs or {}).get("loss", 0.0)
         if not abs(loss) < float("inf"):
-            raise RunError(f"the loss is {loss} at step {state.global_step}; lower --lr.")
+            advice = "--preset paper takes --lr" if "found_lr" in logs else "lower --lr"
+            raise RunError(f"the loss is {loss} at step {state.global_step}; {advice}.")
 
 
 # ---- training ----
@@ -548,6 +557,11 @@ class WholeCheckpoints(Trainer):
     ours: dict[str, Any]  # what finetune_vlm.json holds beside the samples
     samples: Samples
     _beside: Path | None = None
+
+    def log(self, logs: dict[str, float], *more: Any, **named: Any) -> None:
+        if "loss" in logs and (found := found_lr(self.optimizer)) is not None:
+            logs["found_lr"] = found
+        super().log(logs, *more, **named)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._beside is None else str(self._beside)
@@ -770,6 +784,7 @@ def record_of(
         "versions": {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages},
         "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
         "learning_rate": [[entry["step"], entry["learning_rate"]] for entry in history if "loss" in entry],
+        "found_lr": [[entry["step"], entry["found_lr"]] for entry in history if "found_lr" in entry],
         "held_out_loss": [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry],
         "exact_match": dict(zip(("before", "after"), accuracy, strict=True)),
         "samples": samples,
@@ -784,11 +799,17 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def draw(path: Path, record: dict[str, Any], label: str) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    panels = 2 if record["found_lr"] else 1
+    figure, axes = plt.subplots(1, panels, figsize=(3 + 4 * panels, 4.2), squeeze=False, layout="constrained")
+    axis = axes[0, 0]
     axis.plot(*zip(*record["train_loss"], strict=True), alpha=0.6, linewidth=0.9, label=f"{label}, training")
     axis.plot(*zip(*record["held_out_loss"], strict=True), "o-", label=f"{label}, held out")
     axis.set(xlabel="step", ylabel="loss of the answers' tokens")
     axis.legend()
+    if record["found_lr"]:
+        steps, found = zip(*record["found_lr"], strict=True)
+        axes[0, 1].semilogy(steps, found, color="tab:green")
+        axes[0, 1].set(xlabel="step", ylabel="learning rate", title=f"found: {found[-1]:.1e} at the end")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -796,6 +817,8 @@ def draw(path: Path, record: dict[str, Any], label: str) -> None:
 def print_summary(record: dict[str, Any]) -> None:
     (_, before), (_, after) = record["held_out_loss"][0], record["held_out_loss"][-1]
     print(f"held-out loss: {before:.4f} before, {after:.4f} after training")
+    if record["found_lr"]:
+        print(f"learning rate: found {record['found_lr'][-1][1]:.1e}")
     if None not in record["exact_match"].values():
         print("exact match: {before:.3f} before, {after:.3f} after training".format(**record["exact_match"]))
 
@@ -832,16 +855,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--lora-dropout", type=float, default=0.0, help="on the adapter's input")
 
     add = parser.add_argument_group("OP-LoRA").add_argument
-    add("--hidden-width", type=at_least(1), help="units of a generator (default: 768 for --targets projector, else 32)")
     add(
         "--preset",
-        choices=("paper", "flat"),
-        default="paper",
-        help="flat: from LoRA's own A and B, with less regard to the rate",
+        choices=("auto", "paper", "flat"),
+        default="auto",
+        help="auto finds the learning rate; paper and flat have a generator in every layer and take --lr",
+    )
+    add(
+        "--hidden-width",
+        type=at_least(1),
+        help="units of a generator, for presets paper and flat (default: 768 for --targets projector, else 32)",
     )
 
     add = parser.add_argument_group("training").add_argument
-    add("--lr", type=float, default=5e-5, help="peak learning rate")
+    add("--lr", type=float, help=f"peak learning rate; preset auto needs none, its size does not matter (else: {LR:g})")
     add("--lr-schedule", default="cosine", help="of transformers: cosine, linear, constant_with_warmup, ...")
     add("--warmup", type=at_least(0), default=0, help="steps in which the rate rises")
     add("--epochs", type=float, default=1.0, help="passes over the data")
@@ -889,7 +916,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def with_defaults(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    if args.hidden_width is None:
+    finds_lr = args.method == "oplora" and args.preset == "auto"
+    if args.lr is None and not finds_lr:
+        args.lr = LR
+    if finds_lr and args.hidden_width is not None:
+        parser.error("--hidden-width is for --preset paper and flat; auto, the default, has no generator in a layer")
+    if args.preset != "auto" and args.hidden_width is None:
         projector_only = args.targets == "projector" and not args.target_modules
         args.hidden_width = PROJECTOR_WIDTH if projector_only else LANGUAGE_WIDTH
     if args.device is None:

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 
 
+def options_of(kind: str) -> dict[str, str]:
+    """What makes oplora.AdamW keep its generators so: in a state, or with preset "auto"."""
+    return {"preset": "auto"} if kind == "auto" else {"state": kind}
+
+
 class EagerGenerator(nn.Module):
     """A generator as the paper describes it: autograd makes the whole of dW2, and any torch optimizer steps it."""
 

@@ -18,6 +18,7 @@ import pytest
 import tiny_pipelines
 import torch
 from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import PIPELINES, encode, predict
@@ -169,6 +170,7 @@ assert "oplora" not in sys.modules
 """
 TRAININGS = {
     "sd": ("sd", "--train-text-encoder"),
+    "sd-paper": ("sd", "--train-text-encoder", "--preset", "paper"),
     "sdxl": ("sdxl", "--train-text-encoder", "--dora", "--preset", "flat"),
     "flux": ("flux", "--train-text-encoder", "--lora-alpha", 3),
 }
@@ -218,6 +220,36 @@ def test_methods_share_pictures_noise_and_start(train: Train, plain: Any) -> Non
     assert lora["held_out_loss"][0] == oplora["held_out_loss"][0]
     assert lora["train_loss"][-1] != oplora["train_loss"][-1]
     assert lora["trained_parameters"] == oplora["trained_parameters"]
+
+
+def test_rate_is_found_whatever_lr_is(train: Train, plain: Any, tmp_path: Path) -> None:
+    other, _ = train("--lr", 2.0, *QUIET)
+    found = plain[0]["found_lr"]
+    assert len(found) == STEPS and min(found) > 0 and found[-1] != found[0]
+    assert other["found_lr"] == found and other["train_loss"] == plain[0]["train_loss"]
+    lora, _ = train("--method", "lora", "--steps", 1, *QUIET, output=tmp_path / "lora")
+    assert "found_lr" not in lora
+
+
+def test_defaults_of_rate_and_betas_are_the_presets(script: ModuleType) -> None:
+    def chosen(*more: str) -> tuple[float | None, float, tuple[float, float]]:
+        args = script.parse_arguments(["--model", "m", "--data", "d", *more])
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 2)), LoraConfig(r=1, target_modules=["0"]))
+        group = script.make_optimizer(model, args).param_groups[0]
+        return args.lr, group["lr"], tuple(group["betas"])
+
+    assert chosen() == (None, 1.0, (0.9, 0.99))
+    assert chosen("--method", "lora") == chosen("--preset", "paper") == (1e-4, 1e-4, (0.9, 0.999))
+    assert chosen("--betas", "0.8", "0.9")[2] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize("more", [("--hidden-width", "8"), ("--oplora-state", "lean")])
+def test_preset_that_finds_its_rate_refuses_what_belongs_to_others(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], more: tuple[str, str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script.parse_arguments(["--model", "m", "--data", "d", *more])
+    assert f"{more[0]} is for --preset paper and flat" in capsys.readouterr().err
 
 
 def test_held_out_loss_depends_on_its_own_seed_alone(train: Train, plain: Any, tmp_path: Path) -> None:
@@ -458,8 +490,8 @@ def resume(train: Train, run: Path, to: Path, *more: object, **options: Any) -> 
 
 
 def assert_same_course(one: tuple[dict[str, Any], Any], other: tuple[dict[str, Any], Any]) -> None:
-    for name in ("train_loss", "held_out_loss", "learning_rate"):
-        assert one[0][name] == other[0][name], name
+    for name in ("train_loss", "held_out_loss", "learning_rate", "found_lr"):
+        assert one[0].get(name) == other[0].get(name), name
     assert torch.equal(predict(one[1]), predict(other[1]))
 
 
@@ -472,7 +504,7 @@ def test_resumed_run_has_the_losses_of_the_uninterrupted(train: Train, plain: An
     ("model", "more"),
     [
         ("sd", ("--method", "lora", "--train-text-encoder", "--lr-scheduler", "cosine", "--warmup", 2)),
-        ("sdxl", ("--train-text-encoder", "--lora-alpha", 3, "--dora", "--oplora-state", "exact")),
+        ("sdxl", ("--train-text-encoder", "--lora-alpha", 3, "--dora", "--preset", "paper", "--oplora-state", "exact")),
         ("flux", ("--grad-accumulation", 2, "--lora-dropout", 0.1)),
     ],
 )
@@ -554,7 +586,7 @@ def test_damaged_checkpoint_is_named(train: Train, output: Path, tmp_path: Path)
         (["--held-out-fraction", "0.99"], "keeps back 7 of 7 pictures; none is left"),
         (["--data", "missing"], "--data missing is no folder"),
         (["--lr", "1e30", "--method", "lora", "--max-grad-norm", "0"], r"the loss is (nan|inf) at step \d; lower --lr"),
-        (["--lr", "1e30"], r"(the loss is|step \d: oplora: the gradient of) (.|\n)*(nan|inf|NaN)"),
+        (["--lr", "1e30", "--preset", "paper"], r"(the loss is|step \d: oplora: the gradient of) (.|\n)*(nan|inf|NaN)"),
         (["--model", "."], r"\. is no diffusers pipeline"),
     ],
 )

@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_llm.py"
 BLOCK = 16
 STEPS = 8
 CHECKPOINT = 5
+RUNS = ("lora-0.0001", "lora-0.01", "oplora")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def flags(model_folder: Path, text_file: Path, output: Path) -> list[str]:
         "--r": 2,
         "--prompt": "7 times",
     }
-    return [str(part) for pair in values.items() for part in pair]
+    return [*(str(part) for pair in values.items() for part in pair), "--lora-lr", "1e-4", "1e-2"]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -81,7 +82,7 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def output(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one run of both methods leaves; its standard output is in stdout.txt."""
+    """What both methods leave; its standard output is in stdout.txt."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     done = run(flags(model_folder, text_file, folder))
     assert done.returncode == 0, done.stderr
@@ -118,51 +119,65 @@ def losses(output: Path) -> dict:
 # ---- what comes out ----
 
 
-def test_run_writes_results_of_both_methods(output: Path) -> None:
+def test_every_run_has_its_results(output: Path) -> None:
     record = losses(output)
     assert record["settings"]["steps"] == STEPS
     assert {"python", "oplora", "torch", "transformers", "peft"} <= record["versions"].keys()
-    assert record["generated"].keys() == {"prompt", "before", "lora", "oplora"}
-    assert record["methods"].keys() == record["summary"].keys() == {"lora", "oplora"}
-    for method, history in record["methods"].items():
+    assert record["generated"].keys() == {"prompt", "before", *RUNS}
+    assert tuple(record["runs"]) == tuple(record["summary"]) == RUNS
+    for name, history in record["runs"].items():
         assert len(history["train_loss"]) == len(history["learning_rate"]) == STEPS
         assert [step for step, _ in history["held_out_loss"]] == [0, 3, 6, STEPS]
-        assert history["held_out_loss"][-1][1] < history["held_out_loss"][0][1], f"{method} learnt nothing"
+        assert history["held_out_loss"][-1][1] < history["held_out_loss"][0][1], f"{name} learnt nothing"
         assert 0 < history["optimizer_seconds"] < history["seconds"]
     assert (output / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_run_reports_generators_per_step_for_oplora_alone(output: Path) -> None:
-    methods = losses(output)["methods"]
-    assert "trainable_lr" not in methods["lora"]
+def test_found_rate_is_recorded_at_every_step(output: Path) -> None:
+    record = losses(output)
+    found = record["runs"]["oplora"]["found_lr"]
+    assert len(found) == STEPS and min(found) > 0 and found[-1] != found[0]
+    assert record["summary"]["oplora"]["found_lr"] == found[-1]
+    assert "found_lr" not in record["runs"]["lora-0.01"]
+    assert f"found {found[-1]:.1e}" in (output / "stdout.txt").read_text()
+
+
+def test_rates_of_lora_are_those_asked_for(output: Path) -> None:
+    runs = losses(output)["runs"]
+    assert [max(runs[name]["learning_rate"]) for name in RUNS] == [1e-4, 1e-2, 1.0]
+
+
+def test_preset_with_a_rate_reports_its_generators_at_every_step(run_here: Callable[..., dict]) -> None:
+    history = run_here("--method", "oplora", "--preset", "paper")["runs"]["oplora"]
+    assert max(history["learning_rate"]) == 1e-3 and "found_lr" not in history
     for name in ("trainable_lr", "line_search"):
-        spread = torch.tensor(methods["oplora"][name])
+        spread = torch.tensor(history[name])
         assert spread.shape == (STEPS, 3)
         assert (spread.diff(dim=1) >= 0).all()
-    assert (torch.tensor(methods["oplora"]["trainable_lr"]) > 0).all()
+    assert (torch.tensor(history["trainable_lr"]) > 0).all()
 
 
-def test_methods_start_from_the_same_loss_and_part(output: Path) -> None:
-    methods = losses(output)["methods"]
-    lora, oplora = methods["lora"], methods["oplora"]
-    assert lora["train_loss"][0] == oplora["train_loss"][0]
-    assert lora["held_out_loss"][0] == oplora["held_out_loss"][0]
-    assert lora["train_loss"][-1] != oplora["train_loss"][-1]
+def test_runs_start_from_the_same_loss_and_part(output: Path) -> None:
+    runs = losses(output)["runs"].values()
+    assert len({history["train_loss"][0] for history in runs}) == 1
+    assert len({history["held_out_loss"][0][1] for history in runs}) == 1
+    assert len({history["train_loss"][-1] for history in runs}) == len(RUNS)
 
 
 def test_run_prints_summary_and_texts(output: Path) -> None:
     stdout = (output / "stdout.txt").read_text()
-    assert stdout.count("equal bit for bit") == 2
+    assert stdout.count("equal bit for bit") == len(RUNS)
     assert "held-out loss" in stdout
     assert "[before]" in stdout
+    assert "[LoRA at 0.01]" in stdout
     assert "[OP-LoRA]" in stdout
 
 
-@pytest.mark.parametrize("method", ["lora", "oplora"])
+@pytest.mark.parametrize("name", RUNS)
 def test_adapter_alone_has_the_held_out_loss_of_the_training(
-    output: Path, model_folder: Path, text_file: Path, method: str
+    output: Path, model_folder: Path, text_file: Path, name: str
 ) -> None:
-    adapter = output / method / "adapter"
+    adapter = output / name / "adapter"
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         assert {name.rsplit(".", 2)[-2] for name in file.keys()} == {"lora_A", "lora_B"}  # noqa: SIM118
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), adapter).eval()
@@ -171,7 +186,7 @@ def test_adapter_alone_has_the_held_out_loss_of_the_training(
     held_out = tokens[: len(tokens) // BLOCK * BLOCK].view(-1, BLOCK)[-4:]
     with torch.no_grad():
         loss = model(input_ids=held_out, labels=held_out).loss.item()
-    recorded = losses(output)["summary"][method]["held_out_loss"]
+    recorded = losses(output)["summary"][name]["held_out_loss"]
     assert loss == pytest.approx(recorded, rel=1e-6)
 
 
@@ -182,23 +197,33 @@ def test_adapter_alone_has_the_held_out_loss_of_the_training(
 def interrupted(output: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As if the run had been killed after its last checkpoints, in the middle of writing another."""
     folder = tmp_path_factory.mktemp("interrupted") / "demo"
-    for method in ("lora", "oplora"):
-        checkpoint = f"{method}/checkpoint-{CHECKPOINT:08d}"
-        assert [p.name for p in (output / method).glob("*checkpoint*")] == [Path(checkpoint).name]
+    for name in RUNS:
+        checkpoint = f"{name}/checkpoint-{CHECKPOINT:08d}"
+        assert [p.name for p in (output / name).glob("*checkpoint*")] == [Path(checkpoint).name]
         shutil.copytree(output / checkpoint, folder / checkpoint)
-        (folder / method / f"unfinished-checkpoint-{STEPS:08d}").mkdir()
+        (folder / name / f"unfinished-checkpoint-{STEPS:08d}").mkdir()
     return folder
 
 
 def test_resumed_run_has_the_same_losses(output: Path, interrupted: Path, model_folder: Path, text_file: Path) -> None:
     done = run([*flags(model_folder, text_file, interrupted), "--resume"])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"going on after step {CHECKPOINT}") == 2
-    there, here = losses(output)["methods"], losses(interrupted)["methods"]
-    for method in ("lora", "oplora"):
-        for name in ("train_loss", "held_out_loss", "learning_rate"):
-            assert here[method][name] == there[method][name], (method, name)
-    assert here["oplora"]["trainable_lr"] == there["oplora"]["trainable_lr"]
+    assert done.stdout.count(f"going on after step {CHECKPOINT}") == len(RUNS)
+    there, here = losses(output)["runs"], losses(interrupted)["runs"]
+    for name in RUNS:
+        for curve in ("train_loss", "held_out_loss", "learning_rate"):
+            assert here[name][curve] == there[name][curve], (name, curve)
+    assert here["oplora"]["found_lr"] == there["oplora"]["found_lr"]
+
+
+def test_rates_of_lora_may_change_when_resuming(
+    run_here: Callable[..., dict], interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that have a checkpoint go on, others begin."""
+    folder = shutil.copytree(interrupted, tmp_path / "resumed")
+    record = run_here("--resume", "--method", "lora", "--lora-lr", "1e-2", "1e-3", output=folder)
+    assert list(record["runs"]) == ["lora-0.01", "lora-0.001"]
+    assert capsys.readouterr().out.count("going on after step") == 1
 
 
 def test_resume_refuses_other_settings(run_here: Callable[..., dict], interrupted: Path) -> None:
@@ -223,7 +248,7 @@ def test_gradient_accumulation_gives_the_losses_of_the_whole_batch(
     monkeypatch.setattr(script, "load_base", without_dropout)
     whole = run_here("--method", "oplora", "--batch-size", "4")
     split = run_here("--method", "oplora", "--batch-size", "2", "--grad-accumulation", "2")
-    curves = [record["methods"]["oplora"]["train_loss"] for record in (whole, split)]
+    curves = [record["runs"]["oplora"]["train_loss"] for record in (whole, split)]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
@@ -244,10 +269,7 @@ def test_kept_start_in_bfloat16_without_clipping(run_here: Callable[..., dict], 
         (["--block-size", "100000"], "takes two blocks of 100000, one to train on and one to hold out"),
         (["--target-modules", "q_proj", "qkv"], r"no target module qkv; it has .*down_proj .*q_proj"),
         (["--model", "."], r"cannot load the tokenizer of \.: "),
-        (
-            ["--method", "lora", "--lr", "1e30"],
-            r"LoRA's loss is (nan|inf) at step \d; lower",
-        ),
+        (["--lora-lr", "1e30"], r"LoRA at 1e\+30: the loss is (nan|inf) at step \d; lower"),
     ],
 )
 def test_errors_say_what_is_wrong(
@@ -260,6 +282,15 @@ def test_errors_say_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message):
         run_here(*arguments)
+
+
+@pytest.mark.parametrize("flag", ["--oplora-lr", "--hidden-width"])
+def test_preset_that_finds_its_rate_refuses_what_belongs_to_others(
+    run_here: Callable[..., dict], capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run_here(flag, "1")
+    assert f"{flag} is for --preset paper and flat" in capsys.readouterr().err
 
 
 def test_missing_packaged_model_says_how_to_install_it(

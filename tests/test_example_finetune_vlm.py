@@ -132,11 +132,9 @@ def flags(model_folder: Path, data: Path, output: Path) -> list[str]:
         "--steps": STEPS,
         "--batch-size": 2,
         "--grad-accumulation": 2,
-        "--lr": 2e-2,
         "--r": 2,
         "--lora-alpha": 4,
         "--lora-dropout": 0.1,
-        "--hidden-width": 8,
         "--eval-steps": 10,
         "--save-steps": CHECKPOINT,
         "--keep-checkpoints": 2,
@@ -213,11 +211,18 @@ def test_run_writes_losses_of_all_steps(output: Path) -> None:
     assert [step for step, _ in record["train_loss"]] == list(range(1, STEPS + 1))
     assert [step for step, _ in record["held_out_loss"]] == [0, 10, STEPS]
     assert record["held_out_loss"][-1][1] < record["held_out_loss"][0][1] - 0.1
-    assert record["learning_rate"][0][1] == 2e-2 > record["learning_rate"][-1][1]
+    assert record["learning_rate"][0][1] == 1.0 > record["learning_rate"][-1][1]
     assert record["settings"]["method"] == "oplora"
     assert {"python", "oplora", "torch", "transformers", "peft"} <= record["versions"].keys()
     assert record["exact_match"].keys() == {"before", "after"}
     assert (output / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_found_rate_is_recorded_and_told(output: Path) -> None:
+    found = losses(output)["found_lr"]
+    assert [step for step, _ in found] == list(range(1, STEPS + 1))
+    assert min(rate for _, rate in found) > 0 and found[-1][1] != found[0][1]
+    assert f"learning rate: found {found[-1][1]:.1e}" in (output / "stdout.txt").read_text()
 
 
 def test_run_prints_sample_answers_at_intervals(output: Path) -> None:
@@ -266,9 +271,12 @@ def test_adapters_in_a_fresh_process_give_the_training_models_logits(
         return reload(trained, logits, batch, args)
 
     monkeypatch.setattr(script, "reload", keep_and_reload)
-    folders = [tmp_path / "lora", tmp_path / "oplora"]
-    for folder in folders:
-        run_here("--method", folder.name, output=folder)
+    rate = ("--lr", 2e-2)
+    ways = {"lora": ("--method", "lora", *rate), "auto": (), "paper": ("--preset", "paper", "--hidden-width", 8, *rate)}
+    folders = [tmp_path / name for name in ways]
+    for folder, further in zip(folders, ways.values(), strict=True):
+        record = run_here(*further, output=folder)
+        assert bool(record["found_lr"]) == (folder.name == "auto")
     program = tmp_path / "load.py"
     program.write_text(LOAD_WITH_PEFT_ALONE)
     done = run([str(model_folder), *map(str, folders)], program)
@@ -277,7 +285,7 @@ def test_adapters_in_a_fresh_process_give_the_training_models_logits(
         difference, of_base = map(float, line.split())
         assert difference <= 1e-6
         assert of_base > 1e-3  # of the model without the adapter
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == len(ways)
 
 
 def test_last_held_out_loss_is_of_the_last_step(run_here: Callable[..., dict]) -> None:
@@ -335,7 +343,7 @@ def test_resumed_run_has_the_bits_of_the_uninterrupted(
     threads(1)
     folder = shutil.copytree(interrupted, tmp_path / "resumed")
     here, there = run_here("--resume-from-checkpoint", output=folder), losses(output)
-    for name in ("train_loss", "held_out_loss", "learning_rate", "samples", "exact_match"):
+    for name in ("train_loss", "held_out_loss", "learning_rate", "found_lr", "samples", "exact_match"):
         assert here[name] == there[name], name
     weights = [(f / "adapter/adapter_model.safetensors").read_bytes() for f in (folder, output)]
     assert weights[0] == weights[1]
@@ -388,7 +396,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_here: Callable[..., dict], int
     last = folder / f"checkpoint-{CHECKPOINT}"
     before = {path.name: path.read_bytes() for path in last.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))  # optimizer.pt is larger
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((last / "optimizer.pt").stat().st_size - 1, hard))
     try:
         with pytest.raises(
             SystemExit, match=rf"writing .*checkpoint-{STEPS} failed .*checkpoint-12 is whole.*Free some"
@@ -520,19 +528,31 @@ def test_answer_longer_than_the_models_positions_is_refused(
 def test_targets_choose_layers_outside_the_vision_tower(
     script: ModuleType,
     arguments: Callable[..., object],
-    monkeypatch: pytest.MonkeyPatch,
     model_folder: Path,
     chosen: list[str],
     names: set[str],
     width: int,
 ) -> None:
     given = arguments(*chosen)
-    monkeypatch.setattr(sys, "argv", [arg for arg in sys.argv if arg not in ("--hidden-width", "8")])
-    assert script.parse_arguments().hidden_width == width
+    assert given.hidden_width is None
+    assert arguments(*chosen, "--preset", "paper").hidden_width == width
     model = script.add_adapter(LlavaForConditionalGeneration.from_pretrained(model_folder), given)
     adapted = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
     assert {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name in adapted} == names
     assert not any("vision_tower" in name for name in adapted)
+
+
+def test_rate_is_needed_by_those_that_do_not_find_it(arguments: Callable[..., object]) -> None:
+    assert arguments().lr is None
+    assert arguments("--method", "lora").lr == arguments("--preset", "flat").lr == 5e-5
+
+
+def test_preset_that_finds_its_rate_refuses_a_width(
+    arguments: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        arguments("--hidden-width", 8)
+    assert "--hidden-width is for --preset paper and flat" in capsys.readouterr().err
 
 
 def test_4bit_quantises_the_language_models_layers_alone(script: ModuleType, arguments: Callable[..., object]) -> None:

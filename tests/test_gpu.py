@@ -108,8 +108,8 @@ def test_a_step_neither_waits_nor_allocates(state):
 
 
 def test_monitor_waits_for_the_gpu_on_recorded_steps_alone(tmp_path):
-    """There for the loss, the generators' report and the factors' norms, however many layers there are; after the first
-    the GPU has nothing left to do."""
+    """There for the loss, the report, and the factors' norms with their rates, however many layers there are; after the
+    first the GPU has nothing left to do."""
     model = make_model().cuda()
     optimizer = oplora.AdamW(model, lr=1e-3)
     monitor = oplora.Monitor(tmp_path, optimizer, every=10)

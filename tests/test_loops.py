@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Net, assert_same_bits, batches, factors, make_model, train
+from conftest import Net, assert_same_bits, batches, factors, make_model, options_of, train
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 import oplora
 from oplora.errors import OPLoRARuntimeError
 
-both_states = pytest.mark.parametrize("state", ["lean", "exact"])
+every_state = pytest.mark.parametrize("state", ["lean", "exact", "auto"])
 both_halves = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 # its gradients are finite by themselves, but not when they are scaled
@@ -80,14 +80,14 @@ def replace_parameters(model: nn.Module, path: Path) -> None:
     model.load_adapter(path, "default", is_trainable=True, low_cpu_mem_usage=True)
 
 
-@both_states
+@every_state
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_grad_scaler_skips_an_overflowing_step_and_changes_nothing(
     state: str, skip_nonfinite: bool, max_norm: float | None
 ) -> None:
     model, scaler = make_model(bias="all"), GradScaler("cpu")
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state, skip_nonfinite=skip_nonfinite)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state), skip_nonfinite=skip_nonfinite)
     train_scaled(model, optimizer, scaler, batches(2, torch.float32), max_norm)
     before = everything(model, optimizer)
     train_scaled(model, optimizer, scaler, [OVERFLOWING], max_norm)
@@ -100,29 +100,29 @@ def test_grad_scaler_halves_its_scale_at_an_overflowing_step() -> None:
     assert scaler.get_scale() == 512.0
 
 
-@both_states
+@every_state
 def test_training_goes_on_after_a_skipped_batch_as_if_it_had_not_been(state: str) -> None:
     data, results = list(batches(5, torch.float32)), []
     for seen in (data, [*data[:2], OVERFLOWING, *data[2:]]):
         model = make_model(bias="all")
-        optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+        optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
         train_scaled(model, optimizer, GradScaler("cpu"), seen)
         results.append(everything(model, optimizer))
     assert_same_trees(*results)
 
 
-@both_states
+@every_state
 def test_scaling_by_a_power_of_two_leaves_the_bits_of_training(state: str) -> None:
     model, twin = make_model(), make_model()
-    train_scaled(model, oplora.AdamW(model, lr=1e-2, state=state), GradScaler("cpu"), batches(4, torch.float32))
-    train(twin, oplora.AdamW(twin, lr=1e-2, state=state), 4)
+    train_scaled(model, oplora.AdamW(model, lr=1e-2, **options_of(state)), GradScaler("cpu"), batches(4, torch.float32))
+    train(twin, oplora.AdamW(twin, lr=1e-2, **options_of(state)), 4)
     assert_same_bits(factors(model), factors(twin))
 
 
-@both_states
+@every_state
 def test_clipping_after_unscale_is_clipping_without_a_scaler(state: str) -> None:
     model, twin = make_model(bias="all"), make_model(bias="all")
-    optimizers = [oplora.AdamW(m, lr=1e-2, state=state) for m in (model, twin)]
+    optimizers = [oplora.AdamW(m, lr=1e-2, **options_of(state)) for m in (model, twin)]
     train_scaled(model, optimizers[0], GradScaler("cpu"), batches(4, torch.float32), max_norm=0.05)
     for x, y in batches(4, torch.float32):
         optimizers[1].zero_grad()
@@ -132,10 +132,10 @@ def test_clipping_after_unscale_is_clipping_without_a_scaler(state: str) -> None
     assert_same_trees(everything(model, optimizers[0]), everything(twin, optimizers[1]))
 
 
-@both_states
+@every_state
 def test_zero_grad_clears_gradients_of_parameters_that_were_replaced(state: str, tmp_path: Path) -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model, state=state)
+    optimizer = oplora.AdamW(model, **options_of(state))
     dead = list(optimizer.param_groups[0]["params"])
     replace_parameters(model, tmp_path)
     live = [p for name, p in model.named_parameters() if "lora_" in name]
@@ -146,10 +146,10 @@ def test_zero_grad_clears_gradients_of_parameters_that_were_replaced(state: str,
     assert all(p.grad is None for p in live)
 
 
-@both_states
+@every_state
 def test_grad_scaler_unscales_parameters_that_were_replaced(state: str, tmp_path: Path) -> None:
     model, twin = make_model(), make_model()
-    optimizers = [oplora.AdamW(m, lr=1e-2, state=state) for m in (model, twin)]
+    optimizers = [oplora.AdamW(m, lr=1e-2, **options_of(state)) for m in (model, twin)]
     replace_parameters(model, tmp_path)
     train_scaled(model, optimizers[0], GradScaler("cpu"), batches(3, torch.float32))
     train(twin, optimizers[1], 3)
@@ -214,24 +214,24 @@ def test_compiled_model_is_compiled_once_for_all_steps() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@both_states
+@every_state
 @pytest.mark.parametrize("first", ["compile", "optimizer"])
 def test_compiled_model_trains_as_the_uncompiled_one(state: str, first: str) -> None:
     twin, model = make_model(torch.float64), make_model(torch.float64)
     fast = compiled(model)
-    optimizer = oplora.AdamW(fast if first == "compile" else model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(fast if first == "compile" else model, lr=1e-2, **options_of(state))
     train(fast, optimizer, 4, torch.float64)
-    train(twin, oplora.AdamW(twin, lr=1e-2, state=state), 4, torch.float64)
+    train(twin, oplora.AdamW(twin, lr=1e-2, **options_of(state)), 4, torch.float64)
     assert_close(factors(model), factors(twin))
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
-@both_states
+@every_state
 def test_state_of_a_compiled_model_resumes_in_an_uncompiled_one(state: str) -> None:
     model, fresh = compiled(make_model()), make_model()
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
     train(model, optimizer, 2)
-    resumed = oplora.AdamW(fresh, lr=1.0, state=state)
+    resumed = oplora.AdamW(fresh, lr=1.0, **options_of(state))
     resumed.load_state_dict(optimizer.state_dict())
     assert_same_bits(factors(fresh), factors(model._orig_mod))
 
@@ -239,7 +239,7 @@ def test_state_of_a_compiled_model_resumes_in_an_uncompiled_one(state: str) -> N
 # ---- gradient checkpointing ----
 
 
-@both_states
+@every_state
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_bits(state: str, use_reentrant: bool) -> None:
     results, forwards = [], []
@@ -251,7 +251,7 @@ def test_gradient_checkpointing_gives_the_same_bits(state: str, use_reentrant: b
         layer = model.get_base_model().model.layers[0]
         calls: list[None] = []
         layer.mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(None))
-        losses = train_llama(model, oplora.AdamW(model, lr=1e-2, state=state), 3)
+        losses = train_llama(model, oplora.AdamW(model, lr=1e-2, **options_of(state)), 3)
         results.append((losses, factors(model)))
         forwards.append(len(calls))
     assert forwards == [3, 6]  # so it was in force
@@ -285,27 +285,27 @@ def train_on_one_batch(
     return losses
 
 
-@both_states
+@every_state
 @both_halves
 @pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
 def test_adapter_of_a_half_precision_base_trains_in_its_own_dtype(
     state: str, dtype: torch.dtype, autocast_adapter_dtype: bool
 ) -> None:
     model = half_model(dtype, autocast_adapter_dtype)
-    losses = train_on_one_batch(model, oplora.AdamW(model, lr=1e-2, state=state), 20, dtype)
+    losses = train_on_one_batch(model, oplora.AdamW(model, lr=1e-2, **options_of(state)), 20, dtype)
     assert {t.dtype for t in factors(model).values()} == {torch.float32 if autocast_adapter_dtype else dtype}
     assert losses[-1] < 0.5 * losses[0]
 
 
-@both_states
+@every_state
 @both_halves
 def test_model_under_autocast_trains(state: str, dtype: torch.dtype) -> None:
     model = make_model()
-    losses = train_on_one_batch(model, oplora.AdamW(model, lr=1e-2, state=state), 20, autocast=dtype)
+    losses = train_on_one_batch(model, oplora.AdamW(model, lr=1e-2, **options_of(state)), 20, autocast=dtype)
     assert losses[-1] < 0.5 * losses[0]
 
 
-@both_states
+@every_state
 @both_halves
 # in state exact, what the file rounded is an edit
 @pytest.mark.filterwarnings("ignore:oplora. the factors of 2 layer")
@@ -313,7 +313,7 @@ def test_adapter_cast_by_load_adapter_is_trained_by_the_optimizer_made_before(
     state: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = half_model(dtype, autocast_adapter_dtype=False)
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "default", is_trainable=True)
     assert {t.dtype for t in factors(model).values()} == {torch.float32}  # PEFT has made new Parameters
@@ -357,11 +357,11 @@ KEPT_BY_ADAPTER = {
 }
 
 
-@both_states
+@every_state
 @pytest.mark.parametrize("kept", KEPT_BY_ADAPTER)
 def test_optimizer_of_one_adapter_steps_all_of_it_and_nothing_of_another(state: str, kept: str) -> None:
     model = two_adapters(**KEPT_BY_ADAPTER[kept])
-    optimizer = oplora.AdamW(model, lr=1e-2, adapter_name="one", state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, adapter_name="one", **options_of(state))
     mine, its = of_adapter(model, "one"), of_adapter(model, "two")
     for name, p in model.named_parameters():
         p.grad = torch.ones_like(p) if name in mine or name in its else None
@@ -370,10 +370,10 @@ def test_optimizer_of_one_adapter_steps_all_of_it_and_nothing_of_another(state: 
     assert all(not torch.equal(tensor, mine[name]) for name, tensor in of_adapter(model, "one").items())
 
 
-@both_states
+@pytest.mark.parametrize("state", ["lean", "exact"])  # which write a start of their own
 def test_two_optimizers_in_turn_train_each_adapter_as_if_it_were_alone(state: str) -> None:
     model = two_adapters()
-    optimizers = {name: oplora.AdamW(model, lr=1e-2, adapter_name=name, state=state) for name in ("one", "two")}
+    optimizers = {name: oplora.AdamW(model, lr=1e-2, adapter_name=name, **options_of(state)) for name in ("one", "two")}
     turns = ("one", "two", "one")
     for name in turns:
         model.set_adapter(name)
@@ -381,24 +381,26 @@ def test_two_optimizers_in_turn_train_each_adapter_as_if_it_were_alone(state: st
     for name, optimizer in optimizers.items():
         torch.manual_seed(0)
         alone = get_peft_model(Net(), LoraConfig(r=3, target_modules=["first", "second"]), name)
-        its = oplora.AdamW(alone, lr=1e-2, state=state)
+        its = oplora.AdamW(alone, lr=1e-2, **options_of(state))
         for _ in range(turns.count(name)):
             train(alone, its, 2)
         assert_same_bits(of_adapter(model, name), of_adapter(alone, name))
         assert_same_trees(optimizer.state_dict(), its.state_dict())
 
 
-@both_states
+@every_state
 def test_two_optimizers_train_the_sum_of_two_adapters(state: str) -> None:
     model = two_adapters()
-    losses = train_both(model, [oplora.AdamW(model, lr=1e-2, adapter_name=n, state=state) for n in ("one", "two")], 20)
+    losses = train_both(
+        model, [oplora.AdamW(model, lr=1e-2, adapter_name=n, **options_of(state)) for n in ("one", "two")], 20
+    )
     assert losses[-1] < 0.5 * losses[0]
 
 
-@both_states
+@every_state
 def test_loading_one_optimizers_state_leaves_the_other_adapter(state: str) -> None:
     model = two_adapters()
-    optimizers = [oplora.AdamW(model, lr=1e-2, adapter_name=name, state=state) for name in ("one", "two")]
+    optimizers = [oplora.AdamW(model, lr=1e-2, adapter_name=name, **options_of(state)) for name in ("one", "two")]
     train_both(model, optimizers, 2)
     saved, then = copy.deepcopy(optimizers[0].state_dict()), of_adapter(model, "one")
     train_both(model, optimizers, 2)
@@ -408,11 +410,11 @@ def test_loading_one_optimizers_state_leaves_the_other_adapter(state: str) -> No
     assert_same_trees((of_adapter(model, "two"), optimizers[1].state_dict()), its)
 
 
-@both_states
+@every_state
 def test_two_optimizers_resume_bit_for_bit(state: str) -> None:
     model, fresh = two_adapters(), two_adapters()
     optimizers, resumed = (
-        [oplora.AdamW(m, lr=lr, adapter_name=name, state=state) for name in ("one", "two")]
+        [oplora.AdamW(m, lr=lr, adapter_name=name, **options_of(state)) for name in ("one", "two")]
         for m, lr in ((model, 1e-2), (fresh, 1.0))
     )
     train_both(model, optimizers, 2)
@@ -422,10 +424,10 @@ def test_two_optimizers_resume_bit_for_bit(state: str) -> None:
     assert_same_bits(factors(fresh), factors(model))
 
 
-@both_states
+@every_state
 def test_torch_adamw_of_another_adapter_trains_beside_it(state: str) -> None:
     model = two_adapters()
-    ours = oplora.AdamW(model, lr=1e-2, adapter_name="one", state=state)
+    ours = oplora.AdamW(model, lr=1e-2, adapter_name="one", **options_of(state))
     theirs = torch.optim.AdamW([p for name, p in model.named_parameters() if ".two." in name], lr=1e-2)
     losses = train_both(model, [ours, theirs], 20)
     assert losses[-1] < 0.5 * losses[0]
@@ -436,11 +438,11 @@ def test_torch_adamw_of_another_adapter_trains_beside_it(state: str) -> None:
         assert_same_bits(of_adapter(model, its), before[1])
 
 
-@both_states
+@every_state
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_adapter_added_in_training_changes_nothing_for_the_old_one(state: str, dtype: torch.dtype) -> None:
     model, twin = make_model(dtype), make_model(dtype)
-    optimizers = [oplora.AdamW(m, lr=1e-2, state=state) for m in (model, twin)]
+    optimizers = [oplora.AdamW(m, lr=1e-2, **options_of(state)) for m in (model, twin)]
     train(model, optimizers[0], 2, dtype)
     model.add_adapter("added", LoraConfig(r=2, target_modules=["first", "second"]))
     added = of_adapter(model, "added")
@@ -451,10 +453,10 @@ def test_adapter_added_in_training_changes_nothing_for_the_old_one(state: str, d
     assert_same_bits(of_adapter(model, "added"), added)
 
 
-@both_states
+@every_state
 def test_step_is_refused_where_only_an_adapter_is_trained_that_the_optimizer_does_not_know(state: str) -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
     train(model, optimizer, 1)
     model.add_adapter("added", LoraConfig(r=2, target_modules=["first", "second"]))
     model.set_adapter("added")
@@ -464,10 +466,10 @@ def test_step_is_refused_where_only_an_adapter_is_trained_that_the_optimizer_doe
     assert_same_trees(everything(model, optimizer), before)
 
 
-@both_states
+@every_state
 def test_switching_back_from_an_unknown_adapter_goes_on_bit_for_bit(state: str) -> None:
     model, twin = make_model(), make_model()
-    optimizers = [oplora.AdamW(m, lr=1e-2, state=state) for m in (model, twin)]
+    optimizers = [oplora.AdamW(m, lr=1e-2, **options_of(state)) for m in (model, twin)]
     train(model, optimizers[0], 2)
     model.add_adapter("added", LoraConfig(r=2, target_modules=["first", "second"]))
     model.set_adapter("added")
@@ -532,16 +534,16 @@ def test_one_cycle_cycles_the_first_beta_of_every_group() -> None:
     assert betas[2] == [(pytest.approx(0.85, abs=0.02), 0.99)] * 2
 
 
-@both_states
+@every_state
 def test_optimizer_and_scheduler_resume_together_bit_for_bit(state: str) -> None:
     data = list(batches(6, torch.float32))
     model, fresh = make_model(), make_model()
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
     scheduler = one_cycle(optimizer)
     train_scheduled(model, optimizer, scheduler, data[:3])
     saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
     train_scheduled(model, optimizer, scheduler, data[3:])
-    resumed = oplora.AdamW(fresh, lr=1.0, state=state)
+    resumed = oplora.AdamW(fresh, lr=1.0, **options_of(state))
     schedule = one_cycle(resumed)
     resumed.load_state_dict(saved[0])
     schedule.load_state_dict(saved[1])
@@ -549,11 +551,11 @@ def test_optimizer_and_scheduler_resume_together_bit_for_bit(state: str) -> None
     assert_same_trees(everything(fresh, resumed), everything(model, optimizer))
 
 
-@both_states
+@every_state
 def test_closure_steps_as_the_plain_loop_does(state: str) -> None:
     """Also with gradients switched off around the step, as torch's own optimizers allow."""
     model, twin = make_model(), make_model()
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
     losses = []
     for x, y in batches(3, torch.float32):
 
@@ -565,7 +567,7 @@ def test_closure_steps_as_the_plain_loop_does(state: str) -> None:
 
         with torch.no_grad():
             losses.append(optimizer.step(closure).item())
-    assert losses == train(twin, oplora.AdamW(twin, lr=1e-2, state=state), 3)
+    assert losses == train(twin, oplora.AdamW(twin, lr=1e-2, **options_of(state)), 3)
     assert_same_bits(factors(model), factors(twin))
 
 
@@ -586,32 +588,32 @@ def test_factors_gradients_clipped_by_hand_train_as_generators_under_torch_adamw
     assert_close(factors(model), factors(twin))
 
 
-@both_states
+@every_state
 def test_accumulated_small_batches_train_as_the_large_batch(state: str) -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
-    optimizer = oplora.AdamW(model, lr=1e-2, state=state)
+    optimizer = oplora.AdamW(model, lr=1e-2, **options_of(state))
     for x, y in batches(5, torch.float64):
         for small_x, small_y in zip(x.split(2), y.split(2), strict=True):
             (loss_of(model, small_x, small_y) / 4).backward()
         optimizer.step()
         optimizer.zero_grad()
-    train(twin, oplora.AdamW(twin, lr=1e-2, state=state), 5, torch.float64)
+    train(twin, oplora.AdamW(twin, lr=1e-2, **options_of(state)), 5, torch.float64)
     assert_close(factors(model), factors(twin))
 
 
 # ---- averages of the weights ----
 
 
-@both_states
+@every_state
 def test_averaged_model_beside_training_leaves_its_bits(state: str) -> None:
     model, twin = make_model(), make_model()
-    optimizer, average = oplora.AdamW(model, lr=1e-2, state=state), AveragedModel(model)
+    optimizer, average = oplora.AdamW(model, lr=1e-2, **options_of(state)), AveragedModel(model)
     for x, y in batches(3, torch.float32):
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
         optimizer.step()
         average.update_parameters(model)
-    train(twin, oplora.AdamW(twin, lr=1e-2, state=state), 3)
+    train(twin, oplora.AdamW(twin, lr=1e-2, **options_of(state)), 3)
     assert_same_bits(factors(model), factors(twin))
 
 
@@ -635,13 +637,13 @@ def test_averaged_models_factors_are_the_average_of_what_training_wrote(kind: st
     assert_close(factors(average.module), {name: expected([step[name] for step in seen]) for name in seen[0]})
 
 
-@both_states
+@every_state
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_average_swapped_in_for_evaluation_and_out_again_leaves_the_bits_of_training(
     state: str, dtype: torch.dtype
 ) -> None:
     model, twin = make_model(dtype), make_model(dtype)
-    optimizers = [oplora.AdamW(m, lr=1e-2, state=state) for m in (model, twin)]
+    optimizers = [oplora.AdamW(m, lr=1e-2, **options_of(state)) for m in (model, twin)]
     average = AveragedModel(model)
     average.update_parameters(model)
     train(model, optimizers[0], 2, dtype)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import math
 import resource
 import subprocess
@@ -11,13 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Net, batches, factors, make_model, train
+from conftest import Net, assert_same_bits, batches, factors, make_model, train
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
 import oplora
+from oplora.engines import FOUND
 from oplora.engines.settings import views as views_of
+
+
+def of_kind(model: nn.Module, name: str) -> list[nn.Parameter]:
+    return [p for n, p in model.named_parameters() if p.requires_grad and name in n]
+
 
 # ---- wrap ----
 
@@ -158,6 +165,44 @@ def test_stats_are_the_two_terms_of_the_papers_step() -> None:
     assert (numbers["norm_A"], numbers["norm_B"]) == pytest.approx((A.norm().item(), B.norm().item()))
 
 
+@pytest.mark.parametrize("width", [32, 5])
+def test_lr_of_exact_is_what_adamw_moves_what_is_generated_by(width: int) -> None:
+    model = make_model(torch.float64)
+    groups = [{"params": of_kind(model, "lora_A"), "lr": 3e-3}, {"params": of_kind(model, "lora_B"), "lr": 2e-2}]
+    optimizer = oplora.AdamW(groups, state="exact", hidden_width=width)
+    train(model, optimizer, 6, torch.float64)
+    expected = {}
+    for state in optimizer._stepper.states:
+        tensors = views_of(state.pieces()["parameters"], width, 128)
+        h = torch.relu(tensors["W1"] @ tensors["z"] + tensors["c1"])
+        expected[state.name] = 2e-2 * (1 + 32 / width * float(h.sum()))
+    train(model, optimizer, 1, torch.float64)
+    assert {name: numbers["lr"] for name, numbers in oplora.stats(optimizer).items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("width", [32, 5])
+def test_lr_of_lean_has_the_bound_of_cauchy_and_schwarz(width: int) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=7e-3, state="lean", hidden_width=width)
+    train(model, optimizer, 7)
+    for numbers in oplora.stats(optimizer).values():
+        bound = math.sqrt(numbers["trainable_lr"] * numbers["live_units"])
+        assert numbers["lr"] == pytest.approx(7e-3 * (1 + 32 / width * bound), rel=1e-12) and bound > 0
+
+
+def test_lr_of_any_optimizer_class_is_that_of_w2_at_every_width() -> None:
+    model = make_model()
+    optimizer = oplora.create_oplora_optimizer(model, torch.optim.Adam, lr=3e-3, hidden_width=5)
+    train(model, optimizer, 6)
+    sums = [float(generator.report["h"].sum()) for generator in optimizer.generators]
+    assert any(sums)
+    assert [n["lr"] for n in oplora.stats(optimizer).values()] == pytest.approx([3e-3 * (1 + h) for h in sums])
+
+
+def test_generators_have_no_lr() -> None:
+    assert not any("lr" in numbers for numbers in oplora.stats(oplora.Generators(make_model())).values())
+
+
 def test_stats_of_the_general_path_are_the_same() -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
     one = oplora.AdamW(model, lr=1e-2, state="exact")
@@ -171,9 +216,175 @@ def test_stats_of_the_general_path_are_the_same() -> None:
 
 def test_stats_before_the_first_step_have_norms_only() -> None:
     model = make_model()
-    numbers = next(iter(oplora.stats(oplora.AdamW(model)).values()))
-    assert math.isnan(numbers["trainable_lr"]) and math.isnan(numbers["line_search"]) and math.isnan(numbers["norm_g"])
+    numbers = next(iter(oplora.stats(oplora.AdamW(model, preset="paper")).values()))
+    assert all(math.isnan(numbers[name]) for name in ("lr", "trainable_lr", "line_search", "norm_g"))
     assert numbers["norm_A"] > 0 and numbers["norm_B"] == 0
+
+
+# ---- stats of preset auto, and what else tells the rate ----
+
+
+def test_stats_of_auto_have_what_means_something_there() -> None:
+    for numbers in oplora.stats(oplora.AdamW(make_model())).values():
+        assert numbers.keys() == {"lr", "settled", "norm_g", "norm_A", "norm_B"}
+
+
+def test_lr_of_auto_is_the_rate_found_times_the_share_of_b() -> None:
+    model = make_model()
+    lrs = {"first.lora_A": 5.0, "first.lora_B": 3.0, "second.lora_A": 1.0, "second.lora_B": 4.0}
+    optimizer = oplora.AdamW([{"params": of_kind(model, name), "lr": lr} for name, lr in lrs.items()])
+    train(model, optimizer, 6)
+    rate = float(optimizer._stepper.found[0])
+    assert [n["lr"] for n in oplora.stats(optimizer).values()] == pytest.approx([rate * 3 / 5, rate * 4 / 5], rel=1e-12)
+
+
+def test_lr_of_auto_is_that_of_the_last_step() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 3)
+    before = oplora.stats(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.25
+    assert oplora.stats(optimizer) == before
+    train(model, optimizer, 1)
+    assert {n["lr"] for n in oplora.stats(optimizer).values()} == {0.25 * float(optimizer._stepper.found[0])}
+
+
+def test_norms_of_auto_are_those_of_the_gradient_and_the_factors() -> None:
+    model = make_model(torch.float64)
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 3, torch.float64)
+    numbers = oplora.stats(optimizer)
+    for state in optimizer._stepper.states:
+        A, B = state.factors.layer.parameters()
+        g = torch.cat([A.grad.flatten(), B.grad.flatten()])
+        told = [numbers[state.name][name] for name in ("norm_g", "norm_A", "norm_B")]
+        assert told == pytest.approx([g.norm().item(), A.norm().item(), B.norm().item()], rel=1e-12)
+
+
+def test_layer_that_auto_has_not_stepped_has_no_lr() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    model(torch.ones(3, 13)).sum().backward()
+    for p in of_kind(model, "second"):
+        p.grad = None
+    optimizer.step()
+    first, second = oplora.stats(optimizer).values()
+    assert first["lr"] > 0 and math.isnan(second["lr"])
+
+
+@pytest.mark.parametrize("turned", [0.0, 7.0])
+def test_auto_has_settled_once_the_signal_has_turned(turned: float) -> None:
+    optimizer = oplora.AdamW(make_model())
+    optimizer._stepper.found[FOUND.index("turned")] = turned
+    assert [n["settled"] for n in oplora.stats(optimizer).values()] == [float(turned > 0)] * 2
+
+
+def test_found_lr_is_the_rate_of_the_group_that_has_the_highest_now() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(
+        [{"params": of_kind(model, "lora_A"), "lr": 2.0}, {"params": of_kind(model, "lora_B"), "lr": 8.0}]
+    )
+    train(model, optimizer, 5)
+    rate = float(optimizer._stepper.found[0])
+    assert optimizer.found_lr == rate
+    optimizer.param_groups[1]["lr"] = 1.0  # a schedule's fall
+    assert optimizer.found_lr == pytest.approx(rate * 2 / 8, rel=1e-15)
+
+
+def test_reading_found_lr_changes_nothing() -> None:
+    trained = []
+    for reads in (True, False):
+        model = make_model()
+        optimizer = oplora.AdamW(model)
+        for lr in (1.0, 2.0, 0.5):
+            train(model, optimizer, 1)
+            optimizer.param_groups[0]["lr"] = lr
+            if reads:
+                assert optimizer.found_lr > 0
+        train(model, optimizer, 1)
+        trained.append((factors(model), optimizer.param_groups[0]["peak_lr"]))
+    assert_same_bits(trained[0][0], trained[1][0])
+    assert trained[0][1] == trained[1][1] == 2.0
+
+
+def test_found_lr_of_a_resumed_run_is_that_of_the_saved_one() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, 5)
+    resumed = oplora.AdamW(make_model())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.found_lr == optimizer.found_lr
+
+
+@pytest.mark.parametrize("preset", ["paper", "flat"])
+def test_found_lr_is_nan_where_none_is_searched_for(preset: str) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model, preset=preset)
+    train(model, optimizer, 1)
+    assert math.isnan(optimizer.found_lr)
+
+
+def test_found_lr_is_nan_before_the_first_step() -> None:
+    assert math.isnan(oplora.AdamW(make_model()).found_lr)
+
+
+def test_repr_tells_the_rate_found_so_far() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    assert " found" not in repr(optimizer)
+    train(model, optimizer, 5)
+    assert f"; rate {optimizer.found_lr:.1e} found\n" in repr(optimizer)
+
+
+def rate_lines(caplog: pytest.LogCaptureFixture, optimizer: oplora.AdamW, model: nn.Module, steps: int) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="oplora"):
+        train(model, optimizer, steps)
+    return [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize(("turned", "more"), [(5.0, ""), (0.0, " (still searching)")])
+def test_log_tells_the_rate_after_a_hundred_steps_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, turned: float, more: str
+) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    assert not rate_lines(caplog, optimizer, model, 99)
+    optimizer._stepper.found[FOUND.index("turned")] = turned
+    monkeypatch.setattr(oplora.optim.stepping, "find_rate", lambda *_: None)
+    assert rate_lines(caplog, optimizer, model, 1) == [f"oplora found {optimizer.found_lr:.1e}{more}"]
+    assert not rate_lines(caplog, optimizer, model, 101)
+
+
+def test_log_tells_no_rate_of_other_presets(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model()
+    assert not rate_lines(caplog, oplora.AdamW(model, preset="paper"), model, 101)
+
+
+def test_rate_is_not_read_where_no_log_is_kept(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING, logger="oplora")
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    monkeypatch.setattr(oplora.AdamW, "_found", lambda _: pytest.fail("it was read"))
+    train(model, optimizer, 101)
+
+
+def test_steps_that_are_captured_are_not_asked_for_the_rate(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    assert not rate_lines(caplog, optimizer, model, 99)
+    with monkeypatch.context() as patch:
+        patch.setattr(oplora.AdamW, "_is_captured", lambda _: True)
+        assert not rate_lines(caplog, optimizer, model, 3)
+        assert math.isnan(optimizer.found_lr)
+    assert len(rate_lines(caplog, optimizer, model, 1)) == 1
+
+
+# ---- stats of what else there is ----
 
 
 def test_stats_refuse_other_optimizers() -> None:

@@ -20,13 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora.__main__ import main
-from oplora.watching.plot import Run, plot_run, shortened
+from oplora.engines import FOUND
+from oplora.watching.plot import Run, _draw, plot_run, shortened
 
 STATES = {
-    "lean": lambda model: oplora.AdamW(model, lr=1e-2),
+    "auto": lambda model: oplora.AdamW(model, lr=1e-2),
+    "lean": lambda model: oplora.AdamW(model, lr=1e-2, state="lean"),
     "exact": lambda model: oplora.AdamW(model, lr=1e-2, state="exact"),
     "general": lambda model: oplora.create_oplora_optimizer(model, torch.optim.SGD, lr=1e-2),
 }
+TURNED = FOUND.index("turned")
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 every_state = pytest.mark.parametrize("make_optimizer", STATES.values(), ids=STATES)
 
@@ -52,9 +55,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "monitor.jsonl").read_text().splitlines()]
 
 
-def write(file: Path, layers: list[str], steps: Iterable[int], processes: int = 1) -> list[str]:
+OF_VERSION_0_1 = ["trainable_lr", "line_search", "dropped_weight"]
+OF_AUTO = ["lr", "settled", "norm_g"]
+
+
+def write(
+    file: Path, layers: list[str], steps: Iterable[int], processes: int = 1, names: list[str] = OF_VERSION_0_1
+) -> list[str]:
     """Lines as the Monitor appends them, with the step for every number; returns the numbers' names."""
-    names = ["trainable_lr", "line_search", "dropped_weight"]
     text: list[dict[str, Any]] = [{"format": 1, "processes": processes, "layers": layers, "numbers": names}]
     for step in steps:
         text.append({"step": step, "loss": 1 / step, "stats": {name: [float(step)] * len(layers) for name in names}})
@@ -103,9 +111,24 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     optimizer = oplora.AdamW(make_model())  # not stepped: its numbers are NaN
     oplora.Monitor(tmp_path, optimizer)(math.nan)
     record = lines(tmp_path)[-1]
-    assert record["loss"] is None and record["stats"]["trainable_lr"] == [None, None]
+    assert record["loss"] is None and record["stats"]["lr"] == [None, None]
     run = Run.read(tmp_path)
-    assert np.isnan(run.tables["trainable_lr"]).all() and math.isnan(run.losses["loss"][1])
+    assert np.isnan(run.tables["lr"]).all() and math.isnan(run.losses["loss"][1])
+
+
+def test_rate_is_recorded_as_it_is_found(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    monitor, rates, turned = oplora.Monitor(tmp_path, optimizer, every=1), [], []
+    for _ in range(9):
+        train(model, optimizer, 1)
+        monitor()
+        rates.append(optimizer.found_lr)
+        turned.append(float(optimizer._stepper.found[TURNED] > 0))
+    run = Run.read(tmp_path)
+    assert len(set(rates)) > 5
+    for column, settled in zip(run.tables["lr"].T, run.tables["settled"].T, strict=True):
+        assert column == pytest.approx(rates, rel=1e-5) and list(settled) == turned
 
 
 def test_layers_of_other_kinds_share_a_table(tmp_path: Path) -> None:
@@ -149,8 +172,8 @@ def test_stats_fetch_as_often_from_many_layers_as_from_few(
     assert 0 < fetches(20) == fetches(3)
 
 
-@pytest.mark.parametrize("make_optimizer", [STATES["lean"], STATES["general"]], ids=["lean", "general"])
-def test_stats_read_no_number_alone(make_optimizer: Any) -> None:
+@pytest.mark.parametrize("state", ["auto", "lean", "general"])
+def test_stats_read_no_number_alone(state: str) -> None:
     """State exact does, from the report that it fetched in one piece."""
 
     class Reads(TorchDispatchMode):
@@ -161,7 +184,7 @@ def test_stats_read_no_number_alone(make_optimizer: Any) -> None:
             return function(*args, **(kwargs or {}))
 
     model = make_model()
-    optimizer = make_optimizer(model)
+    optimizer = STATES[state](model)
     train(model, optimizer, 1)
     with Reads() as reads:
         oplora.stats(optimizer)
@@ -367,22 +390,67 @@ def test_failing_tensorboard_ends_neither_training_nor_file(
 # ---- the picture ----
 
 
-def made_up_run(folder: Path, layers: int, steps: int) -> None:
-    write(folder / "monitor.jsonl", [f"model.layers.{i}.q_proj" for i in range(layers)], range(1, steps + 1))
+def made_up_run(folder: Path, layers: int, steps: int, names: list[str] = OF_VERSION_0_1) -> None:
+    layer_names = [f"model.layers.{i}.q_proj" for i in range(layers)]
+    write(folder / "monitor.jsonl", layer_names, range(1, steps + 1), names=names)
 
 
+@pytest.mark.parametrize("names", [OF_VERSION_0_1, ["lr", *OF_VERSION_0_1], OF_AUTO], ids=["0.1", "paper", "auto"])
 @pytest.mark.parametrize(("layers", "steps"), [(1, 1), (200, 3), (3, 40)])
 def test_plot_draws_runs_of_any_size(
-    tmp_path: Path, layers: int, steps: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, layers: int, steps: int, names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made_up_run(tmp_path, layers, steps)
+    made_up_run(tmp_path, layers, steps, names)
     assert main(["plot", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "monitor.png")
-    assert min(Image.open(tmp_path / "monitor.png").size) > 500
+    assert min(Image.open(tmp_path / "monitor.png").size) > 400
 
 
-def test_plot_draws_a_run_that_was_not_stepped(tmp_path: Path) -> None:
-    oplora.Monitor(tmp_path, oplora.AdamW(make_model()))()
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (OF_VERSION_0_1, ["loss", "over the layers", "share dropped", "", ""]),
+        (["lr", *OF_VERSION_0_1], ["loss", "rate over the layers", "over the layers", "share dropped", "", ""]),
+        (OF_AUTO, ["loss", "rate over the layers"]),
+    ],
+    ids=["0.1", "paper", "auto"],
+)
+def test_panels_are_of_what_the_run_has(tmp_path: Path, names: list[str], labels: list[str]) -> None:
+    made_up_run(tmp_path, 3, 5, names)
+    panels = [axes for axes in _draw(Run.read(tmp_path)).axes if axes.get_label() != "<colorbar>"]
+    assert [axes.get_ylabel() for axes in panels] == labels
+
+
+def test_rate_is_drawn_over_the_steps_on_a_log_axis(tmp_path: Path) -> None:
+    made_up_run(tmp_path, 3, 7, OF_AUTO)
+    axes = _draw(Run.read(tmp_path)).axes[1]
+    assert axes.get_yscale() == "log"
+    assert np.array_equal(axes.lines[0].get_xydata(), [[step, step] for step in range(1, 8)])
+
+
+@pytest.mark.parametrize("turned", [[0, 0, 0], [0, 1, 1], [1, 1, 1]])
+def test_mark_is_where_the_search_has_settled(tmp_path: Path, turned: list[int]) -> None:
+    text = [{"format": 1, "layers": ["a"], "numbers": OF_AUTO}]
+    text += [{"step": 3 * i, "stats": {"lr": [1e-3], "settled": [bit]}} for i, bit in enumerate(turned, 1)]
+    (tmp_path / "monitor.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+    run = Run.read(tmp_path)
+    assert run.settled == (3 * (turned.index(1) + 1) if any(turned) else None)
+    marks = [line.get_xdata()[0] for line in _draw(run).axes[1].lines[1:]]
+    assert marks == ([] if run.settled is None else [run.settled])
+
+
+def test_run_that_went_on_with_another_preset_has_both_in_its_picture(tmp_path: Path) -> None:
+    write(tmp_path / "monitor.jsonl", ["a", "b"], steps=[1, 2])
+    write(tmp_path / "monitor.jsonl", ["a", "b"], steps=[3, 4], names=OF_AUTO)
+    run = Run.read(tmp_path)
+    assert np.array_equal(run.tables["lr"][:, 0], [np.nan, np.nan, 3, 4], equal_nan=True)
+    assert np.array_equal(run.tables["line_search"][:, 0], [1, 2, np.nan, np.nan], equal_nan=True)
+    assert plot_run(tmp_path).stat().st_size > 1000
+
+
+@every_state
+def test_plot_draws_a_run_that_was_not_stepped(tmp_path: Path, make_optimizer: Any) -> None:
+    oplora.Monitor(tmp_path, make_optimizer(make_model()))()
     assert main(["plot", str(tmp_path), str(tmp_path / "picture.pdf")]) == 0
     assert (tmp_path / "picture.pdf").stat().st_size > 1000
 

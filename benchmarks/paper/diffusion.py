@@ -61,8 +61,8 @@ METHODS = {
     "LoRA": ["--method", "lora"],
     LORA_FASTER.name: ["--method", "lora"],
     "DoRA": ["--method", "lora", "--dora"],
-    "OP-LoRA": ["--method", "oplora"],
-    "OP-DoRA": ["--method", "oplora", "--dora"],
+    "OP-LoRA": ["--method", "oplora", "--preset", "paper"],
+    "OP-DoRA": ["--method", "oplora", "--preset", "paper", "--dora"],
     "OP-LoRA, flat": ["--method", "oplora", "--preset", "flat"],
 }
 TIMES_THE_RATE = {LORA_FASTER.name: BETWEEN}

@@ -39,8 +39,9 @@ example: python -m oplora export runs/mine loras/mine.safetensors --format kohya
 
 
 PLOT = """\
-Draw what oplora.Monitor wrote into the folder RUN: the loss, both terms of the paper's section 3.2 over the layers, and
-for every layer over time."""
+Draw what oplora.Monitor wrote into the folder RUN: the loss, and the rate of the factors with a mark where preset
+"auto" has found it; where every layer has a generator, both terms of the paper's section 3.2 over the layers, and for
+every layer over time."""
 
 PICTURE = """\
 exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. It needs matplotlib.

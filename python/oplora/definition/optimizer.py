@@ -325,7 +325,7 @@ def create_oplora_optimizer(
         seed=seed,
         optimizer_kwargs=optimizer_kwargs,
     )
-    chosen = preset_of(preset, {"hidden_width": hidden_width})
+    chosen = preset_of(preset, {"hidden_width": hidden_width, "init": None})
     widths: dict[str, Any] = {"hidden_width": hidden_width, "latent_width": latent_width, "latent_std": latent_std}
     init = chosen.init if init is None else init
     generators = Generators(model, init=init, adapter_name=adapter_name, seed=seed, **widths)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..kernels import runs_on_device
 from .device import DeviceEngine
-from .engine import Batch, Engine, LayerState
+from .engine import Batch, Engine, LayerState, StepNumbers
 from .exact import Exact
 from .factors import Factors, keep_starts, warn_adopted
 from .host import HostEngine, StagedEngine
@@ -29,6 +29,7 @@ __all__ = [
     "Recipe",
     "Settings",
     "Shards",
+    "StepNumbers",
     "Written",
     "entries_of_0_1",
     "find_rate",

@@ -9,20 +9,31 @@ from collections.abc import Sequence
 from itertools import accumulate
 from operator import attrgetter, is_not
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import by_layer
+from ..adapters import STARTS, Start, by_layer
 from .factors import Factors
 from .settings import Settings
 from .written import marks
 
-__all__ = ["Batch", "Engine", "Entry", "LayerState", "Numbers", "State"]
+__all__ = ["Batch", "Engine", "Entry", "LayerState", "Numbers", "State", "StepNumbers"]
 
 GroupNumbers = Sequence[float | Tensor]  # lr, weight_decay, hidden_lr, beta1, beta2, eps, as a parameter group has them
 _dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+
+
+class StepNumbers(NamedTuple):
+    """Of a layer at a step: ||h||^2, how many units are on, ||g||^2, ||.||^2 of the hidden path's gradient, and the sum
+    of h or a bound on it."""
+
+    h_square: float
+    live: float
+    g_square: float
+    hidden_square: float
+    h_sum: float
 
 
 class State(ABC):
@@ -33,6 +44,7 @@ class State(ABC):
     IS_LINEAR = True  # whether a report of scaled gradients can be made from that of the gradients
     DOUBTS = True  # whether values of which nobody knows who wrote them have to be looked into
     settings: Settings
+    ties: Sequence[Factors]
     sizes: Tensor  # int64, a row a layer, as the ops of this state want them
 
     @abstractmethod
@@ -59,9 +71,14 @@ class State(ABC):
     def forget_moments(self, i: int) -> None:
         """Takes layer i's moments to zero, as far as of_layer does not show them under names of their own."""
 
+    def speaker(self, i: int) -> int:
+        """Which of layer i's tensors has the lr that is told of the layer: the first that starts at zero, as B does."""
+        starts = [STARTS[tensor] for tensor in self.ties[i].layer.tensors]
+        return starts.index(Start.ZERO) if Start.ZERO in starts else 0
+
     @abstractmethod
-    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
-        """Of a layer's report: ||h||^2, how many units are on, ||g||^2, and ||.||^2 of the hidden path's gradient."""
+    def step_numbers(self, report: Tensor) -> StepNumbers:
+        """Of a layer's report; NaN for what this state does not have."""
 
     @abstractmethod
     def stats(self, report: Tensor | None) -> dict[str, float]:
@@ -108,7 +125,7 @@ class Numbers:
 
     def __init__(self, n_layers: int, n_factors: int, weight_ratio: float, device: torch.device) -> None:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
-        self.adamw[:, 0] = weight_ratio
+        self.adamw[:, 0] = self.weight_ratio = weight_ratio
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
         self._groups = torch.zeros(0, 7)
         self._known: list[list[float | None]] = []
@@ -192,7 +209,14 @@ class LayerState:
     def pieces(self) -> dict[str, Tensor]:
         return self.engine.state.pieces(self.index)
 
-    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+    @property
+    def lr(self) -> Tensor:
+        """Of the group of the tensor that speaks for the layer, as the last step had it; where the rate is found the
+        share of it."""
+        engine = self.engine
+        return engine.numbers.rates[engine.first_factor[self.index] + engine.state.speaker(self.index), 0]
+
+    def step_numbers(self, report: Tensor) -> StepNumbers:
         return self.engine.state.step_numbers(report)
 
     def stats(self, report: Tensor | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (loads the ops that are called below)
-from .engine import Batch, Engine, LayerState, State
+from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors
 from .memory import allocate, columns
 from .settings import Settings, count_parameters, start_parameters
@@ -132,9 +132,10 @@ class Exact(State):
 
     # ---- numbers to watch ----
 
-    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+    def step_numbers(self, report: Tensor) -> StepNumbers:
         h = report[3 : 3 + self.settings.hidden_width]
-        return float(h.square().sum()), int(h.count_nonzero()), float(report[0]), float(report[2])
+        live, h_sum = int(h.count_nonzero()), float(h.sum())
+        return StepNumbers(float(h.square().sum()), live, float(report[0]), float(report[2]), h_sum)
 
     def stats(self, report: Tensor | None) -> dict[str, float]:
         return {}

@@ -4,6 +4,7 @@ A factor entry costs 4 weight_rank + 2 (moment_rank + 3) bytes in float32, and t
 from the seed at every step. docs/lean.md derives it, csrc/core/adamw_lean.c computes it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (loads the ops that are called below)
-from .engine import Batch, Engine, LayerState, State
+from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors
 from .memory import allocate, columns
 from .settings import Settings
@@ -179,9 +180,10 @@ class Lean(State):
 
     # ---- numbers to watch ----
 
-    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+    def step_numbers(self, report: Tensor) -> StepNumbers:
+        """The report has no h: by Cauchy and Schwarz its sum is ||h|| sqrt(live) at most."""
         g_square, _, hidden_square, h_square, live = report[:5].tolist()
-        return h_square, int(live), g_square, hidden_square
+        return StepNumbers(h_square, int(live), g_square, hidden_square, math.sqrt(h_square * live))
 
     def stats(self, report: Tensor | None) -> dict[str, float]:
         dropped = [float("nan")] * 4 if report is None else report[5:].tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  (loads the ops that are called below)
 from ..adapters import STARTS, Start
-from .engine import Batch, Engine, LayerState, State
+from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors
 from .memory import allocate
 from .settings import Settings
@@ -186,9 +186,13 @@ class Rate(State):
 
     # ---- numbers to watch ----
 
-    def step_numbers(self, report: Tensor) -> tuple[float, float, float, float]:
+    def speaker(self, i: int) -> int:
+        """The first that listens."""
+        return self.listens[self._first[i] : self._first[i + 1]].tolist().index(1)
+
+    def step_numbers(self, report: Tensor) -> StepNumbers:
         nan = float("nan")
-        return nan, 1, float(report[0]), nan
+        return StepNumbers(nan, nan, report[:1].tolist()[0], nan, nan)
 
     def stats(self, report: Tensor | None) -> dict[str, float]:
         return {}

@@ -1,17 +1,19 @@
 """AdamW with a generator behind every adapter: the one changed line."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..adapters import find, require_pairs
-from ..engines import Batch
+from ..engines import FOUND, Batch
 from .clipping import Clipped, scale_gradients
 from .groups import (
     check_defaults,
+    highest_share,
     numbers_of,
     refuse_numbers,
     refuse_options,
@@ -33,12 +35,14 @@ __all__ = ["AdamW"]
 
 log = logging.getLogger("oplora")
 
+TOLD_AFTER: Final = 100  # steps: what rate was found
+
 
 class AdamW(Resumable):
     """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch's AdamW does.
 
-    By default nobody chooses a learning rate: the gradients tell it, whatever lr is (docs/rate.md). Behind the factors of
-    a layer stands a generator, [A | B] = W2 h + c2; under presets "paper" and "flat" with h = ReLU(W1 z + c1), under
+    By default nobody chooses a learning rate: the gradients tell it, whatever lr is (docs/rate.md). Behind the factors
+    of a layer stands a generator, [A | B] = W2 h + c2; under presets "paper" and "flat" with h = ReLU(W1 z + c1), under
     "auto" with one h for all layers. What DoRA, VeRA, IA3 and the other adapters of docs/adapters.md train besides or
     instead is generated likewise. A step takes the gradients that backward left in A and B, moves the generator as
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
@@ -163,6 +167,7 @@ class AdamW(Resumable):
         self._max_grad_norm, self.skip_nonfinite, self._model = max_grad_norm, skip_nonfinite, found.model
         self._clipped: Clipped | None = None
         self._given: Any = None  # the groups' numbers when they were last checked
+        self._steps_until_told = TOLD_AFTER
         init = chosen.init if init is None else init
         stepper = Stepper(found.layers, recipe, init=init, shard=shard, delta=precondition, elsewhere=elsewhere)
         self._begin(stepper, chosen, hidden_lr_ratio)
@@ -191,6 +196,7 @@ class AdamW(Resumable):
             if self._step(batches):
                 self._is_fresh = False
                 self._drop_consolidated()
+                self._count_for_log()
         finally:
             self._clipped = None
             for batch in batches:
@@ -306,6 +312,31 @@ class AdamW(Resumable):
 
     # ---- telling ----
 
+    @property
+    def found_lr(self) -> float:
+        """The rate that preset "auto" has found, of the group that has the highest now; NaN before the first step and
+        for other presets. oplora.stats tells it for every layer. On a GPU the host waits for it."""
+        found = self._found()
+        return math.nan if found is None else found["rate"] * highest_share(self.param_groups)
+
+    def _found(self) -> dict[str, float] | None:
+        """As engines.FOUND names it; None where nothing was found yet, or a device cannot be asked."""
+        if not self._preset.finds_rate or self._is_captured():
+            return None
+        found = dict(zip(FOUND, self._stepper.found.tolist(), strict=True))
+        return found if found["steps"] > 0 else None
+
+    def _is_captured(self) -> bool:
+        return self._stepper.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _count_for_log(self) -> None:
+        """A line when the search has had time; steps that are captured in a CUDA graph are not counted, nor replays."""
+        if not self._preset.finds_rate or self._steps_until_told == 0 or self._is_captured():
+            return
+        self._steps_until_told -= 1
+        if self._steps_until_told == 0 and log.isEnabledFor(logging.INFO) and (found := self._found()) is not None:
+            log.info("oplora found %.1e%s", found["rate"], "" if found["turned"] > 0 else " (still searching)")
+
     def _summary(self) -> str:
         recipe, tensors = self._stepper.recipe, self._stepper.listing.now()
         entries, plain = sum(p.numel() for p in tensors), sum(1 for p in self._stepper.plain if p.requires_grad)
@@ -325,7 +356,9 @@ class AdamW(Resumable):
 
     def __repr__(self) -> str:
         """torch's, without the tensors' names, and what was found."""
-        lines = [f"{type(self).__name__} (", f"{self._summary()}"]
+        found = self._found()
+        rate = "" if found is None else f"; rate {found['rate']:.1e} found"
+        lines = [f"{type(self).__name__} (", f"{self._summary()}{rate}"]
         for i, group in enumerate(self.param_groups):
             numbers = {k: v for k, v in group.items() if k not in ("params", "param_names")}
             told = ", ".join(f"{name}: {value}" for name, value in sorted(numbers.items()))

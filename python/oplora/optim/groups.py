@@ -18,6 +18,7 @@ __all__ = [
     "NUMBERS",
     "check_defaults",
     "complete",
+    "highest_share",
     "numbers_of",
     "rates_of",
     "refuse_numbers",
@@ -123,11 +124,7 @@ def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
 def shares_of(groups: Sequence[dict[str, Any]]) -> list[GroupNumbers]:
     """As numbers_of where the rate is found: lr is a share of the highest so far, so that a schedule's course and the
     groups' ratios matter, and its size does not. A warm-up is all at the highest: the search has one of its own."""
-    on_device = [isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
-    known = max((float(g.get("peak_lr", 0.0)) for g in groups), default=0.0)
-    # one on a device is read once
-    now = [float(g["lr"]) for g, is_there in zip(groups, on_device, strict=True) if not is_there or known == 0.0]
-    peak = max([known, *now])
+    peak = _peak(groups)
     numbers: list[GroupNumbers] = []
     for group in groups:
         group["peak_lr"] = peak
@@ -136,6 +133,20 @@ def shares_of(groups: Sequence[dict[str, Any]]) -> list[GroupNumbers]:
         share = share if isinstance(share, Tensor) and share.device.type != "cpu" else float(share)
         numbers.append((share, float(group["weight_decay"]), 0.0, float(beta1), float(beta2), float(group["eps"])))
     return numbers
+
+
+def highest_share(groups: Sequence[dict[str, Any]]) -> float:
+    """Of a step now; changes nothing."""
+    peak = _peak(groups)
+    return max(float(group["lr"]) for group in groups) / peak if peak > 0 else 0.0
+
+
+def _peak(groups: Sequence[dict[str, Any]]) -> float:
+    on_device = [isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
+    known = max((float(g.get("peak_lr", 0.0)) for g in groups), default=0.0)
+    # one on a device is read once
+    now = [float(g["lr"]) for g, is_there in zip(groups, on_device, strict=True) if not is_there or known == 0.0]
+    return max([known, *now])
 
 
 def seen(group: dict[str, Any]) -> list[Any]:

@@ -57,6 +57,8 @@ def preset_of(name: str | None, given: dict[str, Any]) -> Preset:
     asked = [argument for argument, value in given.items() if value is not None and argument != "seed"]
     if name is None:
         name = "paper" if asked else "auto"
+    if name == "auto" and given["init"] == "keep":
+        asked.remove("init")  # it does
     if name == "auto" and asked:
         raise OPLoRAValueError(
             f"oplora.AdamW: {', '.join(asked)} {'is' if len(asked) == 1 else 'are'} of generators that every layer has "

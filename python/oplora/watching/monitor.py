@@ -1,12 +1,13 @@
-"""Watching a run: what the generators of every layer do, written down every few steps.
+"""Watching a run: the rate of every layer and what its generator does, written down every few steps.
 
 A run's folder gets monitor.jsonl, a JSON object a line:
 
     {"format": 1, "processes": 1, "layers": [name, ...], "numbers": [name, ...]}     where a run begins, or goes on
-    {"step": 10, "loss": 2.1, "lr": 1e-4, "stats": {"trainable_lr": [a number a layer], ...}}
+    {"step": 10, "loss": 2.1, "lr": 1e-4, "stats": {"lr": [a number a layer], ...}}
     {"step": 10, "loss": 2.1}, {"step": 10, "eval_loss": 2.2}        what transformers' Trainer logs
 
-The numbers are those of oplora.stats, to six digits; null stands for one that is not finite, or not there. Where a run
+"lr" of a line is that of the first group, for preset "auto" a share; "lr" in "stats" is the rate of each layer. The
+numbers are those of oplora.stats, to six digits; null stands for one that is not finite, or not there. Where a run
 went on from a checkpoint, lines of steps that were done again are followed by a header and by newer lines, which count.
 "processes" is of how many processes the files hold layers: with AdamW(shard=True) of all, each its own file, else 1.
 """
@@ -37,7 +38,7 @@ DIGITS = 6
 
 
 class Monitor(TrainerCallback):  # type: ignore[misc]
-    """Writes down oplora.stats, the loss and the learning rate every few steps; `python -m oplora plot` draws them.
+    """Writes down oplora.stats, the loss and the first group's lr every few steps; `python -m oplora plot` draws them.
 
         Trainer(..., callbacks=[oplora.Monitor("runs/mine")])        # finds the optimizer and the losses itself
 

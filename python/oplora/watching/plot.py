@@ -18,6 +18,7 @@ __all__ = ["FILE", "FORMAT", "Run", "plot_run"]
 
 FILE = "monitor.jsonl"
 FORMAT = 1
+RATE = {"lr": "rate of the factors"}
 TERMS = {"trainable_lr": "trainable learning rate, ‖h‖²", "line_search": "line search, ‖Jᵀg‖² / ‖g‖²"}
 LABELLED_LAYERS = 40
 DECADES = 6  # below the greatest value; what is smaller does not matter
@@ -86,8 +87,10 @@ class Part:
                 losses[step] = math.nan if record[name] is None else float(record[name])
         if "stats" in record:
             columns = {name: np.array(column, dtype=np.float64) for name, column in record["stats"].items()}
-            if any(column.shape != (len(self.layers),) for column in columns.values()) or TERMS.keys() - columns.keys():
-                raise ValueError("a number for every layer, and both terms")
+            if any(column.shape != (len(self.layers),) for column in columns.values()):
+                raise ValueError("a number for every layer")
+            if TERMS.keys() - columns.keys() and RATE.keys() - columns.keys():  # files of older versions have no rate
+                raise ValueError("a rate, or both terms")
             self.lines[step] = Line(self.layers, self.processes, columns)
 
     def forget_from(self, step: int) -> None:
@@ -105,6 +108,15 @@ class Run:
     layers: list[str]
     tables: dict[str, np.ndarray]
     losses: dict[str, dict[int, float]]
+
+    @property
+    def settled(self) -> int | None:
+        """The first recorded step after which the search for the rate had turned."""
+        if "settled" not in self.tables:
+            return None
+        return next(
+            (step for step, row in zip(self.steps, self.tables["settled"], strict=True) if (row > 0).any()), None
+        )
 
     @classmethod
     def read(cls, path: Path) -> "Run":
@@ -186,17 +198,31 @@ def _draw(run: Run) -> Any:
 
     dropped = [name for name in run.tables if name.startswith("dropped_") and not np.isnan(run.tables[name]).all()]
     tall = min(8.0, 1.2 + 0.14 * min(len(run.layers), LABELLED_LAYERS))
-    heights = [2.2, 2.2, *([1.8] if dropped else []), *([tall] * len(TERMS))]
+    terms = {name: label for name, label in TERMS.items() if name in run.tables}
+    has_rate = not RATE.keys() - run.tables.keys()
+    heights = [2.2, *([2.2] if has_rate else []), *([2.2] if terms else [])]
+    heights += [*([1.8] if dropped else []), *([tall] * len(terms))]
     figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
-    axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    _draw_losses(axes[0], run)
-    _draw_bands(axes[1], run, TERMS)
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    panels[-1].set_xlabel("step")
+    axes = iter(panels)
+    _draw_losses(next(axes), run)
+    if has_rate:
+        _draw_rate(next(axes), run)
+    if terms:
+        _draw_bands(next(axes), run, terms)
     if dropped:
-        _draw_bands(axes[2], run, {name: name.replace("_", " ") for name in dropped}, ylabel="share dropped")
-    for axis, name in zip(axes[-len(TERMS) :], TERMS, strict=True):
-        _draw_map(figure, axis, run, name)
-    axes[-1].set_xlabel("step")
+        _draw_bands(next(axes), run, {name: name.replace("_", " ") for name in dropped}, ylabel="share dropped")
+    for name in terms:
+        _draw_map(figure, next(axes), run, name)
     return figure
+
+
+def _draw_rate(axes: Any, run: Run) -> None:
+    _draw_bands(axes, run, RATE, ylabel="rate over the layers")
+    if (step := run.settled) is not None:
+        axes.axvline(step, color="0.4", ls="--", lw=1, label=f"signal turned by step {step}")
+        axes.legend(frameon=False, fontsize="small")
 
 
 def _draw_losses(axes: Any, run: Run) -> None:

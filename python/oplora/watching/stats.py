@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from ..definition import Generator, Generators
-from ..engines import Factors, LayerState
+from ..engines import FOUND, Factors, LayerState, StepNumbers
 from ..errors import OPLoRATypeError
 from ..optim import AdamW
 
 __all__ = ["generators_of", "inner_optimizer", "stats"]
 
-StepNumbers = tuple[float, float, float, float]  # ||h||^2, units that are on, ||g||^2, ||J^T g||^2
-NOT_STEPPED = (math.nan, math.nan, math.nan, math.nan)
+NOT_STEPPED = StepNumbers(math.nan, math.nan, math.nan, math.nan, math.nan)
 
 
 @torch.no_grad()
@@ -32,33 +31,61 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
 
     Returns:
         For each layer
+        "lr"            the rate at which v moves. Of preset "auto" the one that was found, times the lr of the group of
+                        B (or of whatever listens) over the highest lr so far. Else lr (1 + r sum h), by which AdamW's
+                        kind moves v, the hidden path apart; r is 32 / hidden_width, and 1 for create_oplora_optimizer.
+                        State "lean" does not keep h: there ||h|| sqrt(live units) stands for the sum, which is never
+                        more. Generators know no lr, and do not have it;
+        "norm_g"        ||g||, of A's and B's gradient together;
+        "norm_A", "norm_B"  of the factors as they are now, and so for an adapter's other tensors ("norm_ia3_l");
+        of preset "auto" alone
+        "settled"       1 once the signal that the search follows has turned for the first time, and 0 before. The rate
+                        is the whole model's, and so is this; where the loss is noisy it comes early;
+        of all others, whose layers have generators of their own,
         "trainable_lr"  ||h||^2;
         "line_search"   ||J^T g||^2 / ||g||^2, the second term along g, comparable to the first;
         "live_units"    how many of h are not zero;
-        "norm_g"        ||g||, of A's and B's gradient together;
-        "norm_A", "norm_B"  of the factors as they are now, and so for an adapter's other tensors ("norm_ia3_l");
         and of state "lean" what the truncations dropped of their matrices' squared norms, 0 to 1:
         "dropped_moment"    of the first moment of W2 (in the scale of AdamW's step), cut to moment_rank;
         "dropped_weight"    of W2's change since the start, cut to weight_rank;
         "dropped_hidden_moment", "dropped_hidden_weight"  the same of W1.
-        All but those of the factors are of the last step's start, NaN for a layer that has not been stepped.
+        All but those of the factors and "settled" are of the last step's start, NaN for a layer that has not been
+        stepped.
     """
     generators = generators_of(optimizer)
     if isinstance(generators, AdamW):
-        states = generators._stepper.states
-        reports = _reports(states)
-        steps = [s.step_numbers(r) if r is not None else NOT_STEPPED for s, r in zip(states, reports, strict=True)]
-        own = [s.stats(r) for s, r in zip(states, reports, strict=True)]
-        ties = [s.factors for s in states]
-    else:
-        every = list(generators)
-        ties, steps, own = [g.factors for g in every], _of_backwards(every), [{}] * len(every)
-    norms = _norms([p.detach() for tie in ties for p in tie.layer.parameters()])
-    numbers, begin = {}, 0
-    for tie, step, more in zip(ties, steps, own, strict=True):
-        end = begin + len(tie.layer.tensors)
-        numbers[tie.layer.name] = {**_of_step(*step), **_of_factors(tie, norms[begin:end]), **more}
-        begin = end
+        return _of_adamw(generators)
+    return _of_generators(generators, getattr(inner_optimizer(optimizer), "inner", None))
+
+
+def _of_adamw(optimizer: AdamW) -> dict[str, dict[str, float]]:
+    stepper = optimizer._stepper
+    states: list[LayerState] = stepper.states
+    found = stepper.found.unbind() if stepper.finds_rate else ()
+    norms, more = _of_factors([state.factors for state in states], [*(state.lr for state in states), *found])
+    known = dict(zip(FOUND, more[len(states) :], strict=False))
+    numbers = {}
+    for state, report, lr, own in zip(states, _reports(states), more, norms, strict=False):
+        step = NOT_STEPPED if report is None else state.step_numbers(report)
+        if found:
+            rate = math.nan if report is None else lr * known["rate"]
+            told = {"lr": rate, "settled": float(known["turned"] > 0), "norm_g": math.sqrt(step.g_square)}
+        else:
+            rate = lr * (1 + state.engine.numbers.weight_ratio * step.h_sum)
+            told = {"lr": rate, **_of_step(step), **state.stats(report)}
+        numbers[state.name] = {**told, **own}
+    return numbers
+
+
+def _of_generators(generators: Generators, inner: torch.optim.Optimizer | None) -> dict[str, dict[str, float]]:
+    """inner: what steps them, if that is known."""
+    every = list(generators)
+    ties, steps = [generator.factors for generator in every], _of_backwards(every)
+    norms, _ = _of_factors(ties, [])
+    numbers = {}
+    for tie, step, own in zip(ties, steps, norms, strict=True):
+        rate = {} if inner is None else {"lr": float(inner.param_groups[0]["lr"]) * (1 + step.h_sum)}
+        numbers[tie.layer.name] = {**rate, **_of_step(step), **own}
     return numbers
 
 
@@ -102,21 +129,25 @@ def _of_backwards(generators: Sequence[Generator]) -> list[StepNumbers]:
     reports = [g.report for g in generators if g.report]
     if not reports:
         return [NOT_STEPPED] * len(generators)
-    squares = [norm**2 for norm in _norms([report[key] for report in reports for key in ("h", "g", "hidden")])]
-    live = _fetched([report["h"].count_nonzero() for report in reports])
-    numbers = iter(zip(squares[::3], map(int, live), squares[1::3], squares[2::3], strict=True))
-    return [next(numbers) if g.report else NOT_STEPPED for g in generators]
+    norms = _norms([report[key] for report in reports for key in ("h", "g", "hidden")])
+    live = [report["h"].count_nonzero() for report in reports]
+    sums = [report["h"].sum(dtype=torch.float64) for report in reports]
+    fetched, n = _fetched([*norms, *live, *sums]), len(norms)
+    h, g, hidden = ([norm**2 for norm in fetched[i:n:3]] for i in range(3))
+    live_units, h_sums = map(int, fetched[n : n + len(live)]), fetched[n + len(live) :]
+    numbers = map(StepNumbers, h, live_units, g, hidden, h_sums)
+    return [next(numbers) if generator.report else NOT_STEPPED for generator in generators]
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[float]:
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Euclidean, in float64."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
         by_kind.setdefault((tensor.device, tensor.dtype), []).append(i)
-    norms = [math.nan] * len(tensors)
+    norms: list[Tensor] = [torch.empty(0)] * len(tensors)
     for indices in by_kind.values():
         some = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.float64)
-        for i, norm in zip(indices, _fetched(some), strict=True):
+        for i, norm in zip(indices, some, strict=True):
             norms[i] = norm
     return norms
 
@@ -133,15 +164,19 @@ def _fetched(numbers: Sequence[Tensor]) -> list[float]:
     return values
 
 
-def _of_step(h_square: float, live: float, g_square: float, hidden_square: float) -> dict[str, float]:
+def _of_step(step: StepNumbers) -> dict[str, float]:
+    g_square = step.g_square
     return {
-        "trainable_lr": h_square,
-        "line_search": hidden_square / g_square if g_square > 0 else (math.nan if math.isnan(g_square) else 0.0),
-        "live_units": live,
+        "trainable_lr": step.h_square,
+        "line_search": step.hidden_square / g_square if g_square > 0 else (math.nan if math.isnan(g_square) else 0.0),
+        "live_units": step.live,
         "norm_g": math.sqrt(g_square),
     }
 
 
-def _of_factors(factors: Factors, norms: Sequence[float]) -> dict[str, float]:
-    names = (tensor.removeprefix("lora_").removeprefix("embedding_") for tensor in factors.layer.tensors)
-    return {f"norm_{name}": norm for name, norm in zip(names, norms, strict=True)}
+def _of_factors(ties: Sequence[Factors], more: Sequence[Tensor]) -> tuple[list[dict[str, float]], list[float]]:
+    """Each layer's norms by name, and the numbers of `more`, which are fetched with them."""
+    norms = _norms([parameter.detach() for tie in ties for parameter in tie.layer.parameters()])
+    fetched = iter(_fetched([*norms, *more]))
+    names = [[t.removeprefix("lora_").removeprefix("embedding_") for t in tie.layer.tensors] for tie in ties]
+    return [{f"norm_{name}": next(fetched) for name in some} for some in names], list(fetched)
