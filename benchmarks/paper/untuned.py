@@ -43,7 +43,9 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
+import portraits
 import protocol
+import text
 import torch
 from harness import Row
 from methods import BETWEEN, LORA, OP_LORA, Method, adamw, lora_plus, lora_rite, on_factors, op
@@ -128,29 +130,38 @@ def methods() -> dict[str, Method]:
 class Interleaved(Task):
     """Of a task, both grids as one; where it is measured, and with how many of its seeds first."""
 
+    first_rate: int = 0  # of the task's own grid
     checkpoints: int = 20
     first_seeds: int = 5
 
     def rate(self, index: int) -> float:
         coarse, between = divmod(index, 2)
-        return float(f"{super().rate(coarse) * (BETWEEN if between else 1):.2g}")
+        return float(f"{super().rate(self.first_rate + coarse) * (BETWEEN if between else 1):.2g}")
 
     @classmethod
-    def of(cls, task: Task, lowest_rate: float, rates: int, **changes: Any) -> "Interleaved":
+    def of(cls, task: Task, first_rate: int, rates: int, **changes: Any) -> "Interleaved":
         same = {field.name: getattr(task, field.name) for field in dataclasses.fields(Task)}
-        return cls(**{**same, "lowest_rate": lowest_rate, "rates": rates, "seeds": 5, "apart": False, **changes})
+        return cls(**{**same, "first_rate": first_rate, "rates": rates, "seeds": 5, "apart": False, **changes})
 
 
 LONG = dataclasses.replace(SMALL, title="the small LLaMA, ten times as many steps", steps=10 * SMALL.steps)
 DECAYING = dataclasses.replace(MNIST, title=f"{MNIST.title}, decaying rate", warmup=0.1)
 IMAGES = {"digits": DIGITS, "mnist": MNIST, "mnist decaying": DECAYING, "fashion": FASHION}
 TASKS = {
-    **{name: Interleaved.of(task, 1e-3, 12) for name, task in IMAGES.items()},
-    "small": Interleaved.of(SMALL, 4.6e-3, 6, growth=1, checkpoints=8),
-    "reference": Interleaved.of(REFERENCE, 4.6e-4, 7, growth=1, checkpoints=4, first_seeds=3),
-    "glosses": Interleaved.of(GLOSSES, 1e-3, 7, growth=1, checkpoints=4, first_seeds=3),
+    **{name: Interleaved.of(task, 3, 12) for name, task in IMAGES.items()},
+    "small": Interleaved.of(SMALL, 5, 6, growth=1, checkpoints=8),
+    "reference": Interleaved.of(REFERENCE, 2, 7, growth=1, checkpoints=4, first_seeds=3),
+    "glosses": Interleaved.of(GLOSSES, 3, 7, growth=1, checkpoints=4, first_seeds=3),
 }
-CONFIRMING = {"small long": Interleaved.of(LONG, 2.2e-3, 5, growth=1, checkpoints=8, seeds=2)}
+FACES = Task("a small U-Net, 60 emoji of faces", portraits.FACES, 300, portraits.ATTENTION, r=4, alpha=4)  # type: ignore[arg-type]
+OTHER = dataclasses.replace(
+    SMALL, title="a small GPT-2, from the Bible to Python's reference", make=text.OTHER, targets=("c_attn", "c_proj")
+)
+CONFIRMING = {
+    "other model": Interleaved.of(OTHER, 4, 8, checkpoints=8, seeds=2),
+    "portraits": Interleaved.of(FACES, 3, 8, checkpoints=10, seeds=2),
+    "small long": Interleaved.of(LONG, 4, 5, growth=1, checkpoints=8, seeds=2),
+}
 IN_TURN = [[*IMAGES], ["small"], ["reference", "glosses"], [*CONFIRMING]]
 
 
@@ -161,7 +172,7 @@ def plan() -> Plan:
 def toys() -> Plan:
     changes = {"checkpoints": 3, "first_seeds": 1, "seeds": 2}
     return {
-        f"toy {kind}": (Interleaved.of(TOYS[kind], 1e-3, 2, **changes), methods())  # type: ignore[arg-type]
+        f"toy {kind}": (Interleaved.of(TOYS[kind], 0, 2, **changes), methods())  # type: ignore[arg-type]
         for kind in ("images", "text")
     }
 
