@@ -500,9 +500,12 @@ def draw_untuned(experiment: Experiment) -> Any:
     """Test loss at the best checkpoint, a dot a seed, a ring where it was at the end; the line is tuned LoRA. What is
     more than half as much again is an arrow at that edge."""
     found = comparisons(experiment)
-    figure, axes = new_figure(len(found), height=3.6)
+    columns = min(4, len(found))
+    figure, axes = new_figure(columns, math.ceil(len(found) / columns), height=3.6)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
     names = list(dict.fromkeys(method for comparison in found for method in comparison.methods))
-    for axis, comparison in zip(axes[0], found, strict=True):
+    for axis, comparison in zip(axes.flat, found, strict=False):
         lora = statistics.fmean(column(comparison.tests(TUNED.name), "best_test_loss"))
         edge = 1.5 * lora
         for place, method in enumerate(names):
@@ -515,7 +518,7 @@ def draw_untuned(experiment: Experiment) -> Any:
                     axis.plot([edge], [place], ">", mec="crimson", mfc=face)
         axis.axvline(lora, color="k", lw=0.6, ls="--")
         axis.set_yticks(range(len(names)), names, fontsize="small")
-        axis.tick_params(labelleft=axis is axes[0, 0])
+        axis.tick_params(labelleft=axis in axes[:, 0])
         axis.invert_yaxis()
         axis.set(xlabel="test loss")
         axis.set_title(comparison.task.title, fontsize="medium", wrap=True)
