@@ -149,7 +149,7 @@ DECAYING = dataclasses.replace(MNIST, title=f"{MNIST.title}, decaying rate", war
 IMAGES = {"digits": DIGITS, "mnist": MNIST, "mnist decaying": DECAYING, "fashion": FASHION}
 TASKS = {
     **{name: Interleaved.of(task, 3, 12) for name, task in IMAGES.items()},
-    "small": Interleaved.of(SMALL, 5, 6, growth=1, checkpoints=8),
+    "small": Interleaved.of(SMALL, 5, 6, growth=1, checkpoints=8, first_seeds=3),
     "reference": Interleaved.of(REFERENCE, 2, 7, growth=1, checkpoints=4, first_seeds=3),
     "glosses": Interleaved.of(GLOSSES, 3, 7, growth=1, checkpoints=4, first_seeds=3),
 }
