@@ -162,7 +162,7 @@ CONFIRMING = {
     "portraits": Interleaved.of(FACES, 3, 8, checkpoints=10, seeds=2),
     "small long": Interleaved.of(LONG, 4, 5, growth=1, checkpoints=8, seeds=2),
 }
-IN_TURN = [[*IMAGES], ["small"], ["reference", "glosses"], [*CONFIRMING]]
+IN_TURN = [[*IMAGES], ["small"], ["reference"], ["glosses"], [*CONFIRMING]]
 
 
 def plan() -> Plan:
