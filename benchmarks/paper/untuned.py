@@ -128,11 +128,10 @@ def methods() -> dict[str, Method]:
 
 @dataclass(frozen=True)
 class Interleaved(Task):
-    """Of a task, both grids as one; where it is measured, and with how many of its seeds first."""
+    """Of a task, both grids as one, and how often it is measured."""
 
     first_rate: int = 0  # of the task's own grid
     checkpoints: int = 20
-    first_seeds: int = 5
 
     def rate(self, index: int) -> float:
         coarse, between = divmod(index, 2)
@@ -149,9 +148,9 @@ DECAYING = dataclasses.replace(MNIST, title=f"{MNIST.title}, decaying rate", war
 IMAGES = {"digits": DIGITS, "mnist": MNIST, "mnist decaying": DECAYING, "fashion": FASHION}
 TASKS = {
     **{name: Interleaved.of(task, 3, 12) for name, task in IMAGES.items()},
-    "small": Interleaved.of(SMALL, 5, 6, growth=1, checkpoints=8, first_seeds=3),
-    "reference": Interleaved.of(REFERENCE, 2, 7, growth=1, checkpoints=4, first_seeds=3),
-    "glosses": Interleaved.of(GLOSSES, 3, 7, growth=1, checkpoints=4, first_seeds=3),
+    "small": Interleaved.of(SMALL, 5, 6, growth=1, checkpoints=8),
+    "reference": Interleaved.of(REFERENCE, 2, 7, growth=1, checkpoints=4),
+    "glosses": Interleaved.of(GLOSSES, 3, 7, growth=1, checkpoints=4),
 }
 FACES = Task("a small U-Net, 60 emoji of faces", portraits.FACES, 300, portraits.ATTENTION, r=4, alpha=4)  # type: ignore[arg-type]
 OTHER = dataclasses.replace(
@@ -162,7 +161,7 @@ CONFIRMING = {
     "portraits": Interleaved.of(FACES, 3, 8, checkpoints=10, seeds=2),
     "small long": Interleaved.of(LONG, 4, 5, growth=1, checkpoints=8, seeds=2),
 }
-IN_TURN = [[*IMAGES], ["small"], ["reference"], ["glosses"], [*CONFIRMING]]
+UP_TO_SEEDS = (1, 3, 5)  # so many with all tasks, then so many, ...
 
 
 def plan() -> Plan:
@@ -170,9 +169,8 @@ def plan() -> Plan:
 
 
 def toys() -> Plan:
-    changes = {"checkpoints": 3, "first_seeds": 1, "seeds": 2}
     return {
-        f"toy {kind}": (Interleaved.of(TOYS[kind], 0, 2, **changes), methods())  # type: ignore[arg-type]
+        f"toy {kind}": (Interleaved.of(TOYS[kind], 0, 2, checkpoints=3, seeds=2), methods())
         for kind in ("images", "text")
     }
 
@@ -259,16 +257,16 @@ class UntunedExperiment(Experiment):
     chosen_by = "best_validation_loss"
 
     def run(self) -> bool:
-        """Task by task, all seeds but the late ones; then those."""
-        listed = [name for names in IN_TURN for name in names]
-        groups = [*IN_TURN, [name for name in self.plan if name not in listed]]
-        for late in (False, True):
-            for names in groups:
-                wanted: Callable[[], list[Trial]]
-                for wanted in (self.missing_tuning, partial(self.missing_tests, late)):
-                    while trials := [trial for trial in wanted() if trial.task in names]:
-                        if not self.run_all(trials):
-                            return False
+        """Task by task with few seeds, then with more; what confirms comes last."""
+        first = [name for name in self.plan if name not in CONFIRMING]
+        last = [name for name in self.plan if name in CONFIRMING]
+        turns = [(name, seeds) for names in (first, last) for seeds in UP_TO_SEEDS for name in names]
+        for name, seeds in turns:
+            wanted: Callable[[], list[Trial]]
+            for wanted in (self.missing_tuning, partial(self.missing_tests, seeds)):
+                while trials := [trial for trial in wanted() if trial.task == name]:
+                    if not self.run_all(trials):
+                        return False
         return True
 
     def missing_tuning(self) -> list[Trial]:
@@ -278,12 +276,11 @@ class UntunedExperiment(Experiment):
         there = self.plan[task][1][method]
         return there.lr if isinstance(there, Untuned) else super().best_rate(task, method)
 
-    def missing_tests(self, late: bool = True) -> list[Trial]:
+    def missing_tests(self, seeds: int = max(UP_TO_SEEDS)) -> list[Trial]:
         """Seed by seed, and the flatness last."""
         pairs = [pair for pair in self.pairs() if pair[1] != TUNED.name or self.tuned(*pair)]
-        trials = [trial for pair in pairs for trial in self.tests(*pair)]
-        first = {name: task.first_seeds for name, (task, _) in self.plan.items()}  # type: ignore[attr-defined]
-        trials = sorted((t for t in trials if late or t.seed <= first[t.task]), key=lambda trial: trial.seed)
+        trials = [trial for pair in pairs for trial in self.tests(*pair) if trial.seed <= seeds]
+        trials.sort(key=lambda trial: trial.seed)
         trials += [trial for task in self.plan for trial in self.flatness(task)]
         return [trial for trial in dict.fromkeys(trials) if trial not in self.rows]
 
