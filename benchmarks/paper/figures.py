@@ -99,11 +99,17 @@ class UntunedComparison(Comparison):
 
     @property
     def methods(self) -> list[str]:
-        """Those that were tested, once LoRA was."""
-        every = self.experiment.plan[self.name][1]
-        if TUNED.name not in every or not self.experiment.tuned(self.name, TUNED.name) or not self.tests(TUNED.name):
+        """Those that were tested."""
+        return [method for method in self.experiment.plan[self.name][1] if self.tests(method)]
+
+    @property
+    def has_lora(self) -> bool:
+        return TUNED.name in self.methods
+
+    def tests(self, method: str, steps: int | None = None) -> list[Row]:
+        if method == TUNED.name and not self.experiment.tuned(self.name, method):
             return []
-        return [method for method in every if self.tests(method)]
+        return super().tests(method, steps)
 
     def excess(self, method: str, number: str) -> tuple[list[float], float]:
         """By seed the test loss less that of tuned LoRA at its best checkpoint; the deviation of that."""
@@ -338,9 +344,11 @@ def flatness_table(some: Sequence[UntunedComparison]) -> str:
 
 def untuned_tables(experiment: UntunedExperiment) -> dict[str, str]:
     some = [comparison for comparison in comparisons(experiment) if isinstance(comparison, UntunedComparison)]
-    if not some:
-        return {}
-    made = {"untuned/end": untuned_table(some, "test_loss"), "untuned/best": untuned_table(some, "best_test_loss")}
+    beside_lora = [comparison for comparison in some if comparison.has_lora]
+    made = {}
+    if beside_lora:
+        made["untuned/end"] = untuned_table(beside_lora, "test_loss")
+        made["untuned/best"] = untuned_table(beside_lora, "best_test_loss")
     made |= {f"untuned/{comparison.name}": untuned_task_table(comparison) for comparison in some}
     if any(AUTO.name in comparison.methods for comparison in some):
         made["untuned/flatness"] = flatness_table(some)
@@ -498,7 +506,7 @@ def draw_rows(experiment: Experiment, numbers: Sequence[str]) -> Any:
 
 def draw_untuned(experiment: Experiment) -> Any:
     """Test loss at the best checkpoint, a dot a seed, a ring where it was at the end; the line is tuned LoRA. What is
-    more than half as much again is an arrow at that edge."""
+    more than half as much again as the least is an arrow at that edge."""
     found = comparisons(experiment)
     columns = min(4, len(found))
     figure, axes = new_figure(columns, math.ceil(len(found) / columns), height=3.6)
@@ -506,8 +514,7 @@ def draw_untuned(experiment: Experiment) -> Any:
         axis.set_visible(False)
     names = list(dict.fromkeys(method for comparison in found for method in comparison.methods))
     for axis, comparison in zip(axes.flat, found, strict=False):
-        lora = statistics.fmean(column(comparison.tests(TUNED.name), "best_test_loss"))
-        edge = 1.5 * lora
+        edge = 1.5 * min(loss for method in names for loss in column(comparison.tests(method), "best_test_loss"))
         for place, method in enumerate(names):
             rows = comparison.tests(method)
             for number, marker, face in (("test_loss", "o", "none"), ("best_test_loss", ".", "crimson")):
@@ -516,7 +523,8 @@ def draw_untuned(experiment: Experiment) -> Any:
                 axis.plot(seen, [place] * len(seen), marker, mec="crimson", mfc=face, alpha=0.6)
                 if len(seen) < len(losses):
                     axis.plot([edge], [place], ">", mec="crimson", mfc=face)
-        axis.axvline(lora, color="k", lw=0.6, ls="--")
+        if lora := column(comparison.tests(TUNED.name), "best_test_loss"):
+            axis.axvline(statistics.fmean(lora), color="k", lw=0.6, ls="--")
         axis.set_yticks(range(len(names)), names, fontsize="small")
         axis.tick_params(labelleft=axis in axes[:, 0])
         axis.invert_yaxis()
