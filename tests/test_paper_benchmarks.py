@@ -24,10 +24,12 @@ import factorisation  # noqa: E402
 import figures  # noqa: E402
 import images  # noqa: E402
 import methods  # noqa: E402
+import portraits  # noqa: E402
 import protocol  # noqa: E402
 import run  # noqa: E402
 import small_diffusion  # noqa: E402
 import text  # noqa: E402
+import untuned  # noqa: E402
 
 # ---- the protocol, on trials that are made up ----
 
@@ -185,6 +187,134 @@ def test_training_that_diverges_has_infinite_losses() -> None:
     assert row["validation_loss"] == row["train_loss"] == math.inf and row["diverged_at"] < 6
 
 
+# ---- without a choice of rates ----
+
+PACKAGES = ("prodigyopt", "prodigyplus", "schedulefree", "adv_optm", "dadaptation", "pytorch_optimizer")
+TOY_IMAGES = untuned.toys()["toy images"][0]
+
+
+def test_untuned_runs_and_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in PACKAGES:
+        pytest.importorskip(package)
+    command = ["--quick", "--workers", "2", "--output", str(tmp_path / "untuned.json")]
+    experiment = untuned.main(command)
+    rows = json.loads(experiment.output.read_text())
+    assert {(row["task"], row["method"]) for row in rows} == set(experiment.pairs())
+    tests = [row for row in rows if row["seed"] < 1000]
+    assert all(0 < row["best_test_loss"] < math.inf and row["test_loss"] > 0 for row in tests)
+    assert all(row["best_validation_loss"] <= row["validation_loss"] for row in rows)
+    assert not any("test_loss" in row for row in rows if row["seed"] >= 1000)
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(protocol.Experiment, "run_all", lambda *_: pytest.fail("a trial was run again"))
+    untuned.main(command)
+    assert capsys.readouterr().out == printed
+
+
+def test_untuned_out_of_time_says_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    untuned.main(["--quick", "--output", str(tmp_path / "untuned.json"), "--minutes", "0"])
+    assert "0 trials" in capsys.readouterr().out
+
+
+def trained(lr: float, steps: int, method: methods.Method = untuned.TUNED, checkpoints: int = 5) -> dict[str, Any]:
+    task = protocol.dataclasses.replace(TOY_IMAGES, checkpoints=checkpoints)
+    return untuned.run(protocol.Trial("toy images", method.name, lr, 1, steps), task, method, "cpu", 1)
+
+
+def test_best_checkpoint_is_what_a_training_that_ended_there_comes_to() -> None:
+    long = trained(0.1, 50)
+    assert long["best_step"] == min(long["validation_curve"], key=lambda point: point[1])[0] < 50
+    short = trained(0.1, long["best_step"], checkpoints=1)
+    assert short["test_loss"] == long["best_test_loss"] != long["test_loss"]
+    assert short["validation_loss"] == long["best_validation_loss"]
+
+
+def test_training_that_diverges_keeps_its_best_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = protocol.Training.step
+    losses: list[float] = []
+
+    def until_the_eighth(training: protocol.Training) -> float:
+        losses.append(step(training) if len(losses) < 8 else math.inf)
+        return losses[-1]
+
+    monkeypatch.setattr(protocol.Training, "step", until_the_eighth)
+    row = trained(1e-3, 10)
+    assert row["diverged_at"] == 8 and row["test_loss"] == row["validation_loss"] == math.inf
+    assert row["best_step"] <= 8 and row["best_test_loss"] < math.inf
+
+
+def test_schedule_free_weights_are_averaged_to_be_measured_and_not_to_be_trained() -> None:
+    pytest.importorskip("schedulefree")
+    (method,) = (method for method in untuned.METHODS if method.name == "schedule-free AdamW")
+    training = protocol.Training.of(TOY_IMAGES, method, 0.1, 1, "cpu")
+    for _ in range(5):
+        training.step()
+    parameters = protocol.trainable(training.model)
+    trains = [p.detach().clone() for p in parameters]
+    with untuned.averaged(training.optimizer):
+        assert not all(map(torch.equal, trains, parameters))
+    for before, after in zip(trains, parameters, strict=True):
+        torch.testing.assert_close(before, after)
+    training.step()
+
+
+def test_schedule_free_rates_are_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedules = {}
+
+    def run(trial: protocol.Trial, task: protocol.Task, *_: Any) -> dict[str, Any]:
+        schedules[trial.method] = [task.schedule(step, 10) for step in range(10)]
+        return {}
+
+    monkeypatch.setattr(protocol, "run", run)
+    task = protocol.dataclasses.replace(TOY_IMAGES, warmup=0.1)
+    for method in (untuned.TUNED, *untuned.METHODS):
+        untuned.run(protocol.Trial("toy", method.name, 1.0, 1, 10), task, method, "cpu", 1)
+    constant = {name for name, schedule in schedules.items() if schedule == [1.0] * 10}
+    assert constant == {"Prodigy plus schedule-free", "schedule-free AdamW"}
+
+
+def test_both_grids_are_one() -> None:
+    task = untuned.Interleaved.of(TASK, 1, 4)
+    assert [task.rate(i) for i in range(-2, 4)] == [1e-3, 1.7e-3, 2.2e-3, 3.7e-3, 4.6e-3, 7.8e-3]
+
+
+def test_language_models_are_tuned_around_their_best_known_rates() -> None:
+    experiment = figures.read("language")
+    for name in ("small", "reference", "glosses"):
+        task = untuned.TASKS[name]
+        rates = {task.rate(index) for index in range(task.rates)}
+        for method, factor in ((methods.LORA.name, 1), (methods.LORA_FASTER.name, methods.BETWEEN)):
+            best = protocol.best_index(experiment.tuned(name, method))
+            grid = experiment.plan[name][0]
+            around = {float(f"{factor * grid.rate(best + step):.2g}") for step in (-1, 0, 1)}
+            assert around <= rates, (name, method)
+
+
+def test_tests_go_by_seeds_and_every_method_has_its_own_rate(tmp_path: Path) -> None:
+    task = protocol.dataclasses.replace(TOY_IMAGES, seeds=3)
+    plan = {"task": (task, run.methods(untuned.TUNED, *untuned.METHODS, untuned.AUTO))}
+    experiment = untuned.UntunedExperiment("made up", plan, tmp_path / "made-up.json")
+    asked: list[protocol.Trial] = []
+
+    def run_all(trials: list[protocol.Trial]) -> bool:
+        asked.extend(trials)
+        for trial in trials:
+            experiment.rows[trial] = {"kind": "trial", **vars(trial), "best_validation_loss": trial.lr, "test_loss": 1}
+        return True
+
+    experiment.run_all = run_all  # type: ignore[method-assign]
+    assert experiment.run()
+    assert {trial.method for trial in asked if protocol.is_tuning(trial)} == {untuned.TUNED.name}
+    tests = [trial for trial in asked if not protocol.is_tuning(trial)]
+    seeds = [trial.seed for trial in tests if trial.lr not in untuned.FLATNESS_RATES]
+    assert seeds == sorted(seeds) and set(seeds) == {1, 2, 3}
+    rates = {method.name: {t.lr for t in tests if t.method == method.name} for method in untuned.METHODS}
+    assert rates == {method.name: {method.lr} for method in untuned.METHODS}
+    ours = {t.lr for t in tests if t.method == untuned.AUTO.name}
+    assert ours == {untuned.AUTO.lr, *untuned.FLATNESS_RATES}
+
+
 # ---- what is compared ----
 
 
@@ -313,6 +443,34 @@ def test_splits_of_glosses_are_by_a_hash() -> None:
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
 
 
+def test_faces_are_known_by_their_subgroup() -> None:
+    listed = (
+        "# group: Smileys & Emotion\n# subgroup: face-smiling\n1F600 ; fully-qualified # x E1.0 grinning face\n"
+        "263A ; unqualified # x E0.6 smiling face\n# subgroup: heart\n2764 FE0F ; fully-qualified # x E0.6 red heart\n"
+    )
+    assert portraits.subgroups(listed) == {0x1F600: "face-smiling", 0x2764: "heart"}
+
+
+def toy_gpt2() -> tuple[nn.Module, text.Texts]:
+    return text.new_gpt2(2, 32), text.toy_on_counting()[1]
+
+
+@pytest.mark.parametrize("name", ["portraits", "other model"])
+@pytest.mark.parametrize("method", [untuned.TUNED, untuned.METHODS[-1]], ids=lambda method: method.name)
+def test_what_confirms_is_trained_by_plain_lora_and_by_ours(name: str, method: methods.Method) -> None:
+    toys = {"portraits": portraits.TOY, "other model": lambda seed: text.Blocks(seed, toy_gpt2, 2)}
+    task = protocol.dataclasses.replace(untuned.CONFIRMING[name], make=toys[name], steps=4, checkpoints=2)
+    row = untuned.run(protocol.Trial(name, method.name, 1e-2, 1, 4), task, method, "cpu", 1)
+    assert row["best_step"] and 0 < row["best_test_loss"] < math.inf
+    assert [steps for steps, _ in row["validation_curve"]] == [2, 4]
+
+
+def test_noise_and_timesteps_of_measured_pictures_are_always_the_same() -> None:
+    problems = [portraits.TOY(seed) for seed in (1, 2)]
+    losses = [problem.measure(problem.base, "test")["loss"] for problem in problems]
+    assert losses[0] == losses[1] and problems[0].loss(problems[0].base) != problems[1].loss(problems[1].base)
+
+
 # ---- the diffusion model ----
 
 
@@ -426,10 +584,33 @@ def test_tables_and_figures_come_from_the_files_alone(results: Path) -> None:
     assert (results / "images.png").stat().st_size > 10_000
 
 
+def test_untuned_tables_are_of_what_is_there(tmp_path: Path) -> None:
+    task = untuned.TASKS["digits"]
+    experiment = untuned.UntunedExperiment("untuned", untuned.plan(), tmp_path / "untuned.json")
+    best = {"best_step": 30, "steps": task.steps, "held_bytes": 12, "adapter_numbers": 1, "seconds": 1, "threads": 1}
+
+    def row(method: str, lr: float, seed: int, loss: float) -> dict[str, Any]:
+        numbers = {f"{best}{split}_loss": loss for best in ("", "best_") for split in ("validation", "test")}
+        trial = {"kind": "trial", "task": "digits", "method": method, "lr": lr, "seed": seed, "device": "a CPU"}
+        return {**best, **trial, **numbers, "train_loss": loss}
+
+    grid = [task.rate(index) for index in range(task.rates)]
+    tuning = [row(untuned.TUNED.name, lr, seed, abs(lr - 0.01)) for lr in grid for seed in (1000, 1001, 1002)]
+    tests = [row(untuned.TUNED.name, 0.01, seed, float(seed)) for seed in (1, 2, 3)]
+    tests += [row("AdamW 1e-4", 1e-4, seed, seed + 0.5) for seed in (1, 2)]
+    protocol.harness.write_rows(experiment.output, tuning + tests)
+    made = figures.tables("untuned", tmp_path)
+    assert made.keys() == {"untuned/budget", "untuned/end", "untuned/best", "untuned/digits"}
+    assert "| AdamW 1e-4 | +0.500 (+0.5) |" in made["untuned/best"]
+    assert "| AdamW 1e-4 | 0.0001 | 2 | 2.000 ± 0.707 | 2.000 ± 0.707 | 5% | 16 |" in made["untuned/digits"]
+    figures.main(["--results", str(tmp_path)])
+    assert (tmp_path / "untuned.png").stat().st_size > 5_000
+
+
 MARKER = re.compile(rf"<!-- ((?:{'|'.join(figures.FIGURES)})/[\w/ ,]+):begin -->")
 
 
-@pytest.mark.parametrize("page", ["docs/evidence.md", "docs/diffusion.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/evidence.md", "docs/diffusion.md", "docs/rate.md", "README.md"])
 def test_page_has_the_tables_of_the_committed_results(page: str) -> None:
     written = (ROOT / page).read_text()
     made = {name: table for experiment in figures.FIGURES for name, table in figures.tables(experiment).items()}

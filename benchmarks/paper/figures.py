@@ -1,7 +1,7 @@
 """Figures and tables of the experiments, from their files alone.
 
 python benchmarks/paper/figures.py                                results/*.json -> results/*.png
-python benchmarks/paper/figures.py --pages docs/evidence.md docs/diffusion.md README.md
+python benchmarks/paper/figures.py --pages docs/evidence.md docs/diffusion.md docs/rate.md README.md
     the tables, between the markers in those files that name an experiment and a table
 python benchmarks/paper/figures.py --table language/reference     one of them, for the terminal
 
@@ -26,6 +26,8 @@ from methods import FALLING, FLAT, LORA, LORA_FASTER, OP_LEAN, START_KEPT, Metho
 from plot import markdown, replace_between
 from protocol import RESULTS, TUNING_SEEDS, Experiment, Task, Trial, spread
 from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
+from untuned import AUTO, FLATNESS_RATES, TUNED, UntunedExperiment
+from untuned import plan as untuned_plan
 
 BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  # and of the settings:
 BOLD |= {"flat": BOLD[FLAT.name], "keep, hidden rate 1e-12 / lr^3": BOLD[FALLING.name]}
@@ -91,8 +93,35 @@ class Comparison:
         return sum(value <= NEAR * best for rate, value in zip(rates, values, strict=True) if rate in grid) / 3
 
 
+@dataclass
+class UntunedComparison(Comparison):
+    """Of methods that have a rate beforehand, beside LoRA at its best one."""
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that were tested."""
+        return [method for method in self.experiment.plan[self.name][1] if self.tests(method)]
+
+    @property
+    def has_lora(self) -> bool:
+        return TUNED.name in self.methods
+
+    def tests(self, method: str, steps: int | None = None) -> list[Row]:
+        if method == TUNED.name and not self.experiment.tuned(self.name, method):
+            return []
+        return super().tests(method, steps)
+
+    def excess(self, method: str, number: str) -> tuple[list[float], float]:
+        """By seed the test loss less that of tuned LoRA at its best checkpoint; the deviation of that."""
+        lora = {row["seed"]: row["best_test_loss"] for row in self.tests(TUNED.name)}
+        over = [row[number] - lora[row["seed"]] for row in self.tests(method) if row["seed"] in lora]
+        return over, statistics.stdev(lora.values()) if len(lora) > 1 else math.nan
+
+
 def read(name: str, folder: Path = RESULTS) -> Experiment:
     output = folder / f"{name}.json"
+    if name == "untuned":
+        return UntunedExperiment(name, untuned_plan(), output)
     if name in DIFFUSIONS:
         return read_diffusion(name, output)
     return Experiment(name, EXPERIMENTS[name](), output, equal_seconds=EQUAL_SECONDS.get(name))
@@ -118,7 +147,8 @@ def read_diffusion(name: str, path: Path) -> Experiment:
 
 
 def comparisons(experiment: Experiment) -> list[Comparison]:
-    found = [Comparison(experiment, name) for name in experiment.plan]
+    kind = UntunedComparison if isinstance(experiment, UntunedExperiment) else Comparison
+    found = [kind(experiment, name) for name in experiment.plan]
     return [comparison for comparison in found if comparison.methods]
 
 
@@ -255,6 +285,76 @@ def cost_table(comparison: Comparison) -> str:
     return markdown(header, map(cells, timed))
 
 
+AT = {"test_loss": "at the end", "best_test_loss": "at the best checkpoint"}
+
+
+def untuned_table(some: Sequence[UntunedComparison], number: str) -> str:
+    """How far every method is above tuned LoRA, task by task."""
+    every = dict.fromkeys(method for comparison in some for method in comparison.methods)
+
+    def cells(method: str) -> list[str]:
+        return [method, *(excess_of(comparison, method, number) for comparison in some)]
+
+    titles = [comparison.name for comparison in some]
+    return markdown([f"test loss above tuned LoRA's, {AT[number]}", *titles], map(cells, every))
+
+
+def excess_of(comparison: UntunedComparison, method: str, number: str) -> str:
+    """The mean over the seeds, in brackets in standard deviations of LoRA's own seeds."""
+    over, deviation = comparison.excess(method, number)
+    if not all(map(math.isfinite, over)):
+        return spread(over)
+    mean = statistics.fmean(over) if over else math.nan
+    return f"{mean:+.3f} ({mean / deviation:+.1f})" if math.isfinite(deviation) and over else ""
+
+
+def untuned_task_table(comparison: UntunedComparison) -> str:
+    """The losses themselves, accuracies, and the memory: an entry's value and gradient are counted in."""
+    with_accuracy = any("test_accuracy" in row for method in comparison.methods for row in comparison.tests(method))
+    header = [comparison.task.title, "rate", "seeds"]
+    for name in AT.values():
+        header += [f"test loss {name}", *([f"accuracy {name}"] if with_accuracy else [])]
+    header += ["best checkpoint, of the steps", "bytes an entry"]
+
+    def cells(method: str) -> list[str]:
+        rows = comparison.tests(method)
+        made = [method, f"{comparison.experiment.best_rate(comparison.name, method):.2g}", f"{len(rows)}"]
+        for number in AT:
+            made.append(spread(column(rows, number)))
+            if with_accuracy:
+                made.append(spread(column(rows, number.replace("loss", "accuracy"))))
+        best = [row["best_step"] / row["steps"] for row in rows if row["best_step"]]
+        held = statistics.median(row["held_bytes"] / row["adapter_numbers"] for row in rows) + 4  # and a gradient's
+        return [*made, f"{statistics.fmean(best):.0%}" if best else "", f"{held:.0f}"]
+
+    return markdown(header, map(cells, comparison.methods))
+
+
+def flatness_table(some: Sequence[UntunedComparison]) -> str:
+    """Of OP-LoRA, auto at other rates than its own."""
+
+    def cells(comparison: UntunedComparison) -> list[str]:
+        experiment = comparison.experiment
+        assert isinstance(experiment, UntunedExperiment)
+        rows = [experiment.rows.get(trial) for trial in experiment.flatness(comparison.name)]
+        return [comparison.name, *(f"{row['best_test_loss']:.3f}" if row else "" for row in rows)]
+
+    return markdown([f"{AUTO.name}, test loss at the rate", *(f"{lr:g}" for lr in FLATNESS_RATES)], map(cells, some))
+
+
+def untuned_tables(experiment: UntunedExperiment) -> dict[str, str]:
+    some = [comparison for comparison in comparisons(experiment) if isinstance(comparison, UntunedComparison)]
+    beside_lora = [comparison for comparison in some if comparison.has_lora]
+    made = {}
+    if beside_lora:
+        made["untuned/end"] = untuned_table(beside_lora, "test_loss")
+        made["untuned/best"] = untuned_table(beside_lora, "best_test_loss")
+    made |= {f"untuned/{comparison.name}": untuned_task_table(comparison) for comparison in some}
+    if any(AUTO.name in comparison.methods for comparison in some):
+        made["untuned/flatness"] = flatness_table(some)
+    return made
+
+
 def budget(experiment: Experiment) -> str:
     """What the table took."""
     rows = list(experiment.rows.values())
@@ -269,6 +369,8 @@ def tables(name: str, folder: Path = RESULTS) -> dict[str, str]:
         return {}
     experiment = read(name, folder)
     made = {f"{name}/budget": budget(experiment)}
+    if isinstance(experiment, UntunedExperiment):
+        return made | untuned_tables(experiment)
     found = comparisons(experiment)
     if name == "factorisation":
         return made | {f"{name}/terms": factorisation_table(experiment)}
@@ -402,12 +504,42 @@ def draw_rows(experiment: Experiment, numbers: Sequence[str]) -> Any:
     return figure
 
 
+def draw_untuned(experiment: Experiment) -> Any:
+    """Test loss at the best checkpoint, a dot a seed, a ring where it was at the end; the line is tuned LoRA. What is
+    more than half as much again as the least is an arrow at that edge."""
+    found = comparisons(experiment)
+    columns = min(4, len(found))
+    figure, axes = new_figure(columns, math.ceil(len(found) / columns), height=3.6)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    names = list(dict.fromkeys(method for comparison in found for method in comparison.methods))
+    for axis, comparison in zip(axes.flat, found, strict=False):
+        edge = 1.5 * min(loss for method in names for loss in column(comparison.tests(method), "best_test_loss"))
+        for place, method in enumerate(names):
+            rows = comparison.tests(method)
+            for number, marker, face in (("test_loss", "o", "none"), ("best_test_loss", ".", "crimson")):
+                losses = column(rows, number)
+                seen = [loss for loss in losses if loss <= edge]
+                axis.plot(seen, [place] * len(seen), marker, mec="crimson", mfc=face, alpha=0.6)
+                if len(seen) < len(losses):
+                    axis.plot([edge], [place], ">", mec="crimson", mfc=face)
+        if lora := column(comparison.tests(TUNED.name), "best_test_loss"):
+            axis.axvline(statistics.fmean(lora), color="k", lw=0.6, ls="--")
+        axis.set_yticks(range(len(names)), names, fontsize="small")
+        axis.tick_params(labelleft=axis in axes[:, 0])
+        axis.invert_yaxis()
+        axis.set(xlabel="test loss")
+        axis.set_title(comparison.task.title, fontsize="medium", wrap=True)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Experiment], Any]] = {
     "factorisation": draw_factorisation,
     "images": draw_images,
     "language": draw_methods,
     "ablations": draw_methods,
     "settings": draw_methods,
+    "untuned": draw_untuned,
     **dict.fromkeys(DIFFUSIONS, draw_methods),
 }
 

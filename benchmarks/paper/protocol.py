@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -143,12 +143,36 @@ def trial_of(row: Row) -> Trial:
     return Trial(**{field.name: row[field.name] for field in dataclasses.fields(Trial)})
 
 
-def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> Row:
+class AtTheEnd:
+    """What is measured of a training: validation data where it tunes, else test data, when it has ended."""
+
+    seconds = 0.0  # of the training's that measuring took
+
+    def __init__(self, trial: Trial, task: Task, training: Training) -> None:
+        self.trial, self.task, self.training = trial, task, training
+
+    def after(self, steps: int) -> None:
+        """While it trains."""
+
+    def columns(self, whole: bool) -> Row:
+        """whole: it did not diverge."""
+        split = "validation" if is_tuning(self.trial) else "test"
+        measured = self.measure(split) if whole else {"loss": math.inf}
+        return {f"{split}_{name}": value for name, value in measured.items()}
+
+    def measure(self, split: str) -> dict[str, float]:
+        return finite(self.training.problem.measure(self.training.model, split))
+
+
+def run(
+    trial: Trial, task: Task, method: Method, device: str, threads: int, measuring: type[AtTheEnd] = AtTheEnd
+) -> Row:
     """Trains and measures; a loss that is not finite ends the training, whose losses are then infinite."""
     torch.set_num_threads(threads)
     training = Training.of(task, method, trial.lr, trial.seed, device)
-    problem, model, optimizer = training.problem, training.model, training.optimizer
+    model, optimizer = training.model, training.optimizer
     scheduler = LambdaLR(optimizer, lambda step: task.schedule(step, trial.steps))
+    measured = measuring(trial, task, training)
     losses: list[float] = []
     begin = time.perf_counter()
     with harness.PeakMemory() as peak:
@@ -157,10 +181,9 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
             if math.isinf(losses[-1]):
                 break
             scheduler.step()
-    seconds = time.perf_counter() - begin
+            measured.after(len(losses))
+    seconds = time.perf_counter() - begin - measured.seconds
     whole = math.isfinite(losses[-1])
-    split = "validation" if is_tuning(trial) else "test"
-    measured = finite(problem.measure(model, split)) if whole else {"loss": math.inf}
     trained = trainable(model)
     held = harness.bytes_held((getattr(optimizer, "state_dict", dict)(), trained), ())
     return {
@@ -168,7 +191,7 @@ def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> 
         **dataclasses.asdict(trial),
         "title": task.title,
         "train_loss": statistics.fmean(losses[-(len(losses) // 3 or 1) :]) if whole else math.inf,
-        **{f"{split}_{name}": value for name, value in measured.items()},
+        **measured.columns(whole),
         "curve": curve(losses),
         "diverged_at": None if whole else len(losses) - 1,
         "adapter_numbers": sum(p.numel() for p in trained),
@@ -235,6 +258,9 @@ class Experiment:
     until: float = math.inf  # time.monotonic() after which no trial begins
     equal_seconds: str | None = None  # the method with whose time all train once more
 
+    train: ClassVar[Callable[..., Row]] = staticmethod(run)
+    chosen_by: ClassVar[str] = "validation_loss"  # the column whose least is the best rate's
+
     def __post_init__(self) -> None:
         rows = harness.read_rows(self.output) if self.output.exists() else []
         self.rows = {trial_of(row): row for row in rows if row["kind"] == "trial"}
@@ -270,7 +296,7 @@ class Experiment:
         for index in range(-GROWN * settings.growth, settings.rates + GROWN * settings.growth):
             trials = self.tuning(task, method, index)
             if all(trial in self.rows for trial in trials):
-                losses[index] = statistics.fmean(self.rows[trial]["validation_loss"] for trial in trials)
+                losses[index] = statistics.fmean(self.rows[trial][self.chosen_by] for trial in trials)
         return losses
 
     def missing_tuning(self) -> list[Trial]:
@@ -361,7 +387,7 @@ class Experiment:
                 trial = next(waiting, None)
                 if trial is not None:
                     task, methods = self.plan[trial.task]
-                    running.add(pool.submit(run, trial, task, methods[trial.method], self.device, self.threads))
+                    running.add(pool.submit(self.train, trial, task, methods[trial.method], self.device, self.threads))
                 return True
 
             for _ in range(2 * self.workers):

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import factorisation
 import images
@@ -46,6 +47,7 @@ from protocol import RESULTS, Experiment, Plan, Task, spread
 SETTINGS = (START_KEPT, OWN_RATE, FALLING, FLAT)  # of OP-LoRA, beside the paper's
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 TOY_STEPS = 6
+E = TypeVar("E", bound=Experiment)
 
 
 def methods(*some: Method) -> dict[str, Method]:
@@ -208,9 +210,8 @@ def table(experiment: Experiment) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> Experiment:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of every experiment's command."""
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="by default all of the experiment's")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="by default all of the task's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials side by side")
@@ -220,39 +221,46 @@ def main(arguments: Sequence[str] | None = None) -> Experiment:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--fresh", action="store_true", help="run again what the file has")
     parser.add_argument("--quick", action="store_true", help="toys, two rates: does it run at all?")
-    args = parser.parse_args(arguments)
-    if args.quick and args.output is None:
-        parser.error("--quick needs --output: its rows don't belong among the results")
-    plan = EXPERIMENTS[args.experiment]()
-    if args.quick:
-        plan = toys(plan)
+
+
+def chosen(plan: Plan, parser: argparse.ArgumentParser, args: argparse.Namespace) -> Plan:
+    """The tasks and methods that the command names; a name that there is not is refused."""
     for kind, wanted, known in (
         ("task", args.tasks, plan.keys()),
         ("method", args.methods, dict.fromkeys(name for _, some in plan.values() for name in some)),
     ):
         if wanted and (unknown := set(wanted) - set(known)):
             parser.error(f"no {kind} {', '.join(sorted(unknown))}; there are: {'; '.join(known)}")
-    plan = {
+    return {
         name: (task, {method: some[method] for method in some if not args.methods or method in args.methods})
         for name, (task, some) in plan.items()
         if not args.tasks or name in args.tasks
     }
-    output = args.output or RESULTS / f"{args.experiment}.json"
+
+
+def experiment_of(
+    kind: type[E], name: str, plan: Plan, toys: Plan, parser: argparse.ArgumentParser, args: argparse.Namespace
+) -> E:
+    """What the options ask for. toys: the plan of --quick."""
+    if args.quick and args.output is None:
+        parser.error("--quick needs --output: its rows don't belong among the results")
+    plan = chosen(toys if args.quick else plan, parser, args)
+    output = args.output or RESULTS / f"{name}.json"
     if args.fresh:
         output.unlink(missing_ok=True)
     until = time.monotonic() + 60 * args.minutes
-    experiment = Experiment(
-        args.experiment,
-        plan,
-        output,
-        args.device,
-        args.workers,
-        args.threads,
-        until,
-        EQUAL_SECONDS.get(args.experiment),
-    )
+    return kind(name, plan, output, args.device, args.workers, args.threads, until, EQUAL_SECONDS.get(name))
+
+
+def main(arguments: Sequence[str] | None = None) -> Experiment:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    add_options(parser)
+    args = parser.parse_args(arguments)
+    plan = EXPERIMENTS[args.experiment]()
+    experiment = experiment_of(Experiment, args.experiment, plan, toys(plan), parser, args)
     whole = experiment.run()
-    print(table(experiment) if whole else f"{len(experiment.rows)} trials in {output}, not yet all of them")
+    print(table(experiment) if whole else f"{len(experiment.rows)} trials in {experiment.output}, not yet all of them")
     return experiment
 
 

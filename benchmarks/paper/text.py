@@ -6,6 +6,7 @@ glosses     SmolLM2-135M-Instruct on WordNet: which of 25 categories ("animal", 
             its definition; the answer is one token, the loss is its cross entropy, the accuracy that of the likeliest
             of the 25
 small       a LLaMA of four layers that has read the King James Bible, byte by byte, on the same language reference
+other       a GPT-2 of four layers that has read the same, if not as long, on the same
 """
 
 import hashlib
@@ -194,6 +195,16 @@ def new_llama(layers: int, hidden: int) -> nn.Module:
         return LlamaForCausalLM(config)
 
 
+def new_gpt2(layers: int, hidden: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = {"n_layer": layers, "n_embd": hidden, "n_head": max(1, hidden // 32), "n_positions": 256}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=256, bos_token_id=0, eos_token_id=0, **sizes, **dropout))
+
+
 def read_bible(model: nn.Module, steps: int = 2500, batch: int = 16, length: int = 96) -> None:
     """About ten minutes of a core."""
     blocks = in_bytes(bible(), length)
@@ -209,7 +220,7 @@ def read_bible(model: nn.Module, steps: int = 2500, batch: int = 16, length: int
         optimizer.step()
         scheduler.step()
         if step % 100 == 0:
-            print(f"small LLaMA, step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)
+            print(f"{type(model).__name__}, step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)
 
 
 @lru_cache(1)
@@ -222,6 +233,11 @@ def small_on_reference() -> tuple[nn.Module, Texts]:
     return harness.pretrained(model, partial(read_bible, model), "small-llama"), small_texts()
 
 
+def other_on_reference() -> tuple[nn.Module, Texts]:
+    model = new_gpt2(4, 128)
+    return harness.pretrained(model, partial(read_bible, model, steps=1500), "small-gpt2"), small_texts()
+
+
 def toy_on_counting() -> tuple[nn.Module, Texts]:
     blocks = (torch.arange(40)[:, None] + torch.arange(16)) % 64
     return new_llama(2, 32), split_blocks(blocks, 4, 4)
@@ -230,4 +246,5 @@ def toy_on_counting() -> tuple[nn.Module, Texts]:
 REFERENCE = partial(Blocks, load=smollm2_on_reference, batch=2)
 GLOSSES = partial(Glosses, batch=6)
 SMALL = partial(Blocks, load=small_on_reference, batch=8)
+OTHER = partial(Blocks, load=other_on_reference, batch=8)
 TOY = partial(Blocks, load=toy_on_counting, batch=2)
