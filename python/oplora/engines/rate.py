@@ -26,7 +26,7 @@ REPORT = 5
 FOUND: Final = ("rate", "signal", "scale", "recent", "steps", "pace", "turned")
 START: Final = 1e-4  # of the rate: below what any model was seen to want
 FIRST_PACE: Final = 0.7  # in the logarithm of the rate, a step; halved at each turn
-GROWTH, DECAY = 4.0, 2.0  # over the number of steps: the least pace upwards, and the most downwards
+GROWTH, DECAY = 4.0, 2.0  # over the number of steps: the least pace upwards, and the pace downwards
 GAIN: Final = 2.0
 FORGETS: Final = 0.5
 
@@ -48,8 +48,7 @@ def find_rate(found: Tensor, heard: Tensor, refused: Tensor | None = None) -> No
     slope = (GAIN * torch.where(scale > 0, signal / scale, 0.0)).clamp(-1.0, 1.0)
     slope = torch.where((slope > 0) & (recent < 0), 0.0, slope)
     pace = torch.where(last * signal < 0, 0.5 * pace, pace)
-    up, down = torch.maximum(pace, GROWTH / steps), torch.minimum(pace, DECAY / steps)
-    move = slope * torch.where(slope < 0, up, down).clamp(max=FIRST_PACE)
+    move = slope * torch.where(slope < 0, torch.maximum(pace, GROWTH / steps), DECAY / steps).clamp(max=FIRST_PACE)
     rate = torch.where(steps > 0, rate * torch.exp(-move), rate)  # at the first step v is the start
     turned = torch.where((turned == 0) & (signal > 0), steps + 1, turned)
     now = torch.stack([rate, signal, scale, recent, steps + 1, pace, turned])
