@@ -412,7 +412,7 @@ def time_training(rounds: int, quick: bool) -> Iterator[Row]:
     parameters = sum(p.numel() for p in ours.parameters() if not p.requires_grad)
     seconds = harness.in_turns(
         {
-            "ours": forward_backward(ours, oplora.AdamW(ours, lr=LR), tokens),
+            "ours": forward_backward(ours, oplora.AdamW(ours, lr=LR, state="lean"), tokens),
             "plain": forward_backward(plain, torch.optim.AdamW(trainable(plain), lr=LR), tokens),
         },
         rounds,
