@@ -80,8 +80,6 @@ class DeviceEngine(Engine):
         return new
 
     def generate(self, state: LayerState) -> list[Tensor]:
-        if isinstance(self.state, Rate):
-            return [piece["generated"].clone() for piece in self.state.of_tensors(state.index)]
         batch = Batch(self, (state.index,))
         self._new_numbers(batch)
         v = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in state.factors.shapes]

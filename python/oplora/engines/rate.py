@@ -5,6 +5,7 @@ second moment. docs/rate.md derives it, csrc/core/adamw_rate.c computes it.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
@@ -70,17 +71,13 @@ class Rate(State):
     def __init__(self, ties: Sequence[Factors], settings: Settings) -> None:
         self.ties, self.settings = ties, settings
         dtype, device = ties[0].dtype, ties[0].device
-        self._begins = [0]
-        for tie in ties:
-            self._begins.append(self._begins[-1] + sum(tie.sizes))
+        self._begins = list(accumulate((sum(tie.sizes) for tie in ties), initial=0))
         self.generated, self.exp_avg_sq = (allocate(self._begins[-1], dtype, device, huge_pages=True) for _ in range(2))
         self.found = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, FIRST_PACE, 0.0], dtype=torch.float64, device=device)
         self.sizes = torch.tensor(
             [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)], dtype=torch.int64
         )
-        self._first = [0]  # factor of each layer
-        for tie in ties:
-            self._first.append(self._first[-1] + len(tie.shapes))
+        self._first = list(accumulate((len(tie.shapes) for tie in ties), initial=0))  # factor of each layer
         self.listens = torch.zeros(self._first[-1], dtype=torch.int64)
         self._listening = torch.zeros(len(ties), dtype=torch.int64, device=device)  # of each layer the first that does
         for i, tie in enumerate(ties):

@@ -50,6 +50,11 @@ def refuse_options(options: dict[str, Any], where: str = "") -> None:
             raise OPLoRATypeError(f"oplora.AdamW: there is no argument {name!r}. help(oplora.AdamW) lists them.")
 
 
+def _is_on_device(value: Any) -> bool:
+    """Where reading a number would wait."""
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
 def _checked(name: str, value: Any, most: float = math.inf) -> None:
     """A number of at least 0 and below `most`; as torch's optimizers, never text."""
     if isinstance(value, str | bytes | bool) or value is None:
@@ -58,7 +63,7 @@ def _checked(name: str, value: Any, most: float = math.inf) -> None:
         )
     if isinstance(value, Tensor) and value.numel() != 1:
         raise OPLoRATypeError(f"oplora.AdamW: {name} is a tensor of shape {tuple(value.shape)}, expected one number.")
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if _is_on_device(value):
         return  # reading it would wait for the device, whose verdict refuses what is not finite
     try:
         number = float(value)
@@ -105,8 +110,7 @@ def rates_of(group: dict[str, Any], preset: Preset) -> tuple[float | Tensor, flo
     """
     lr, ratio = group["lr"], group.get("hidden_lr_ratio", 0.0)
     rule = preset.hidden_lr_ratio
-    is_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    if not is_on_device:
+    if not _is_on_device(lr):
         lr = float(lr)
         if "peak_lr" in group and lr > (peak := group["peak_lr"]):
             if rule is not None and ratio == rule(peak):
@@ -117,7 +121,11 @@ def rates_of(group: dict[str, Any], preset: Preset) -> tuple[float | Tensor, flo
 
 def numbers_of(group: dict[str, Any], preset: Preset) -> GroupNumbers:
     """lr, weight_decay, hidden_lr, beta1, beta2, eps of a step now."""
-    (lr, hidden_lr), (beta1, beta2) = rates_of(group, preset), group["betas"]
+    return _with_rates(group, *rates_of(group, preset))
+
+
+def _with_rates(group: dict[str, Any], lr: float | Tensor, hidden_lr: float | Tensor) -> GroupNumbers:
+    beta1, beta2 = group["betas"]
     return lr, float(group["weight_decay"]), hidden_lr, float(beta1), float(beta2), float(group["eps"])
 
 
@@ -129,9 +137,7 @@ def shares_of(groups: Sequence[dict[str, Any]]) -> list[GroupNumbers]:
     for group in groups:
         group["peak_lr"] = peak
         share = group["lr"] / peak if peak > 0 else 0.0
-        beta1, beta2 = group["betas"]
-        share = share if isinstance(share, Tensor) and share.device.type != "cpu" else float(share)
-        numbers.append((share, float(group["weight_decay"]), 0.0, float(beta1), float(beta2), float(group["eps"])))
+        numbers.append(_with_rates(group, share if _is_on_device(share) else float(share), 0.0))
     return numbers
 
 
@@ -142,10 +148,9 @@ def highest_share(groups: Sequence[dict[str, Any]]) -> float:
 
 
 def _peak(groups: Sequence[dict[str, Any]]) -> float:
-    on_device = [isinstance(g["lr"], Tensor) and g["lr"].device.type != "cpu" for g in groups]
     known = max((float(g.get("peak_lr", 0.0)) for g in groups), default=0.0)
     # one on a device is read once
-    now = [float(g["lr"]) for g, is_there in zip(groups, on_device, strict=True) if not is_there or known == 0.0]
+    now = [float(group["lr"]) for group in groups if known == 0.0 or not _is_on_device(group["lr"])]
     return max([known, *now])
 
 
