@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Row = dict[str, Any]
 
@@ -282,3 +283,16 @@ def pretrained(model: nn.Module, train: Callable[[], object], name: str | None) 
         with written_beside(path) as beside:
             torch.save(model.state_dict(), beside)
     return model.requires_grad_(False)
+
+
+def learn(model: nn.Module, loss_of: Callable[[], Tensor], optimizer: Any, scheduler: Any, steps: int) -> None:
+    """Trains the whole model, gradients clipped to 1; every hundredth loss goes to stderr."""
+    for step in range(steps):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if step % 100 == 0:
+            print(f"{type(model).__name__}, step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)

@@ -114,15 +114,7 @@ def pretrain(model: nn.Module, pictures: Tensor, steps: int, batch: int = 24) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1, pct_start=0.1)
     order = batches(pictures, batch, generator)
-    for step in range(steps):
-        loss = noise_loss(model, *drawn(next(order), generator))
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 100 == 0:
-            print(f"small U-Net, step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)
+    harness.learn(model, lambda: noise_loss(model, *drawn(next(order), generator)), optimizer, scheduler, steps)
 
 
 @lru_cache(1)

@@ -212,15 +212,7 @@ def read_bible(model: nn.Module, steps: int = 2500, batch: int = 16, length: int
     rate = lambda step: min((step + 1) / 100, (steps - step) / (steps - 100))  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     order = finetune_llm.block_order(len(blocks), 0)
-    for step in range(steps):
-        loss = mean_loss(model, blocks[list(islice(order, batch))])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 100 == 0:
-            print(f"{type(model).__name__}, step {step}: {loss.item():.3f}", file=sys.stderr, flush=True)
+    harness.learn(model, lambda: mean_loss(model, blocks[list(islice(order, batch))]), optimizer, scheduler, steps)
 
 
 @lru_cache(1)
