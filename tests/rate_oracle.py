@@ -36,6 +36,11 @@ class Search:
         return self.rate
 
 
+def remembered(step: int) -> float:
+    """Squares in the mean square, unless beta2 has it forget more: the latest quarter up to step 20, then all since."""
+    return (step + 3) / 4 if step < 20 else step - 14.25
+
+
 class Oracle:
     """Steps `parameters` by the gradients in them. listens: whether W2's rows of each tell h how to move."""
 
@@ -83,8 +88,9 @@ class Oracle:
     def _direction(self, i: int, h: float) -> Tensor:
         beta2, gradient = self.betas[1], self.W2[i].grad
         assert gradient is not None
-        self.squares[i] = beta2 * self.squares[i] + (1 - beta2) * gradient**2
-        return gradient / ((self.squares[i] / (1 - beta2**self.steps)).sqrt() + self.eps * h)
+        share = max(1 - beta2, 1 / remembered(self.steps))
+        self.squares[i] = (1 - share) * self.squares[i] + share * gradient**2
+        return gradient / (self.squares[i].sqrt() + self.eps * h)
 
     def _average(self, i: int, parameter: nn.Parameter) -> None:
         v, beta1 = self.starts[i] + self.W2[i] * self.search.rate, self.betas[0]

@@ -4,17 +4,20 @@
  * is, with u the gradient over the root of its second moment. So h is a learning rate, and its own gradient, in the scale
  * of h, is <g, v - start>. For every entry of a factor p, its gradient g and the generated v,
  *
- *     s' = beta2 s + (1 - beta2) g^2,  u = g / (sqrt(s' / (1 - beta2^t)) + eps) + weight_decay p
+ *     s' = (1 - m) s + m g^2,          u = g / (sqrt(s') + eps) + weight_decay p
  *     v' = v - eta u,                  eta = rate lr
  *     x' = (1 - c) x + c v',           c = 9 / (t + 8):  the average that weighs the latest ninth of all steps most
  *     p' = (1 - beta1) v' + beta1 x'
  *
- * of which x, being (p - (1 - beta1) v) / beta1, is not kept: p' = p + c (v - p) - eta (1 - beta1 (1 - c)) u.
+ * m = 4 / (t + 3) at first: the mean of squares remembers the latest quarter of the steps, as A's gradient grows from
+ * nothing with B. From step EARLY on it forgets nothing more, until m is 1 - beta2.
+ *
+ * x, being (p - (1 - beta1) v) / beta1, is not kept: p' = p + c (v - p) - eta (1 - beta1 (1 - c)) u.
  *
  * Two passes. The first reads g, and of the factors that are listened to p, v and s: ||g||^2, what is not finite,
  * <g, v - start>, <g, u> and <g, v - p>, from which the caller finds the rate. The second reads g and moves p, v and s:
- * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of CHUNK rows of one factor; sums over tasks run in order,
- * so nothing depends on who does a task. */
+ * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of CHUNK rows of one factor; sums over tasks run
+ * in order, so nothing depends on who does a task. */
 #ifndef T
 
 #include "dispatch.h"
@@ -28,6 +31,13 @@ enum {
     SUMS = OPLORA_RATE_REPORT
 };
 static const double AVERAGED = 8; /* c = (AVERAGED + 1) / (t + AVERAGED) */
+static const double EARLY = 20;   /* steps in which a mean square remembers a quarter of the steps */
+
+/* The latest square's share of the mean square after `step` steps. */
+static double newest(double beta2, double step) {
+    const double remembered = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
+    return fmax(1 - beta2, 1 / remembered);
+}
 
 static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
@@ -73,10 +83,10 @@ static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) 
 
 static TY(oplora_rate_numbers) TY(numbers_of)(const TY(oplora_rate) *l, const TY(oplora_factor) *factor) {
     const oplora_adamw *const a = &l->adamw;
-    const double eta = l->rate * factor->lr, c = (AVERAGED + 1) / ((double)a->step + AVERAGED);
-    return (TY(oplora_rate_numbers)){.beta2 = (T)a->beta2,
-                                     .beta2_rest = (T)(1 - a->beta2),
-                                     .inverse_root = (T)(1 / sqrt(1 - pow(a->beta2, (double)a->step))),
+    const double step = (double)a->step, m = newest(a->beta2, step);
+    const double eta = l->rate * factor->lr, c = (AVERAGED + 1) / (step + AVERAGED);
+    return (TY(oplora_rate_numbers)){.kept = (T)(1 - m),
+                                     .newest = (T)m,
                                      .eps = (T)a->eps,
                                      .weight_decay = (T)factor->weight_decay,
                                      .rate = (T)eta,

@@ -74,10 +74,10 @@ typedef struct {
     uint32_t key;
 } TY(lean_numbers);
 
-/* One step's numbers for a factor in adamw_rate.c: rate = eta, average = c, rate_of_average = eta (1 - beta1 (1 - c)),
- * inverse_root = 1 / sqrt(1 - beta2^t). */
+/* One step's numbers for a factor in adamw_rate.c: newest = m, kept = 1 - m, rate = eta, average = c,
+ * rate_of_average = eta (1 - beta1 (1 - c)). */
 typedef struct {
-    T beta2, beta2_rest, inverse_root, eps, weight_decay, rate, average, rate_of_average;
+    T kept, newest, eps, weight_decay, rate, average, rate_of_average;
 } TY(oplora_rate_numbers);
 
 typedef struct {

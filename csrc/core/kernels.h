@@ -463,23 +463,23 @@ static void FN(lean_update21)(T *U0, T *U1, TY(oplora_moment) *A, TY(oplora_mome
 /* u of adamw_rate.c for a second moment that is still to take in g, without weight decay. */
 static void FN(rate_direction)(const T *restrict g, const T *restrict s, int64_t n, const TY(oplora_rate_numbers) *a,
                                T *restrict u) {
-    const T beta2 = a->beta2, beta2_rest = a->beta2_rest, inverse_root = a->inverse_root, eps = a->eps;
+    const T kept = a->kept, newest = a->newest, eps = a->eps;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const T s_next = beta2 * s[i] + beta2_rest * (g[i] * g[i]);
-        u[i] = g[i] / (SQRT(s_next) * inverse_root + eps);
+        const T s_next = kept * s[i] + newest * (g[i] * g[i]);
+        u[i] = g[i] / (SQRT(s_next) + eps);
     }
 }
 
 /* One step of adamw_rate.c: the factor p, what is generated v, the second moment s. */
 static void FN(rate_update)(T *restrict p, T *restrict v, T *restrict s, const T *restrict g, int64_t n,
                             const TY(oplora_rate_numbers) *a) {
-    const T beta2 = a->beta2, beta2_rest = a->beta2_rest, inverse_root = a->inverse_root, eps = a->eps;
+    const T kept = a->kept, newest = a->newest, eps = a->eps;
     const T decay = a->weight_decay, rate = a->rate, average = a->average, rate_of_average = a->rate_of_average;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const T s_next = beta2 * s[i] + beta2_rest * (g[i] * g[i]);
-        const T u = g[i] / (SQRT(s_next) * inverse_root + eps) + decay * p[i];
+        const T s_next = kept * s[i] + newest * (g[i] * g[i]);
+        const T u = g[i] / (SQRT(s_next) + eps) + decay * p[i];
         p[i] = (p[i] + average * (v[i] - p[i])) - rate_of_average * u;
         v[i] = v[i] - rate * u;
         s[i] = s_next;

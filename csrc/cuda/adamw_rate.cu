@@ -18,11 +18,11 @@ namespace {
 
 constexpr int THREADS = 128, SUMS = OPLORA_RATE_REPORT;
 constexpr int TASKS = THREADS / SQUARE_LANES; /* a block of the measurement */
-constexpr double AVERAGED = 8;                /* as in the core */
+constexpr double AVERAGED = 8, EARLY = 20;    /* as in the core */
 
 /* For a factor; see oplora_rate_numbers in csrc/core/dispatch.h. */
 struct Numbers {
-    float beta2, beta2_rest, inverse_root, eps, weight_decay, rate, average, rate_of_average;
+    float kept, newest, eps, weight_decay, rate, average, rate_of_average;
 };
 
 struct Layer {
@@ -41,12 +41,16 @@ using Task = FactorTask<Layer>;
 
 /* ---- begin ---- */
 
+__device__ double newest(double beta2, double step) {
+    const double remembered = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
+    return fmax(1 - beta2, 1 / remembered);
+}
+
 __device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, double weight_decay) {
-    const double step = static_cast<double>(a.step + 1);
+    const double step = static_cast<double>(a.step + 1), m = newest(a.beta2, step);
     const double eta = rate * lr, c = (AVERAGED + 1) / (step + AVERAGED);
-    return {static_cast<float>(a.beta2),
-            static_cast<float>(1 - a.beta2),
-            static_cast<float>(1 / sqrt(1 - pow(a.beta2, step))),
+    return {static_cast<float>(1 - m),
+            static_cast<float>(m),
             static_cast<float>(a.eps),
             static_cast<float>(weight_decay),
             static_cast<float>(eta),
@@ -63,8 +67,8 @@ __global__ void __launch_bounds__(32) begin_kernel(Table t, int steps) {
 
 /* ---- measure, report ---- */
 
-__device__ float next_s(const Numbers &a, float s, float g) { return a.beta2 * s + a.beta2_rest * (g * g); }
-__device__ float direction(const Numbers &a, float s, float g) { return g / (sqrtf(s) * a.inverse_root + a.eps); }
+__device__ float next_s(const Numbers &a, float s, float g) { return a.kept * s + a.newest * (g * g); }
+__device__ float direction(const Numbers &a, float s, float g) { return g / (sqrtf(s) + a.eps); }
 
 /* x[k] = entry first + k SQUARE_LANES, 0 from n on. */
 template <int COUNT> __device__ void load(const float *from, int64_t first, int64_t n, float (&x)[COUNT]) {

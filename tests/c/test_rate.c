@@ -42,8 +42,8 @@ static oplora_status call(problem *x, int steps, oplora_parallel_fn par) {
 }
 
 static double direction(const problem *x, int i) {
-    const double s = 0.99 * x->s[i] + 0.01 * (x->g[i] * x->g[i]);
-    return x->g[i] / (sqrt(s / (1 - pow(0.99, 7))) + 1e-8);
+    const double s = 0.6 * x->s[i] + 0.4 * (x->g[i] * x->g[i]); /* the newest square's share at step 7: 4 / (7 + 3) */
+    return x->g[i] / (sqrt(s) + 1e-8);
 }
 
 static void test_sums(void) {
