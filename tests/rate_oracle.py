@@ -36,8 +36,11 @@ class Search:
         return self.rate
 
 
-def remembered(step: int) -> float:
-    """Squares in the mean square, unless beta2 has it forget more: the latest quarter up to step 20, then all since."""
+def remembered(step: int, grows: bool) -> float:
+    """Squares in the mean of squares, unless beta2 has it forget more: all. Of a gradient that grows from nothing, as A's
+    does with B, the latest quarter up to step 20, then all since."""
+    if not grows:
+        return step
     return (step + 3) / 4 if step < 20 else step - 14.25
 
 
@@ -88,7 +91,7 @@ class Oracle:
     def _direction(self, i: int, h: float) -> Tensor:
         beta2, gradient = self.betas[1], self.W2[i].grad
         assert gradient is not None
-        share = max(1 - beta2, 1 / remembered(self.steps))
+        share = max(1 - beta2, 1 / remembered(self.steps, grows=not self.listens[i]))
         self.squares[i] = (1 - share) * self.squares[i] + share * gradient**2
         return gradient / (self.squares[i].sqrt() + self.eps * h)
 

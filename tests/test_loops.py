@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import Net, assert_same_bits, batches, factors, make_model, options_of, train
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import lr_scheduler
@@ -656,3 +658,24 @@ def test_average_swapped_in_for_evaluation_and_out_again_leaves_the_bits_of_trai
     for _ in range(2):
         train(twin, optimizers[1], 2, dtype)
     assert_same_bits(factors(model), factors(twin))
+
+
+def test_sd_scripts_loop_saves_what_training_holds(accelerator: Accelerator, tmp_path: Path) -> None:
+    """Rows of tensors with a rate each, accelerate, files on the way. It calls eval() before and train() after of
+    optimizers whose name ends in ScheduleFree alone: here is nothing to call."""
+    model, twin = make_model(), make_model()
+    parts = (model.base_model.model.first, model.base_model.model.second)
+    rows = [{"params": {n: p for n, p in part.named_parameters() if p.requires_grad}.values()} for part in parts]
+    optimizer = oplora.AdamW([{**row, "lr": 1e-4} for row in rows], lr=1e-4)
+    scheduler = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    training, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    for x, y in batches(15, torch.float32):
+        with accelerator.accumulate(training):
+            accelerator.backward(loss_of(training, x, y))
+            accelerator.clip_grad_norm_(training.parameters(), 1e9)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        save_file(factors(accelerator.unwrap_model(training)), tmp_path / "step.safetensors")
+    train(twin, oplora.AdamW(twin), 15)
+    assert_same_bits(load_file(tmp_path / "step.safetensors"), factors(twin))

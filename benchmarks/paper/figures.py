@@ -26,7 +26,7 @@ from methods import FALLING, FLAT, LORA, LORA_FASTER, OP_LEAN, START_KEPT, Metho
 from plot import markdown, replace_between
 from protocol import RESULTS, TUNING_SEEDS, Experiment, Task, Trial, spread
 from run import EQUAL_SECONDS, EXPERIMENTS, TOY_OF
-from untuned import AUTO, FLATNESS_RATES, TUNED, UntunedExperiment
+from untuned import AUTO, FLATNESS_RATES, TUNED, UNTUNED_LORA, UntunedExperiment
 from untuned import plan as untuned_plan
 
 BOLD = {LORA.name: "black", FLAT.name: "crimson", FALLING.name: "forestgreen"}  # and of the settings:
@@ -38,6 +38,12 @@ IN_TUNED_TABLE = [method.name for method in (LORA, LORA_FASTER, OP_LEAN, START_K
 DIFFUSIONS = {
     "diffusion": "a small Stable Diffusion, emoji",
     "diffusion_repeated": "a small Stable Diffusion, pretrained anew, emoji",
+}
+# beside LoRA at every rate
+RATE_FREE = {
+    AUTO.name: {"color": "crimson", "lw": 1.8},
+    "Prodigy": {"color": "0.6", "lw": 1.0, "ls": "--"},
+    "Prodigy plus schedule-free": {"color": "0.6", "lw": 1.0, "ls": ":"},
 }
 COLOURS, GREY = 20, "0.75"
 FLOAT32 = 1e-7  # what is less than its precision
@@ -110,6 +116,15 @@ class UntunedComparison(Comparison):
         if method == TUNED.name and not self.experiment.tuned(self.name, method):
             return []
         return super().tests(method, steps)
+
+    def lora_curve(self) -> tuple[list[float], list[float]]:
+        """Rates, and LoRA's validation loss at the best checkpoint: of the grids, and of its two usual rates."""
+        losses = {self.task.rate(i): loss for i, loss in self.experiment.tuned(self.name, TUNED.name).items()}
+        for method in UNTUNED_LORA:
+            if rows := self.tests(method.name):
+                losses[method.lr] = statistics.fmean(column(rows, "best_validation_loss"))
+        shown = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
+        return shown, [losses[rate] for rate in shown]
 
     def excess(self, method: str, number: str) -> tuple[list[float], float]:
         """By seed the test loss less that of tuned LoRA at its best checkpoint; the deviation of that."""
@@ -533,14 +548,38 @@ def draw_untuned(experiment: Experiment) -> Any:
     return figure
 
 
-FIGURES: dict[str, Callable[[Experiment], Any]] = {
-    "factorisation": draw_factorisation,
-    "images": draw_images,
-    "language": draw_methods,
-    "ablations": draw_methods,
-    "settings": draw_methods,
-    "untuned": draw_untuned,
-    **dict.fromkeys(DIFFUSIONS, draw_methods),
+def draw_untuned_rates(experiment: Experiment) -> Any:
+    """Validation loss of LoRA over its rate, at the best checkpoint of each training; the lines are of methods that
+    have none to choose, means over their seeds. What is more than twice the least lies outside."""
+    found = [c for c in comparisons(experiment) if isinstance(c, UntunedComparison) and c.has_lora]
+    found = [comparison for comparison in found if AUTO.name in comparison.methods]
+    columns = min(4, len(found))
+    figure, axes = new_figure(columns, math.ceil(len(found) / columns), height=2.9)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, comparison in zip(axes.flat, found, strict=False):
+        rates, losses = comparison.lora_curve()
+        axis.plot(rates, losses, "k.-", label="LoRA at this rate")
+        least = min(losses)
+        for method, line in RATE_FREE.items():
+            if rows := comparison.tests(method):
+                loss = statistics.fmean(column(rows, "best_validation_loss"))
+                axis.axhline(loss, label=f"{method}, nothing chosen", **line)
+                least = min(least, loss)
+        axis.set(xscale="log", xlabel="learning rate", ylim=(0.9 * least, 2 * least))
+        axis.set_title(comparison.task.title, fontsize="medium", wrap=True)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("validation loss")
+    draw_legend(figure, axes[0])
+    return figure
+
+
+# of every experiment, by what the figure's name has behind the experiment's
+FIGURES: dict[str, dict[str, Callable[[Experiment], Any]]] = {
+    "factorisation": {"": draw_factorisation},
+    "images": {"": draw_images},
+    **dict.fromkeys(("language", "ablations", "settings", *DIFFUSIONS), {"": draw_methods}),
+    "untuned": {"": draw_untuned, "_rates": draw_untuned_rates},
 }
 
 
@@ -562,10 +601,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     text = replace_between(text, name, table)
             page.write_text(text, encoding="utf-8")
         return
-    for name, draw in FIGURES.items():
+    for name, drawn in FIGURES.items():
         if (args.results / f"{name}.json").exists() and comparisons(experiment := read(name, args.results)):
-            draw(experiment).savefig(args.results / f"{name}.png", dpi=130)
-            print(args.results / f"{name}.png")
+            for suffix, draw in drawn.items():
+                draw(experiment).savefig(args.results / f"{name}{suffix}.png", dpi=130)
+                print(args.results / f"{name}{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ Validation data are measured at evenly spaced checkpoints: 20, on the small LLaM
 measured on test data at its end, and as it was at the checkpoint with the least validation loss: who looks at
 validation data keeps that one. An optimizer that averages its weights is switched to the average for it.
 
-"flatness" are trainings of "OP-LoRA, auto" at other values of its rate argument, with one seed.
+"flatness" are trainings of "OP-LoRA, auto" at other values of its rate argument, with one seed. "AdamW, auto's rates" is
+a control: torch's AdamW steps A and B at the rates that "OP-LoRA, auto" found, step by step with the same seed. What it
+lacks is what the method has beside a schedule.
 
 The first seven tasks are those of run.py. CONFIRMING were looked at once, when the methods were what they are.
 
@@ -46,10 +48,11 @@ import protocol
 import text
 import torch
 from harness import Row
-from methods import BETWEEN, LORA, OP_LORA, Method, adamw, lora_plus, lora_rite, on_factors, op
+from methods import BETWEEN, LORA, OP_LORA, Method, adamw, lora_plus, lora_rite, on_factors, op, trainable
 from protocol import AtTheEnd, Experiment, Plan, Task, Training, Trial, is_tuning, spread
 from run import DIGITS, FASHION, GLOSSES, MNIST, REFERENCE, SMALL, TOYS, add_options, experiment_of
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 FLATNESS_RATES = (1e-5, 1e-4, 1e-3, 1e-2)
 FLATNESS_SEED = 1
@@ -74,9 +77,13 @@ class Untuned(Method):
 
 TUNED = dataclasses.replace(LORA, name="LoRA, tuned")
 AUTO = Untuned("OP-LoRA, auto", OP_LORA, partial(op, preset="auto"))
-METHODS = [
+CONTROL = Untuned("AdamW, auto's rates", LORA.source, adamw)
+UNTUNED_LORA = [
     Untuned("AdamW 1e-4", LORA.source, adamw, lr=1e-4),  # most examples of PEFT and of diffusers
     Untuned("AdamW 2e-4", LORA.source, adamw, lr=2e-4),  # QLoRA's, and most recipes for language models
+]
+METHODS = [
+    *UNTUNED_LORA,
     # the example in PEFT's documentation has this rate and B's 16 times as high
     Untuned("LoRA+", "arXiv 2402.12354; peft", lora_plus, lr=5e-5),
     Untuned(
@@ -108,7 +115,7 @@ METHODS = [
 
 
 def methods() -> dict[str, Method]:
-    every = [TUNED, *METHODS, AUTO]
+    every = [TUNED, *METHODS, AUTO, CONTROL]
     return {method.name: method for method in every}
 
 
@@ -230,7 +237,38 @@ def named(prefix: str, measured: dict[str, float]) -> Row:
     return {f"{prefix}_{name}": value for name, value in measured.items()}
 
 
+class AtRates(torch.optim.AdamW):
+    """Each step at its own rate, whatever a schedule says."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rates: Sequence[float]) -> None:
+        super().__init__(parameters, lr=rates[0])
+        self.rates = iter(rates)
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr"] = next(self.rates)
+        return super().step(closure)
+
+
+def found_rates(trial: Trial, task: Task, device: str) -> list[float]:
+    """Those at which "OP-LoRA, auto" steps, the schedule's part among them."""
+    training = Training.of(task, AUTO, AUTO.lr, trial.seed, device)
+    scheduler = LambdaLR(training.optimizer, lambda step: task.schedule(step, trial.steps))
+    rates: list[float] = []
+    highest = 0.0
+    for _ in range(trial.steps):
+        lr = training.optimizer.param_groups[0]["lr"]
+        highest = max(highest, lr)
+        training.step()
+        rates.append(training.optimizer.found_lr * lr / highest)
+        scheduler.step()
+    return rates
+
+
 def run(trial: Trial, task: Task, method: Method, device: str, threads: int) -> Row:
+    if method.name == CONTROL.name:
+        rates = found_rates(trial, task, device)
+        method = dataclasses.replace(CONTROL, optimizer=lambda model, lr, seed: AtRates(trainable(model), rates))
     if isinstance(method, Untuned) and not method.scheduled:
         task = dataclasses.replace(task, warmup=None)
     return protocol.run(trial, task, method, device, threads, AtCheckpoints)

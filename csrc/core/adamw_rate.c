@@ -9,8 +9,9 @@
  *     x' = (1 - c) x + c v',           c = 9 / (t + 8):  the average that weighs the latest ninth of all steps most
  *     p' = (1 - beta1) v' + beta1 x'
  *
- * m = 4 / (t + 3) at first: the mean of squares remembers the latest quarter of the steps, as A's gradient grows from
- * nothing with B. From step EARLY on it forgets nothing more, until m is 1 - beta2.
+ * m is 1 / t, the plain mean's, and 1 - beta2 from where that is larger. But the gradient of a factor that is not listened
+ * to, A's, grows from nothing with the factors that start at zero: up to step EARLY its mean of squares remembers the
+ * latest quarter of the steps, m = 4 / (t + 3), and from there on forgets nothing more.
  *
  * x, being (p - (1 - beta1) v) / beta1, is not kept: p' = p + c (v - p) - eta (1 - beta1 (1 - c)) u.
  *
@@ -31,12 +32,12 @@ enum {
     SUMS = OPLORA_RATE_REPORT
 };
 static const double AVERAGED = 8; /* c = (AVERAGED + 1) / (t + AVERAGED) */
-static const double EARLY = 20;   /* steps in which a mean square remembers a quarter of the steps */
+static const double EARLY = 20;   /* steps in which a gradient may grow from nothing */
 
-/* The latest square's share of the mean square after `step` steps. */
-static double newest(double beta2, double step) {
-    const double remembered = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
-    return fmax(1 - beta2, 1 / remembered);
+/* m, the latest square's share of the mean of squares. */
+static double newest(double beta2, double step, int grows) {
+    const double of_grown = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
+    return fmax(1 - beta2, 1 / (grows ? of_grown : step));
 }
 
 static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
@@ -83,7 +84,7 @@ static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) 
 
 static TY(oplora_rate_numbers) TY(numbers_of)(const TY(oplora_rate) *l, const TY(oplora_factor) *factor) {
     const oplora_adamw *const a = &l->adamw;
-    const double step = (double)a->step, m = newest(a->beta2, step);
+    const double step = (double)a->step, m = newest(a->beta2, step, !factor->listens);
     const double eta = l->rate * factor->lr, c = (AVERAGED + 1) / (step + AVERAGED);
     return (TY(oplora_rate_numbers)){.kept = (T)(1 - m),
                                      .newest = (T)m,

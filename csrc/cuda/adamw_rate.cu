@@ -41,13 +41,13 @@ using Task = FactorTask<Layer>;
 
 /* ---- begin ---- */
 
-__device__ double newest(double beta2, double step) {
-    const double remembered = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
-    return fmax(1 - beta2, 1 / remembered);
+__device__ double newest(double beta2, double step, bool grows) {
+    const double of_grown = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
+    return fmax(1 - beta2, 1 / (grows ? of_grown : step));
 }
 
-__device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, double weight_decay) {
-    const double step = static_cast<double>(a.step + 1), m = newest(a.beta2, step);
+__device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, double weight_decay, bool grows) {
+    const double step = static_cast<double>(a.step + 1), m = newest(a.beta2, step, grows);
     const double eta = rate * lr, c = (AVERAGED + 1) / (step + AVERAGED);
     return {static_cast<float>(1 - m),
             static_cast<float>(m),
@@ -61,7 +61,8 @@ __device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, dou
 __global__ void __launch_bounds__(32) begin_kernel(Table t, int steps) {
     const Layer &l = t.layers[blockIdx.x];
     for (int64_t f = threadIdx.x; f < l.n_factors; f += 32)
-        l.of_factors[f] = numbers_of(*l.adamw, *l.found, l.rates[2 * f], l.rates[2 * f + 1]);
+        l.of_factors[f] =
+            numbers_of(*l.adamw, *l.found, l.rates[2 * f], l.rates[2 * f + 1], !t.factors[l.first_factor + f].listens);
     if (steps && threadIdx.x == 0 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
 }
 

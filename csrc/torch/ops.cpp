@@ -172,8 +172,8 @@ bool rate_measure_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors fa
 }
 
 bool rate_step_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors factors, Tensors grads, const Tensor &sizes,
-                const Tensor &adamw, const Tensor &rates, const Tensor &rows, const Tensor &report,
-                const Tensor &found) {
+                const Tensor &listens, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
+                const Tensor &report, const Tensor &found) {
     return for_dtype("rate_step_", generated, [&](auto type) {
         using T = decltype(type);
         RateLayers<T> layers("rate_step_", sizes);
@@ -181,6 +181,7 @@ bool rate_step_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors facto
         layers.set_state(generated, exp_avg_sq);
         layers.set_factors(factors, {});
         layers.set_gradients(grads);
+        layers.set_starts({}, listens);
         layers.set_report(report);
         layers.set_rate(found);
         const Table of_layers = layers.rows_of(adamw, rates, rows);
@@ -233,7 +234,7 @@ STABLE_TORCH_LIBRARY(oplora, m) {
     m.def("rate_measure_(Tensor generated, Tensor exp_avg_sq, Tensor[] factors, Tensor?[] bases, Tensor[] grads, "
           "Tensor sizes, Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
     m.def("rate_step_(Tensor(a!) generated, Tensor(b!) exp_avg_sq, Tensor(c!)[] factors, Tensor[] grads, Tensor sizes, "
-          "Tensor(d!) adamw, Tensor rates, Tensor rows, Tensor report, Tensor found) -> bool");
+          "Tensor listens, Tensor(d!) adamw, Tensor rates, Tensor rows, Tensor report, Tensor found) -> bool");
     m.def("fingerprint(Tensor[] tensors) -> Tensor");
 }
 

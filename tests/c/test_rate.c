@@ -42,7 +42,9 @@ static oplora_status call(problem *x, int steps, oplora_parallel_fn par) {
 }
 
 static double direction(const problem *x, int i) {
-    const double s = 0.6 * x->s[i] + 0.4 * (x->g[i] * x->g[i]); /* the newest square's share at step 7: 4 / (7 + 3) */
+    const double newest =
+        i < ROWS_A ? 4.0 / (7 + 3) : 1.0 / 7; /* of a gradient that grows, of one that is listened to */
+    const double s = (1 - newest) * x->s[i] + newest * (x->g[i] * x->g[i]);
     return x->g[i] / (sqrt(s) + 1e-8);
 }
 

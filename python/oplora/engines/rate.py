@@ -139,10 +139,7 @@ class Rate(State):
             self.exp_avg_sq,
             out,
             gradients,
-            batch.sizes,
-            numbers.adamw,
-            numbers.rates,
-            batch.rows,
+            *self._tables(batch),
             report,
             self.found,
         )
