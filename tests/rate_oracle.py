@@ -37,8 +37,8 @@ class Search:
 
 
 def remembered(step: int, grows: bool) -> float:
-    """Squares in the mean of squares, unless beta2 has it forget more: all. Of a gradient that grows from nothing, as A's
-    does with B, the latest quarter up to step 20, then all since."""
+    """Squares in the mean of squares, unless beta2 has it forget more: all. Of a gradient that grows from nothing, as
+    A's does with B, the latest quarter up to step 20, then all since."""
     if not grows:
         return step
     return (step + 3) / 4 if step < 20 else step - 14.25

@@ -578,7 +578,7 @@ def draw_untuned_rates(experiment: Experiment) -> Any:
 FIGURES: dict[str, dict[str, Callable[[Experiment], Any]]] = {
     "factorisation": {"": draw_factorisation},
     "images": {"": draw_images},
-    **dict.fromkeys(("language", "ablations", "settings", *DIFFUSIONS), {"": draw_methods}),
+    **{name: {"": draw_methods} for name in ("language", "ablations", "settings", *DIFFUSIONS)},
     "untuned": {"": draw_untuned, "_rates": draw_untuned_rates},
 }
 

@@ -19,9 +19,9 @@ Validation data are measured at evenly spaced checkpoints: 20, on the small LLaM
 measured on test data at its end, and as it was at the checkpoint with the least validation loss: who looks at
 validation data keeps that one. An optimizer that averages its weights is switched to the average for it.
 
-"flatness" are trainings of "OP-LoRA, auto" at other values of its rate argument, with one seed. "AdamW, auto's rates" is
-a control: torch's AdamW steps A and B at the rates that "OP-LoRA, auto" found, step by step with the same seed. What it
-lacks is what the method has beside a schedule.
+"flatness" are trainings of "OP-LoRA, auto" at other values of its rate argument, with one seed. "AdamW, auto's rates"
+is a control: torch's AdamW steps A and B at the rates that "OP-LoRA, auto" found, step by step with the same seed. What
+it lacks is what the method has beside a schedule.
 
 The first seven tasks are those of run.py. CONFIRMING were looked at once, when the methods were what they are.
 
