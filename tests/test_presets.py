@@ -83,3 +83,8 @@ def test_flat_takes_its_rate_from_the_first_that_is_not_zero() -> None:
     optimizer.param_groups[0]["lr"] = 1e-4
     train(model, optimizer, 1)
     assert optimizer.param_groups[0]["hidden_lr_ratio"] == pytest.approx(100.0)
+
+
+def test_preset_auto_is_refused_over_other_optimizers() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"preset is 'auto', .* take oplora\.AdamW"):
+        oplora.create_oplora_optimizer(make_model(), torch.optim.SGD, lr=1e-3, preset="auto")

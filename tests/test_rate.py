@@ -268,6 +268,21 @@ def test_bfloat16_factors_keep_small_steps() -> None:
         assert torch.equal(optimizer.state[p]["master"].to(torch.bfloat16), p.detach())
 
 
+def test_an_edit_of_one_bfloat16_factor_leaves_its_neighbour_as_it_was() -> None:
+    model = make_model(torch.bfloat16)
+    optimizer = oplora.AdamW(model, weight_decay=0.0)
+    train(model, optimizer, 12, torch.bfloat16)
+    A, B = adapted(model)[:2]
+    held = {key: optimizer.state[B][key].clone() for key in ("generated", "master")}
+    A.data.mul_(2)
+    for p in adapted(model):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(optimizer.state[B]["generated"], held["generated"])
+    assert not torch.equal(held["generated"], held["master"])
+    assert torch.equal(optimizer.state[A]["generated"], A.detach().float())
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_bits_do_not_depend_on_threads(threads: int) -> None:
     def run(n: int) -> Iterator[Tensor]:

@@ -325,6 +325,11 @@ def create_oplora_optimizer(
         seed=seed,
         optimizer_kwargs=optimizer_kwargs,
     )
+    if preset == "auto":
+        raise OPLoRAValueError(
+            "oplora.create_oplora_optimizer: preset is 'auto', which finds the rate of oplora.AdamW's own steps. Pass "
+            "preset='paper' or 'flat', or take oplora.AdamW."
+        )
     chosen = preset_of(preset, {"hidden_width": hidden_width, "init": None})
     widths: dict[str, Any] = {"hidden_width": hidden_width, "latent_width": latent_width, "latent_std": latent_std}
     init = chosen.init if init is None else init

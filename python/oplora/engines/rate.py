@@ -208,16 +208,21 @@ class Rate(State):
         self._go_on_from(state, state.factors.layer.parameters())
 
     def absorb(self, state: LayerState, parameters: list[Any]) -> bool:
-        """The new values are what is generated, and the average of no other."""
+        """A new value is what is generated, and the average of no other. A factor that holds its master's rounding was
+        not written into."""
+        edited = []
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
-            if master is not None:
+            edited.append(master is None or not torch.equal(master.to(parameter.dtype), parameter.detach()))
+            if master is not None and edited[i]:
                 state.masters[i] = parameter.detach().to(master)
-        self._go_on_from(state, parameters)
+        self._go_on_from(state, parameters, edited)
         return False
 
-    def _go_on_from(self, state: LayerState, parameters: Sequence[Any]) -> None:
+    def _go_on_from(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool] | None = None) -> None:
         tie, first = state.factors, self._first[state.index]
         for i, (piece, parameter) in enumerate(zip(self.of_tensors(state.index), parameters, strict=True)):
+            if edited is not None and not edited[i]:
+                continue
             value = piece["generated"].copy_(parameter.detach())
             has_start = bool(self.listens[first + i]) and bool(value.count_nonzero())
             tie.bases[i] = value.clone() if has_start else None
