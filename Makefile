@@ -23,6 +23,7 @@ CC ?= gcc
 C_FLAGS := -std=c11 -O2 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra -Werror
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CORE := $(wildcard csrc/core/*.c)
+HEADERS := $(wildcard csrc/core/*.h csrc/shared/*.h)
 SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
 C_TESTS := $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
 
@@ -94,11 +95,11 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build/c/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(wildcard csrc/core/*.h)
+build/c/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
 
-build/asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(wildcard csrc/core/*.h)
+build/asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) $(SANITIZE) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
 
@@ -114,7 +115,7 @@ asan: $(C_TESTS:%=build/asan/%)
 
 # $(1): a build. Objects of kernels, of the emulator and of the core, then a program a test.
 define CUDA_BUILD
-build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(wildcard csrc/cuda/*.h csrc/cuda/*.cuh csrc/core/*.h tests/cuda_on_cpu/*.h)
+build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(wildcard csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_on_cpu/*.h) $$(HEADERS)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(KERNEL_$(1)) -x c++ -c $$< -o $$@
 
@@ -132,12 +133,12 @@ build/cuda/$(1)/test_%: tests/cuda/test_%.cpp build/cuda/$(1)/cuda_on_cpu.o $(KE
 endef
 $(foreach build,$(CUDA_BUILDS),$(eval $(call CUDA_BUILD,$(build))))
 
-build/cuda/core/%.o: csrc/core/%.c $(wildcard csrc/core/*)
+build/cuda/core/%.o: csrc/core/%.c $(HEADERS)
 	@mkdir -p $(@D)
 	$(CC) $(C_FLAGS) -c $< -o $@
 
 # the kernels as a library that executes them on the CPU, with which pytest tests oplora.AdamW's way to a GPU
-build/cuda/liboplora_cuda_on_cpu.so: $(wildcard csrc/cuda/* csrc/core/*) tests/cuda/on_cpu.cpp \
+build/cuda/liboplora_cuda_on_cpu.so: $(wildcard csrc/cuda/* csrc/core/* csrc/shared/*) tests/cuda/on_cpu.cpp \
     $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
 	@mkdir -p $(@D)/on_cpu
 	for kernel in $(KERNELS); do \
@@ -158,7 +159,7 @@ $(VENV)/cuda/bin/nvcc: $(VENV)/.environment
 	$(BIN)/pip install --quiet nvidia-cuda-nvcc nvidia-cuda-runtime
 	ln -sfn "$$($(BIN)/python -c 'import nvidia.cu13 as c; print(list(c.__path__)[0])')" $(VENV)/cuda
 
-build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh csrc/core/*.h) $(NVCC)
+build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(HEADERS) $(NVCC)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCC_FLAGS) --threads=2 $(foreach a,$(CUDA_ARCHS),-gencode=arch=compute_$(a),code=sm_$(a)) \
 	    -gencode=arch=compute_$(lastword $(CUDA_ARCHS)),code=compute_$(lastword $(CUDA_ARCHS)) \

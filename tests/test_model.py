@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import oplora
-from oplora.engines import FOUND
+from oplora.engines import FOUND, Rate
 from oplora.engines.settings import views as views_of
 
 
@@ -351,7 +351,7 @@ def test_log_tells_the_rate_after_a_hundred_steps_once(
     optimizer = oplora.AdamW(model)
     assert not rate_lines(caplog, optimizer, model, 99)
     optimizer._stepper.found[FOUND.index("turned")] = turned
-    monkeypatch.setattr(oplora.optim.stepping, "find_rate", lambda *_: None)
+    monkeypatch.setattr(Rate, "find", lambda *_: None)
     assert rate_lines(caplog, optimizer, model, 1) == [f"oplora found {optimizer.found_lr:.1e}{more}"]
     assert not rate_lines(caplog, optimizer, model, 101)
 

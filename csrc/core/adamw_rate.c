@@ -21,10 +21,12 @@
  * in order, so nothing depends on who does a task. */
 #ifndef T
 
+#include "../shared/find_rate.h"
 #include "dispatch.h"
 #include "workspace.h"
 
 #include <math.h>
+#include <string.h>
 
 enum {
     CHUNK = 2048, /* rows of a task: its u stays in the first-level cache */
@@ -41,6 +43,18 @@ static double newest(double beta2, double step, int grows) {
 }
 
 static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
+
+oplora_status oplora_find_rate(double *found, const double *heard, int64_t n_layers) {
+    OPLORA_RETURN_IF(n_layers < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(!found || (n_layers > 0 && !heard), OPLORA_ENULL);
+    double sums[3] = {0};
+    for (int64_t i = 0; i < 3 * n_layers; i++) sums[i % 3] += heard[i];
+    oplora_found f;
+    memcpy(&f, found, sizeof f);
+    oplora_find(&f, sums[0], sums[1], sums[2]);
+    memcpy(found, &f, sizeof f);
+    return OPLORA_OK;
+}
 
 #define OPLORA_TEMPLATE "adamw_rate.c"
 #include "each_type.h"

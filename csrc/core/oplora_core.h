@@ -302,6 +302,12 @@ oplora_status oplora_rate_measure_f32(const oplora_rate_f32 *layers, int64_t n_l
 oplora_status oplora_rate_measure_f64(const oplora_rate_f64 *layers, int64_t n_layers, void *workspace,
                                       oplora_parallel_fn par);
 
+/* Moves the rate by what the layers' gradients tell: csrc/shared/find_rate.h.
+ *     found (OPLORA_FOUND)   as oplora_found there
+ *     heard (n_layers, 3)    of every layer <g, v - start>, <g, u> and <g, v - p>, which are added in order */
+enum { OPLORA_FOUND = 7 };
+oplora_status oplora_find_rate(double *found, const double *heard, int64_t n_layers);
+
 /* One step of all layers, whose reports must have been measured. Where one tells of NaN or infinity nothing is changed. */
 oplora_status oplora_rate_step_f32(const oplora_rate_f32 *layers, int64_t n_layers, void *workspace,
                                    oplora_parallel_fn par);

@@ -1,15 +1,17 @@
-/* adamw_rate on a GPU. The formulas are in csrc/core/adamw_rate.c, whose bits these kernels give wherever the GPU's pow
- * does: sums run in the core's lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
+/* adamw_rate on a GPU. The formulas are in csrc/core/adamw_rate.c, whose bits these kernels give: sums run in the core's
+ * lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
  *
  *     begin     a step's numbers, a layer a block; in a step also what the reports say of the gradients
  *     measure   a task's sums, a task eight lanes: 4 bytes an entry, and 12 more where it listens
  *     report    their sums, a layer a block; the verdict
+ *     find      the rate, from all layers' reports: one thread
  *     update    p, v, s, a task a block: 28 bytes an entry; the step count
  *
- * A measurement is begin, measure and report, a step begin and update; between them the caller finds the rate, on the
- * device. measure and update are memory-bound. */
+ * A measurement is begin, measure and report, a step begin and update; between them is find. measure and update are
+ * memory-bound. */
 #include "adamw_rate.h"
 
+#include "../shared/find_rate.h"
 #include "tasks.cuh"
 
 #include <math.h>
@@ -97,16 +99,17 @@ __device__ void load_values(const Task &task, int64_t first, float (&p)[COUNT], 
 /* What a lane sums over a task. */
 enum { SQUARE, BAD, SIGNAL, SCALE, OF_P, OF_BASE, LANE_SUMS };
 
-/* ||g||^2, how many are not finite, <g, v>, <g, u>, <g, p>, <g, base>. */
-__device__ void measure_lane(const Task &task, int lane, double (&sums)[LANE_SUMS]) {
-    constexpr int BATCH = 8;
+/* ||g||^2, how many are not finite, and of a factor that listens <g, v>, <g, u>, <g, p>, <g, base>. BATCH entries are
+ * loaded at once: of one number each, or of five. */
+template <bool LISTENS> __device__ void measure_lane(const Task &task, int lane, double (&sums)[LANE_SUMS]) {
+    constexpr int BATCH = LISTENS ? 4 : 8;
     const Factor &f = *task.factor;
     const Numbers a = task.layer->of_factors[task.index];
     const Gradient g = gradient_of(f, task.offset);
     for (int64_t i = lane; i < task.count; i += BATCH * SQUARE_LANES) {
         float x[BATCH], p[BATCH], v[BATCH], s[BATCH], base[BATCH];
         g.load(i, SQUARE_LANES, task.count, x);
-        if (f.listens) {
+        if (LISTENS) {
             load(task.layer->exp_avg_sq + task.row, i, task.count, s);
             if (f.base) load(f.base + task.offset, i, task.count, base);
             load_values(task, i, p, v);
@@ -117,7 +120,7 @@ __device__ void measure_lane(const Task &task, int lane, double (&sums)[LANE_SUM
             const double wide = x[k];
             sums[SQUARE] += wide * wide;
             sums[BAD] += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
-            if (!f.listens) continue;
+            if (!LISTENS) continue;
             sums[SIGNAL] += wide * v[k];
             sums[SCALE] += wide * direction(a, next_s(a, s[k], x[k]), x[k]);
             sums[OF_P] += wide * p[k];
@@ -133,7 +136,13 @@ __global__ void __launch_bounds__(THREADS) measure_kernel(Table t) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * TASKS + id / SQUARE_LANES;
     const bool is_there = index < t.first_part[t.n_layers];
     double sums[LANE_SUMS] = {};
-    if (is_there) measure_lane(task_at(t, index), lane, sums);
+    if (is_there) {
+        const Task task = task_at(t, index);
+        if (task.factor->listens)
+            measure_lane<true>(task, lane, sums);
+        else
+            measure_lane<false>(task, lane, sums);
+    }
     for (int i = 0; i < LANE_SUMS; i++) lanes[i * THREADS + id] = sums[i];
     __syncthreads();
     if (!is_there || lane >= SUMS) return;
@@ -210,6 +219,24 @@ __global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
     else
         update_rows<1>(task);
     if (task.of_layer == 0 && threadIdx.x == 0) task.layer->adamw->step++;
+}
+
+/* ---- find ---- */
+
+__global__ void __launch_bounds__(32)
+    find_kernel(oplora_found *found, const double *heard, int64_t n, const int *veto) {
+    SHARED_ARRAY(double, sums, 3);
+    const unsigned i = threadIdx.x;
+    if (i < 3) {
+        double sum = 0;
+        for (int64_t layer = 0; layer < n; layer++) sum += heard[3 * layer + i];
+        sums[i] = sum;
+    }
+    __syncthreads();
+    if (i != 0 || (veto && *veto)) return;
+    oplora_found f = *found;
+    oplora_find(&f, sums[0], sums[1], sums[2]);
+    *found = f;
 }
 
 /* ---- the plan, on the host ---- */
@@ -290,6 +317,11 @@ int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, vo
     CUDA_FORWARD(cuda_launch(begin_kernel, layers, 32, 0, on, t, 0));
     CUDA_FORWARD(cuda_launch(measure_kernel, count_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
     return cuda_launch(report_kernel, layers, 32, 0, on, t);
+}
+
+int oplora_cuda_find_rate(double *found, const double *heard, int64_t n_layers, const int *veto, void *stream) {
+    return cuda_launch(find_kernel, 1, 32, 0, static_cast<cudaStream_t>(stream),
+                       reinterpret_cast<oplora_found *>(found), heard, n_layers, veto);
 }
 
 int oplora_cuda_rate_step(const oplora_cuda_plan *plan, const void *table, const int *veto, void *stream) {

@@ -20,6 +20,10 @@ OPLORA_CUDA_API oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32
                                                            oplora_cuda_verdict *verdict, void *workspace, void *table,
                                                            oplora_cuda_plan *plan);
 
+/* oplora_find_rate; where *veto (or NULL) is not 0 nothing is changed. All pointers are the device's. */
+OPLORA_CUDA_API int oplora_cuda_find_rate(double *found, const double *heard, int64_t n_layers, const int *veto,
+                                          void *stream);
+
 /* oplora_rate_measure and oplora_rate_step. Where a factor of 16 bits is not its value before rounding, rounded, somebody
  * wrote into it: both go on from what it holds, as what is generated too. */
 OPLORA_CUDA_API int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, void *stream);

@@ -366,6 +366,19 @@ void cuda_rate_step_(const Tensor &plan, const Tensor &table, const Tensor &work
     });
 }
 
+void find_rate_(const Tensor &found, const Tensor &heard, const std::optional<Tensor> &refused) {
+    const char *const op = "find_rate_";
+    const Place place = place_of(op, found);
+    check(op, "found", found, ScalarType::Double, OPLORA_FOUND, place);
+    check(op, "heard", heard, ScalarType::Double, heard.numel(), place);
+    STD_TORCH_CHECK(heard.dim() == 2 && heard.size(1) == 3, "oplora::", op, ": expected heard (layers, 3)");
+    if (refused) check(op, "refused", *refused, ScalarType::Int, 1, place);
+    on_device(op, place, [&](void *stream) {
+        return CUDA_CALL(oplora_cuda_find_rate)(out<double>(found), in<double>(heard), heard.size(0),
+                                                refused ? in<int>(*refused) : nullptr, stream);
+    });
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
@@ -404,6 +417,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
 STABLE_TORCH_LIBRARY_IMPL(oplora, CUDA, m) {
     m.impl("generate", TORCH_BOX(&generate));
     m.impl("generate_backward", TORCH_BOX(&generate_backward));
+    m.impl("find_rate_", TORCH_BOX(&find_rate_));
     STEP_IMPLEMENTATIONS(m);
 }
 

@@ -398,7 +398,7 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
 
 template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
     // factors, where the layer begins in `generated` and `exp_avg_sq`
-    enum { SIZES = 2, FOUND = 7 };
+    enum { SIZES = 2 };
 
     RateLayers(const char *op, const Tensor &sizes, Place place = {})
         : RateLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
@@ -429,7 +429,7 @@ template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
     }
 
     void check_found(const Tensor &found) const {
-        check(this->op, "found", found, ScalarType::Double, FOUND, this->place);
+        check(this->op, "found", found, ScalarType::Double, OPLORA_FOUND, this->place);
     }
 
     // The first number of `found` (engines/rate.py): what every factor's lr is multiplied by. It is read here.

@@ -194,6 +194,18 @@ bool rate_step_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors facto
     });
 }
 
+void find_rate_(const Tensor &found, const Tensor &heard, const std::optional<Tensor> &refused) {
+    const char *const op = "find_rate_";
+    check(op, "found", found, ScalarType::Double, OPLORA_FOUND);
+    check(op, "heard", heard, ScalarType::Double, heard.numel());
+    STD_TORCH_CHECK(heard.dim() == 2 && heard.size(1) == 3, "oplora::", op, ": expected heard (layers, 3)");
+    if (refused) {
+        check(op, "refused", *refused, ScalarType::Int, 1);
+        if (*in<int>(*refused)) return;
+    }
+    check_core(op, oplora_find_rate(out<double>(found), in<double>(heard), heard.size(0)));
+}
+
 // ---- fingerprint ----
 
 // One that is not contiguous is copied first: in the order of its elements.
@@ -235,6 +247,7 @@ STABLE_TORCH_LIBRARY(oplora, m) {
           "Tensor sizes, Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
     m.def("rate_step_(Tensor(a!) generated, Tensor(b!) exp_avg_sq, Tensor(c!)[] factors, Tensor[] grads, Tensor sizes, "
           "Tensor listens, Tensor(d!) adamw, Tensor rates, Tensor rows, Tensor report, Tensor found) -> bool");
+    m.def("find_rate_(Tensor(a!) found, Tensor heard, Tensor? refused) -> ()");
     m.def("fingerprint(Tensor[] tensors) -> Tensor");
 }
 
@@ -249,6 +262,7 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
     m.impl("lean_step_", TORCH_BOX(&lean_step_));
     m.impl("rate_measure_", TORCH_BOX(&rate_measure_));
     m.impl("rate_step_", TORCH_BOX(&rate_step_));
+    m.impl("find_rate_", TORCH_BOX(&find_rate_));
 }
 
 // no tensor at all tells no device

@@ -1,4 +1,6 @@
-/* oplora_rate: a step is its formula, sums are of what listens, refusals change nothing, no bit depends on threads. */
+/* oplora_rate: a step is its formula, sums are of what listens, refusals change nothing, no bit depends on threads; and the
+ * rule that finds the rate. */
+#include "../../csrc/shared/find_rate.h"
 #include "check.h"
 #include "core_check.h"
 #include "oplora_core.h"
@@ -113,6 +115,53 @@ static void test_arguments(void) {
     CHECK(oplora_rate_step_f64(&x.layer, 1, &x, NULL) == OPLORA_EVALUE);
 }
 
+static oplora_found found(double rate) { return (oplora_found){.rate = rate, .pace = 0.7}; }
+
+static void find(oplora_found *f, double signal, double gain, double recent) {
+    double numbers[OPLORA_FOUND];
+    const double heard[] = {0.25 * signal, gain, 0.5 * recent, 0.75 * signal, 0, 0.5 * recent}; /* of two layers */
+    memcpy(numbers, f, sizeof numbers);
+    CHECK(oplora_find_rate(numbers, heard, 2) == OPLORA_OK);
+    memcpy(f, numbers, sizeof numbers);
+}
+
+static void test_exp(void) {
+    for (int i = -100; i <= 100; i++) CHECK(fabs(oplora_exp_of_small(i / 100.0) / exp(i / 100.0) - 1) < 1e-15);
+}
+
+static void test_rate_grows_while_the_signal_is_below_zero(void) {
+    oplora_found f = found(1e-4);
+    find(&f, 0, 1, 0); /* the first step tells nothing: v is the start */
+    CHECK(f.rate == 1e-4 && f.steps == 1);
+    for (int i = 1; i <= 5; i++) {
+        find(&f, -1, 1, -1);
+        CHECK(fabs(f.rate / (1e-4 * exp(0.7 * i)) - 1) < 1e-14 && f.pace == 0.7 && f.turned == 0);
+    }
+}
+
+static void test_turn_halves_the_pace_and_is_remembered(void) {
+    oplora_found f = found(1e-2);
+    for (int i = 0; i < 9; i++) find(&f, -1, 1, -1);
+    const double before = f.rate;
+    find(&f, 100, 1, 100);
+    CHECK(f.pace == 0.35 && f.turned == 10 && f.steps == 10);
+    CHECK(fabs(f.rate / (before * exp(-2.0 / 9)) - 1) < 1e-14); /* downwards at 2 / t */
+}
+
+static void test_rate_does_not_fall_while_the_latest_steps_lead_down(void) {
+    oplora_found f = found(1e-2);
+    for (int i = 0; i < 9; i++) find(&f, 1, 1, -1);
+    CHECK(f.rate == 1e-2);
+}
+
+static void test_arguments_of_find(void) {
+    double numbers[OPLORA_FOUND] = {1e-4};
+    CHECK(oplora_find_rate(NULL, numbers, 0) == OPLORA_ENULL);
+    CHECK(oplora_find_rate(numbers, NULL, 1) == OPLORA_ENULL);
+    CHECK(oplora_find_rate(numbers, NULL, -1) == OPLORA_ESIZE);
+    CHECK(oplora_find_rate(numbers, NULL, 0) == OPLORA_OK && numbers[0] == 1e-4);
+}
+
 static void test_threads(void) {
     static problem x, y;
     const oplora_parallel_fn ways[] = {split_in_sevens, split_backwards};
@@ -134,6 +183,11 @@ int main(void) {
     test_step();
     test_refusal_changes_nothing();
     test_arguments();
+    test_exp();
+    test_rate_grows_while_the_signal_is_below_zero();
+    test_turn_halves_the_pace_and_is_remembered();
+    test_rate_does_not_fall_while_the_latest_steps_lead_down();
+    test_arguments_of_find();
     test_threads();
     printf("digest %016llx on %s\n", (unsigned long long)digest, oplora_isa());
     return check_report();

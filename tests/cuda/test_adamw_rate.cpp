@@ -273,6 +273,27 @@ void nonfinite_changes_nothing(const Shape &shape) {
     }
 }
 
+void finds_the_cores_rate(int64_t layers) {
+    std::mt19937 random(3);
+    std::normal_distribution<double> normal(-0.5);
+    std::vector<double> core = {1e-4, 0, 0, 0, 0, 0.7, 0}, device = core, heard(static_cast<size_t>(3 * layers));
+    const std::string name = "the rate of " + std::to_string(layers) + " layers";
+    for (int step = 0; step < 200; step++) {
+        for (double &x : heard) x = normal(random);
+        for (size_t i = 1; i < heard.size(); i += 3) heard[i] = std::fabs(heard[i]);
+        check(oplora_find_rate(core.data(), heard.data(), layers) == OPLORA_OK, name);
+        const int veto = 0;
+        check(oplora_cuda_find_rate(device.data(), heard.data(), layers, step % 2 ? &veto : nullptr, nullptr) ==
+                  cudaSuccess,
+              name + " runs");
+        check(std::memcmp(core.data(), device.data(), core.size() * sizeof(double)) == 0,
+              name + " has the core's bits");
+    }
+    const int veto = 1;
+    oplora_cuda_find_rate(device.data(), heard.data(), layers, &veto, nullptr);
+    check(core == device, name + ": a vetoed step tells nothing");
+}
+
 void refuses(const char *what, oplora_status expected, const std::vector<oplora_rate_f32> &layers) {
     oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
@@ -288,6 +309,7 @@ void refuses(const char *what, oplora_status expected, const std::vector<oplora_
 }
 
 void run(bool slow) {
+    for (const int64_t layers : {0, 1, 7, 300}) finds_the_cores_rate(layers);
     using F = std::vector<FactorShape>;
     const std::vector<Shape> shapes = {
         {"one entry", F{{1, true, false}}},

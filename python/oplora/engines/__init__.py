@@ -12,7 +12,7 @@ from .factors import Factors, keep_starts, warn_adopted
 from .host import HostEngine, StagedEngine
 from .lean import Lean
 from .memory import refuse_more_than_memory
-from .rate import FOUND, Rate, find_rate
+from .rate import FOUND, Rate
 from .saved_0_1 import entries_of_0_1
 from .settings import Settings, weight_ratio
 from .sharding import Shards
@@ -32,7 +32,6 @@ __all__ = [
     "StepNumbers",
     "Written",
     "entries_of_0_1",
-    "find_rate",
     "keep_starts",
     "warn_adopted",
 ]

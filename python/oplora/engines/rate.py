@@ -18,42 +18,14 @@ from .factors import Factors
 from .memory import allocate
 from .settings import Settings
 
-__all__ = ["FOUND", "Rate", "find_rate"]
+__all__ = ["FOUND", "Rate"]
 
 REPORT = 5
 
-# of `found`: the rate; signal, scale and recent, means that forget; steps; the pace of the search; at which step the
-# signal turned first, or 0
+# of `found`, as csrc/shared/find_rate.h has it and moves it
 FOUND: Final = ("rate", "signal", "scale", "recent", "steps", "pace", "turned")
 START: Final = 1e-4  # of the rate: below what any model was seen to want
 FIRST_PACE: Final = 0.7  # in the logarithm of the rate, a step; halved at each turn
-GROWTH, DECAY = 4.0, 2.0  # over the number of steps: the least pace upwards, and the pace downwards
-GAIN: Final = 2.0
-FORGETS: Final = 0.5
-
-
-def find_rate(found: Tensor, heard: Tensor, refused: Tensor | None = None) -> None:
-    """Moves the rate, in place, by what the gradients of a step tell; where `refused` is not 0 nothing changes.
-
-    found: (7,) float64, as FOUND names them.
-    heard: (3,) float64. The signal <g, v - start> is the derivative of the loss in log h: below 0 a higher rate would
-        have led lower. The scale <g, u> is by how much a step at rate 1 lowers the loss to first order. Recent,
-        <g, v - p>, is the signal of the latest steps alone: the rate falls where these lead uphill too. Where they lead
-        down, what went too far is being mended, and that takes steps.
-    """
-    rate, last, scale, recent, steps, pace, turned = found.unbind()
-    signal, gain, late = heard.unbind()
-    signal = torch.lerp(last, signal, FORGETS)
-    scale = torch.lerp(scale, rate * gain, FORGETS)
-    recent = torch.lerp(recent, late, FORGETS)
-    slope = (GAIN * torch.where(scale > 0, signal / scale, 0.0)).clamp(-1.0, 1.0)
-    slope = torch.where((slope > 0) & (recent < 0), 0.0, slope)
-    pace = torch.where(last * signal < 0, 0.5 * pace, pace)
-    move = slope * torch.where(slope < 0, torch.maximum(pace, GROWTH / steps), DECAY / steps).clamp(max=FIRST_PACE)
-    rate = torch.where(steps > 0, rate * torch.exp(-move), rate)  # at the first step v is the start
-    turned = torch.where((turned == 0) & (signal > 0), steps + 1, turned)
-    now = torch.stack([rate, signal, scale, recent, steps + 1, pace, turned])
-    found.copy_(now if refused is None else torch.where(refused.view(()) != 0, found, now))
 
 
 class Rate(State):
@@ -176,6 +148,10 @@ class Rate(State):
         rates = batch.engine.numbers.rates[:, 0].index_select(0, listening)
         relative = rates / batch.engine.numbers.highest_lr.clamp(min=torch.finfo(torch.float64).tiny)
         return torch.stack([numbers[:, 2], numbers[:, 3] * relative, numbers[:, 4]], 1)
+
+    def find(self, heard: Tensor, refused: Tensor | None) -> None:
+        """Moves the rate by what all layers of the model tell, (layers, 3); not where `refused` is not 0."""
+        torch.ops.oplora.find_rate_(self.found, heard, refused)
 
     # ---- numbers to watch ----
 

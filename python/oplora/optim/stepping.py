@@ -20,7 +20,6 @@ from ..engines import (
     Rate,
     Recipe,
     Shards,
-    find_rate,
     keep_starts,
     warn_adopted,
 )
@@ -227,11 +226,10 @@ class Stepper:
                 heard.index_copy_(0, batch.positions.to(heard.device, non_blocking=True), some)
         if self.shards is not None:
             self.shards.sum(heard)
-        of_all = heard.sum(0)
         for engine in self.engines:
             assert isinstance(engine.state, Rate)
             on_device = None if refused is None else refused.to(engine.device)
-            find_rate(engine.state.found, of_all.to(engine.device), on_device)
+            engine.state.find(heard.to(engine.device), on_device)
 
     def refusals(self) -> tuple[int, list[str]]:
         """How many steps devices have refused since the last call, as far as they have told, and whose gradient it

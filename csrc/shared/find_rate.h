@@ -1,0 +1,48 @@
+/* find_rate: the learning rate, from what a step's gradients tell. Scalar maths that both compilers see, in double and
+ * with nothing fused, so that a CPU and a GPU find the same bits. docs/rate.md derives it. */
+#ifndef OPLORA_FIND_RATE_H
+#define OPLORA_FIND_RATE_H
+
+#ifdef __CUDACC__
+#define OPLORA_SHARED static __host__ __device__ inline
+#else
+#define OPLORA_SHARED static inline
+#endif
+
+/* As the tensor `found` of OPLORA_FOUND numbers. signal, scale and recent are means that forget half at every step; pace is
+ * the search's, in the logarithm of the rate; turned is the step at which the signal was first above 0, or 0. */
+typedef struct {
+    double rate, signal, scale, recent, steps, pace, turned;
+} oplora_found;
+
+/* exp(x) for |x| <= 1, to a few units in the last place: libraries differ in the last bit. */
+OPLORA_SHARED double oplora_exp_of_small(double x) {
+    double y = 1;
+    for (int k = 20; k > 0; k--) y = 1 + x * y / k;
+    return y;
+}
+
+/* signal = <g, v - start>, the derivative of the loss in the logarithm of h: below 0 a higher rate would have led lower.
+ * gain = <g, u>, by how much a step at rate 1 lowers the loss to first order. recent = <g, v - p>, the signal of the latest
+ * steps alone: the rate falls where these lead uphill too. Where they lead down, what went too far is being mended, and that
+ * takes steps. */
+OPLORA_SHARED void oplora_find(oplora_found *f, double signal, double gain, double recent) {
+    const double fastest = 0.7, growth = 4, decay = 2, steepness = 2; /* docs/rate.md, "The rule" */
+    const double last = f->signal;
+    f->signal = (last + signal) / 2;
+    f->scale = (f->scale + f->rate * gain) / 2;
+    f->recent = (f->recent + recent) / 2;
+    if (last * f->signal < 0) f->pace /= 2;
+    double slope = f->scale > 0 ? steepness * f->signal / f->scale : 0;
+    slope = slope > 1 ? 1 : slope < -1 ? -1 : slope;
+    if (slope > 0 && f->recent < 0) slope = 0;
+    if (f->steps > 0) { /* before, v is the start */
+        const double upwards = f->pace > growth / f->steps ? f->pace : growth / f->steps;
+        const double pace = slope < 0 ? upwards : decay / f->steps;
+        f->rate *= oplora_exp_of_small(-slope * (pace < fastest ? pace : fastest));
+    }
+    f->steps += 1;
+    if (f->turned == 0 && f->signal > 0) f->turned = f->steps;
+}
+
+#endif
