@@ -117,6 +117,11 @@ class UntunedComparison(Comparison):
             return []
         return super().tests(method, steps)
 
+    def flatness(self) -> list[Row | None]:
+        """Of OP-LoRA, auto at FLATNESS_RATES, as far as they are measured."""
+        assert isinstance(self.experiment, UntunedExperiment)
+        return [self.experiment.rows.get(trial) for trial in self.experiment.flatness(self.name)]
+
     def lora_curve(self) -> tuple[list[float], list[float]]:
         """Rates, and LoRA's validation loss at the best checkpoint: of the grids, and of its two usual rates."""
         losses = {self.task.rate(i): loss for i, loss in self.experiment.tuned(self.name, TUNED.name).items()}
@@ -349,12 +354,11 @@ def flatness_table(some: Sequence[UntunedComparison]) -> str:
     """Of OP-LoRA, auto at other rates than its own."""
 
     def cells(comparison: UntunedComparison) -> list[str]:
-        experiment = comparison.experiment
-        assert isinstance(experiment, UntunedExperiment)
-        rows = [experiment.rows.get(trial) for trial in experiment.flatness(comparison.name)]
-        return [comparison.name, *(f"{row['best_test_loss']:.3f}" if row else "" for row in rows)]
+        return [comparison.name, *(f"{row['best_test_loss']:.3f}" if row else "" for row in comparison.flatness())]
 
-    return markdown([f"{AUTO.name}, test loss at the rate", *(f"{lr:g}" for lr in FLATNESS_RATES)], map(cells, some))
+    measured = [comparison for comparison in some if any(comparison.flatness())]
+    header = [f"{AUTO.name}, test loss at the rate", *(f"{lr:g}" for lr in FLATNESS_RATES)]
+    return markdown(header, map(cells, measured))
 
 
 def untuned_tables(experiment: UntunedExperiment) -> dict[str, str]:
