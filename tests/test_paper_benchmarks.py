@@ -605,6 +605,22 @@ def test_untuned_tables_are_of_what_is_there(tmp_path: Path) -> None:
     assert "| AdamW 1e-4 | 0.0001 | 2 | 2.000 ± 0.707 | 2.000 ± 0.707 | 5% | 16 |" in made["untuned/digits"]
     figures.main(["--results", str(tmp_path)])
     assert (tmp_path / "untuned.png").stat().st_size > 5_000
+    assert (tmp_path / "untuned_rates.png").stat().st_size > 5_000
+    (comparison,) = figures.comparisons(figures.read("untuned", tmp_path))
+    rates, losses = comparison.lora_curve()
+    assert rates == [1e-4, *grid] and losses[0] == 2.0 and min(losses) == 0
+
+
+def test_control_steps_at_the_rates_that_were_found() -> None:
+    task = untuned.toys()["toy images"][0]
+    rates = untuned.found_rates(protocol.Trial("toy images", untuned.CONTROL.name, 1.0, 1, task.steps), task, "cpu")
+    assert len(rates) == task.steps and rates[0] == 1e-4 and max(rates) > 1e-4
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = untuned.AtRates([p], rates)
+    for rate in rates:
+        p.grad = torch.ones(3)
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == rate
 
 
 MARKER = re.compile(rf"<!-- ((?:{'|'.join(figures.FIGURES)})/[\w/ ,]+):begin -->")

@@ -556,9 +556,8 @@ def draw_untuned_rates(experiment: Experiment) -> Any:
     """Validation loss of LoRA over its rate, at the best checkpoint of each training; the lines are of methods that
     have none to choose, means over their seeds. What is more than twice the least lies outside."""
     found = [c for c in comparisons(experiment) if isinstance(c, UntunedComparison) and c.has_lora]
-    found = [comparison for comparison in found if AUTO.name in comparison.methods]
-    columns = min(4, len(found))
-    figure, axes = new_figure(columns, math.ceil(len(found) / columns), height=2.9)
+    columns = max(1, min(4, len(found)))
+    figure, axes = new_figure(columns, max(1, math.ceil(len(found) / columns)), height=2.9)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, comparison in zip(axes.flat, found, strict=False):
