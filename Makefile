@@ -173,16 +173,9 @@ cuda: $(KERNELS:%=build/nvcc/%.fatbin)
 pytest: build build/cuda/liboplora_cuda_on_cpu.so
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
-# the kernels for this GPU, its tests, then benchmarks/results/bench_gpu.json
+# the kernels for this GPU, its tests, then benchmarks/results/bench_gpu.json and bench_training.json
 gpu: build
-	@$(BIN)/python -c 'import torch; raise SystemExit(None if torch.cuda.is_available() else "make gpu: torch sees no CUDA GPU")'
-	arch=$$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') && \
-	    OPLORA_CUDA=1 OPLORA_CUDA_ARCHS=$$arch $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
-	$(BIN)/python -m pytest tests/test_gpu.py
-	if command -v compute-sanitizer > /dev/null; then for tool in memcheck racecheck; do \
-	    compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_gpu.py -k "cores_bits" || exit 1; \
-	    done; fi
-	$(BIN)/python benchmarks/bench_gpu.py
+	$(BIN)/python benchmarks/on_gpu.py
 
 bench: build
 	$(BIN)/python benchmarks/bench_step.py

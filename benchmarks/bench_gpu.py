@@ -3,9 +3,9 @@
     python benchmarks/bench_gpu.py             LLaMA-7B's shapes and smaller ones, to benchmarks/results/bench_gpu.json
     python benchmarks/bench_gpu.py --quick --output /tmp/gpu.json
 
-The contenders are bench_step's: oplora.AdamW in state lean and exact, OP-LoRA the eager way, and plain LoRA, on layers
-without the base model. Those whose state does not fit into the GPU's free memory are named in rows of kind "left out".
-A turn ends when the device is done. README.md explains the columns.
+The contenders: oplora.AdamW with nothing chosen (preset auto), in state lean (its start drawn or kept) and exact,
+OP-LoRA the eager way, and plain LoRA, on layers without the base model. Those whose state does not fit into the GPU's
+free memory are named in rows of kind "left out". A turn ends when the device is done. README.md explains the columns.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import torch
 from bench_step import Inputs, LoRA, Methods, Size
 from harness import Contender, Row
 
+import oplora
+
 LLAMA_7B = 32 * ((4096, 4096), (4096, 4096), (4096, 4096), (4096, 11008), (11008, 4096))  # q, k, v, up, down
 SIZES = {
     "llama-7b": Size("LLaMA-7B (q, k, v, up, down), r = 32", LLAMA_7B, 32),
@@ -28,16 +30,19 @@ SIZES = {
 RESULT = Path(__file__).parent / "results" / "bench_gpu.json"
 COPY_BYTES = 2**30
 
+AUTO, KEPT = "oplora auto", "oplora lean, kept start"
 LEAN, LEAN_UNIFORM, EXACT = "oplora lean", "oplora lean, uniform start", "oplora exact"
 EAGER, LORA = "eager, AdamW fused", "lora, AdamW fused"
 METHODS: Methods = {
+    AUTO: lambda inputs: LoRA(inputs, oplora.AdamW(inputs.model)),
+    KEPT: lambda inputs: LoRA(inputs, oplora.AdamW(inputs.model, preset="flat")),
     LEAN: lambda inputs: bench_step.oplora_in(inputs, "lean"),
     LEAN_UNIFORM: lambda inputs: bench_step.oplora_in(inputs, "lean", "uniform"),
     EXACT: lambda inputs: bench_step.oplora_in(inputs, "exact"),
     EAGER: bench_step.eager_fused,
     LORA: bench_step.lora_fused,
 }
-OURS = (LEAN, LEAN_UNIFORM, EXACT)
+OURS = (AUTO, KEPT, LEAN, LEAN_UNIFORM, EXACT)
 
 
 def wait(device: str) -> None:
@@ -48,8 +53,10 @@ def wait(device: str) -> None:
 def state_bytes(name: str, size: Size) -> int:
     """What a contender holds beside the factors, at the least."""
     N = sum(size.factor_sizes)
-    if name in (LEAN, LEAN_UNIFORM):
-        return 16 * N
+    if name in (KEPT, LEAN, LEAN_UNIFORM):
+        return (20 if name == KEPT else 16) * N
+    if name == AUTO:
+        return 8 * N
     return {EXACT: 12, EAGER: 16, LORA: 8}[name] * (N if name == LORA else N * (size.hidden_width + 1))
 
 
@@ -58,6 +65,10 @@ def bytes_moved(name: str, size: Size, live: float) -> int | None:
     N, H = sum(size.factor_sizes), size.hidden_width
     if name in (LEAN, LEAN_UNIFORM):
         return 64 * N
+    if name == KEPT:
+        return 68 * N
+    if name == AUTO:  # g is measured, and of B what else tells of the rate
+        return 32 * N + 12 * size.r * sum(out_features for _, out_features in size.layers)
     if name == EXACT:
         return int(N * (4 + (4 * H * live + 4) + 24 * (H * live + 1) + 8))
     return 28 * N if name == LORA else None

@@ -428,6 +428,9 @@ def width_tables(rows: list[Row]) -> str:
 # ---- tables: bench_gpu ----
 
 GPU = {  # contenders whose step is timed alone
+    "oplora auto": "preset auto",
+    "oplora auto, captured": "the same, as a CUDA graph",
+    "oplora lean, kept start": "preset flat: lean, kept start",
     "oplora lean": "lean, signs",
     "oplora lean, captured": "the same, as a CUDA graph",
     "oplora lean, uniform start": "lean, uniform",

@@ -18,8 +18,10 @@ import bench_fidelity  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lean  # noqa: E402
 import bench_step  # noqa: E402
+import bench_training  # noqa: E402
 import bench_width  # noqa: E402
 import harness  # noqa: E402
+import on_gpu  # noqa: E402
 import pictures  # noqa: E402
 import plot  # noqa: E402
 import tasks  # noqa: E402
@@ -558,6 +560,34 @@ def test_the_gpu_table_is_empty_where_nothing_was_measured(tmp_path):
     assert "| lean, signs |  |  |  |  |  |" in text
 
 
+def test_bench_training_writes_a_row_of_every_contender(tmp_path):
+    path = tmp_path / "training.json"
+    bench_training.main(["--quick", "--device", "cpu", "--steps", "1", "--output", str(path)], print_row=lambda _: None)
+    rows = harness.read_rows(path)
+    assert [row["contender"] for row in rows] == [*bench_training.CONTENDERS, bench_training.AGAIN]
+    assert all(row["ms"] > row["step_ms"] >= row["host_ms"] > 0 for row in rows if "left_out" not in row)
+    assert sum("left_out" in row for row in rows) <= 1  # bitsandbytes
+
+
+def test_part_of_on_gpu_that_takes_too_long_is_stopped_and_says_so(tmp_path):
+    slow = on_gpu.Part([sys.executable, "-c", "import time; print('begun'); time.sleep(60)"], limit_s=3)
+    assert on_gpu.run("slow", slow, tmp_path)["ended"] == "stopped after 3 s"
+    assert (tmp_path / "slow.log").read_text() == "begun\n"
+    absent = on_gpu.Part([], 1, needs="no-such-program")
+    assert on_gpu.run("absent", absent, tmp_path)["ended"] == "left out: there is no no-such-program"
+
+
+def test_on_gpu_runs_nothing_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA GPU"):
+        on_gpu.main(["--output", str(tmp_path / "results")])
+    assert not (tmp_path / "results").exists()
+
+
+def test_on_gpu_ends_within_eight_minutes(tmp_path):
+    assert sum(part.limit_s for part in on_gpu.parts(tmp_path, "90", []).values()) <= 8 * 60
+
+
 def test_bench_gpu_measures_nothing_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA GPU"):
@@ -566,7 +596,8 @@ def test_bench_gpu_measures_nothing_without_a_gpu(tmp_path, monkeypatch):
 
 
 def test_bench_gpu_leaves_out_what_does_not_fit(monkeypatch):
-    room = 126 * sum(TOY.factor_sizes)  # plain LoRA takes 20, state lean 28 twice, state exact 60, eager 76
+    # plain LoRA and preset auto take 20, state lean 28 twice, with a kept start 32, state exact 60, eager 76
+    room = 186 * sum(TOY.factor_sizes)
     monkeypatch.setattr(bench_gpu, "free_bytes", lambda _: room)
     left_out = [row["contender"] for row in bench_gpu.rows_of(TOY, "cpu", 3, 1.0) if row["kind"] == "left out"]
     assert left_out == [bench_gpu.EXACT, bench_gpu.EAGER]
