@@ -278,9 +278,7 @@ static void TY(generate_task)(const TY(task) *t) {
 #define TASK_RANGE(name, body) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         const TY(job) *const job = context; \
-        const uint64_t subnormals = oplora_flush_subnormals(); \
         TY(run_tasks)(job, job->first_task + begin, job->first_task + end, TY(body)); \
-        oplora_restore_subnormals(subnormals); \
     }
 TASK_RANGE(square_tasks, square_task)
 TASK_RANGE(reduce_tasks, reduce_task)
@@ -372,9 +370,7 @@ static void TY(step_layer)(const TY(job) *job, TY(plan) *p) {
 #define LAYER_RANGE(name, call) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         TY(job) *const job = context; \
-        const uint64_t subnormals = oplora_flush_subnormals(); \
         for (TY(plan) *p = job->plans + job->first_plan + begin; p < job->plans + job->first_plan + end; p++) call; \
-        oplora_restore_subnormals(subnormals); \
     }
 LAYER_RANGE(measure_layers, TY(measure_layer)(job, p))
 LAYER_RANGE(step_layers, TY(step_layer)(job, p))
@@ -456,8 +452,8 @@ static oplora_status TY(prepare)(const TY(oplora_exact) *layers, int64_t n_layer
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
-                                       oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                             oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 1, workspace, &job));
@@ -465,8 +461,13 @@ oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n
     return TY(for_layers)(&job, TY(measure_layers), TY(measure_large), par);
 }
 
-oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
-                                    oplora_parallel_fn par) {
+oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                       oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured,
+                                          void *workspace, oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 1, 1, workspace, &job));
@@ -476,13 +477,23 @@ oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_la
     return TY(for_layers)(&job, TY(step_layers), TY(step_large), par);
 }
 
-oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
-                                        oplora_parallel_fn par) {
+oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
+                                    oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, measured, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                              oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 0, workspace, &job));
     OPLORA_FORWARD(TY(spread_layers)(&job, 0, n_layers, TY(find_layers), par));
     return TY(spread_tasks)(&job, 0, job.spans[job.n_spans].first_task, TY(generate_tasks), par);
+}
+
+oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                        oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(generate)(layers, n_layers, workspace, par));
 }
 
 #endif

@@ -715,9 +715,7 @@ static void TY(use_slot)(const TY(job) *job, int64_t slot, TY(plan) *p) {
 #define RANGE(name, body) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         TY(job) *const job = context; \
-        const uint64_t subnormals = oplora_flush_subnormals(); \
         for (int64_t i = begin; i < end; i++) body; \
-        oplora_restore_subnormals(subnormals); \
     }
 RANGE(square_parts, TY(square_part)(&job->plans[job->part_plan[i]], i - job->plans[job->part_plan[i]].first_part,
                                     job->squares + 2 * i))
@@ -750,7 +748,6 @@ RANGE(step_layers, LAYER(1))
 
 /* A layer whose parts are spread over the threads. */
 static oplora_status TY(do_large)(TY(job) *job, TY(plan) *p, int steps, oplora_parallel_fn par) {
-    const uint64_t subnormals = oplora_flush_subnormals();
     job->current = p;
     TY(use_slot)(job, 0, p);
     TY(begin_layer)(p);
@@ -761,7 +758,6 @@ static oplora_status TY(do_large)(TY(job) *job, TY(plan) *p, int steps, oplora_p
         status = oplora_parallel(par, p->parts, 1, TY(update_parts), job);
     } else if (status == OPLORA_OK)
         TY(measure_dh)(p);
-    oplora_restore_subnormals(subnormals);
     return status;
 }
 
@@ -886,8 +882,8 @@ static oplora_status TY(prepare)(const TY(oplora_lean) *layers, int64_t n_layers
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-oplora_status TY(oplora_lean_measure)(const TY(oplora_lean) *layers, int64_t n_layers, void *workspace,
-                                      oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_lean) *layers, int64_t n_layers, void *workspace,
+                                             oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 1, workspace, &job));
@@ -896,8 +892,13 @@ oplora_status TY(oplora_lean_measure)(const TY(oplora_lean) *layers, int64_t n_l
     return TY(for_layers)(&job, 0, par);
 }
 
-oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_layers, int measured, void *workspace,
-                                   oplora_parallel_fn par) {
+oplora_status TY(oplora_lean_measure)(const TY(oplora_lean) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(step)(const TY(oplora_lean) *layers, int64_t n_layers, int measured,
+                                          void *workspace, oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 1, measured, workspace, &job));
@@ -907,6 +908,11 @@ oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_laye
         job.plans[i].wants = measured ? WANTS_GRAM : WANTS_GRAM | WANTS_DH;
     }
     return TY(for_layers)(&job, 1, par);
+}
+
+oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_layers, int measured, void *workspace,
+                                   oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, measured, workspace, par));
 }
 
 typedef struct {
@@ -927,7 +933,7 @@ static void TY(start_chunks)(int64_t begin, int64_t end, void *context) {
     }
 }
 
-oplora_status TY(oplora_lean_start)(const TY(oplora_lean) *l, double latent_std, oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(start)(const TY(oplora_lean) *l, double latent_std, oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!l, OPLORA_ENULL);
     OPLORA_FORWARD(TY(check_layer)(l));
     OPLORA_RETURN_IF(!l->numbers || !l->moments || !l->scalars, OPLORA_ENULL);
@@ -949,6 +955,10 @@ oplora_status TY(oplora_lean_start)(const TY(oplora_lean) *l, double latent_std,
     OPLORA_FORWARD(oplora_parallel(par, p.chunks, 1, TY(start_chunks), &work));
     memset(x, 0, (size_t)l->H * sizeof(T));
     return OPLORA_OK;
+}
+
+oplora_status TY(oplora_lean_start)(const TY(oplora_lean) *l, double latent_std, oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(start)(l, latent_std, par));
 }
 
 #endif

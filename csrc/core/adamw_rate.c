@@ -162,12 +162,10 @@ static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
 #define TASK_RANGE(name, call) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         const TY(job) *const job = context; \
-        const uint64_t state = oplora_flush_subnormals(); \
         for (int64_t task = begin, s = TY(find_span)(job, begin); task < end; task++) { \
             while (task >= job->spans[s + 1].first_task) s++; \
             call(job, s, task); \
         } \
-        oplora_restore_subnormals(state); \
     }
 
 TASK_RANGE(measure_tasks, TY(measure_task))
@@ -211,8 +209,8 @@ static oplora_status TY(prepare)(const TY(oplora_rate) *layers, int64_t n_layers
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
-                                      oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                             oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
@@ -220,13 +218,23 @@ oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_l
     return TY(report)(&job) ? OPLORA_OK : OPLORA_ENONFINITE;
 }
 
-oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
-                                   oplora_parallel_fn par) {
+oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                          oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
     for (int64_t i = 0; i < n_layers; i++) OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
     return oplora_parallel(par, job.tasks, GRAIN, TY(update_tasks), &job);
+}
+
+oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                   oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, workspace, par));
 }
 
 #endif
