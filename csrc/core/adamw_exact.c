@@ -212,6 +212,8 @@ static void TY(square_task)(const TY(task) *t) {
 /* First pass: this task's share of dh, for units that are on. */
 static void TY(reduce_task)(const TY(task) *t) {
     const TY(oplora_exact) *const l = t->plan->layer;
+    T room[CHUNK];
+    const T *const g = TY(oplora_bounded_gradient)(t->factor->g + t->offset, t->count, l->report[0], room);
     const T *column[GROUP];
     int64_t unit[GROUP], k = 0;
     double sum[GROUP];
@@ -222,7 +224,7 @@ static void TY(reduce_task)(const TY(task) *t) {
             unit[k++] = j;
         }
         if (k == GROUP || j == l->H - 1) {
-            TY(oplora_dispatch)()->dot(column, k, t->factor->g + t->offset, t->count, sum);
+            TY(oplora_dispatch)()->dot(column, k, g, t->count, sum);
             while (k > 0) k--, t->partial[unit[k]] = sum[k];
         }
     }
@@ -245,8 +247,8 @@ static void TY(update_task)(const TY(task) *t) {
     const TY(oplora_exact) *const l = p->layer;
     const TY(rates) *const rates = &p->rates[t->index];
     const double *const decay = l->decay + t->index * l->H;
-    const T *const g = t->factor->g + t->offset;
-    T v[CHUNK] = {0};
+    T v[CHUNK] = {0}, room[CHUNK];
+    const T *const g = TY(oplora_bounded_gradient)(t->factor->g + t->offset, t->count, l->report[0], room);
     const int64_t bias = l->H * l->N + t->row;
     kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &rates->bias);
     for (int64_t j = 0; j < l->H; j++) {
@@ -323,11 +325,11 @@ static void TY(step_hidden)(TY(plan) *p, int measured_before) {
     const double *const d = l->report + 3 + l->H;
     const int64_t W1 = p->W1 - l->parameters, c1 = p->c1 - l->parameters, z = p->z - l->parameters;
     if (measured_before) TY(oplora_hidden_latent_gradient)(d, p->W1, l->H, l->Z, p->latent);
-    for (int64_t i = 0; i < l->Z; i++) p->dz[i] = (T)p->latent[i];
+    for (int64_t i = 0; i < l->Z; i++) p->dz[i] = TY(oplora_narrowed)(p->latent[i]);
     for (int64_t j = 0; j < l->H; j++) p->h[j] = (T)l->report[3 + j];
     for (int64_t j = 0; j < l->H; j++) {
         const int64_t row = W1 + j * l->Z;
-        p->d[j] = (T)d[j];
+        p->d[j] = TY(oplora_narrowed)(d[j]);
         kernels->adamw(l->parameters + row, l->exp_avg + row, l->exp_avg_sq + row, p->z, p->d[j], 0, NULL, l->Z,
                        &p->hidden);
     }

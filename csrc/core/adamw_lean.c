@@ -34,7 +34,6 @@
 #include "lowrank.h"
 #include "workspace.h"
 
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -117,8 +116,8 @@ static double TY(square)(const T *x, int64_t n) {
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
 static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const oplora_adamw *a, double corrected2,
                             const uint32_t key[4]) {
-    const double mean_x = TY(square)(x, map->inputs) / (double)map->inputs;
-    const double fresh = (1 - a->beta2) * mean_x * (square_g / (double)map->rows.rows);
+    const double mean_x = TY(square)(x, map->inputs) / (double)map->inputs, most = TY(oplora_most_gradient);
+    const double fresh = (1 - a->beta2) * mean_x * fmin(square_g / (double)map->rows.rows, most * most);
     *map->mean = a->beta2 * *map->mean + fresh;
     const double turn = *map->mean > 0 ? fresh / *map->mean : 0;
     double root = 0;
@@ -535,8 +534,10 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
         const TY(chunk) chunk = TY(chunk_at)(p->layer, c);
         const TY(share) *const share = &p->shares[chunk.factor - p->layer->factors];
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
-            const T *const g = chunk.factor->g + chunk.entry + at;
             const int64_t n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
+            T room[BLOCK];
+            const T *const g =
+                TY(oplora_bounded_gradient)(chunk.factor->g + chunk.entry + at, n, p->layer->report[0], room);
             if (p->wants & WANTS_GRAM) TY(reduce_block)(r, share, g, chunk.row + at, n, sums);
             if (p->wants == WANTS_DH) TY(reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & WANTS_DH && chunk.factor->random)
@@ -553,7 +554,9 @@ static void TY(update_part)(const TY(plan) *p, int64_t part) {
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
             const int64_t entry = chunk.entry + at, n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
             const TY(oplora_factor) *const f = chunk.factor;
-            TY(update_block)(&p->outer.rows, &turn, f->g + entry, f->base ? f->base + entry : NULL, chunk.row + at, n,
+            T room[BLOCK];
+            const T *const g = TY(oplora_bounded_gradient)(f->g + entry, n, p->layer->report[0], room);
+            TY(update_block)(&p->outer.rows, &turn, g, f->base ? f->base + entry : NULL, chunk.row + at, n,
                              f->out + entry);
             if (f->random) TY(random_update)(p->layer, chunk.range, p->change, entry, n, f->out + entry);
         }
@@ -606,12 +609,6 @@ static void TY(find_dh)(TY(plan) *p) {
     }
 }
 
-/* x in T, within its range: one infinite number would make the whole hidden path NaN. */
-static T TY(bounded)(double x) {
-    const double largest = sizeof(T) == sizeof(float) ? FLT_MAX : DBL_MAX;
-    return (T)(x > largest ? largest : x < -largest ? -largest : x == x ? x : 0);
-}
-
 /* p->d = dh in T, and dz = W1^T d into p->change; the report's numbers of the hidden path. */
 static void TY(report_hidden)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
@@ -624,17 +621,17 @@ static void TY(report_hidden)(TY(plan) *p) {
     memset(dz, 0, (size_t)l->Z * sizeof(T));
     l->report[4] = 0;
     for (int64_t j = 0; j < l->H; j++) {
-        p->d[j] = TY(bounded)(p->dh[j]);
+        p->d[j] = TY(oplora_narrowed)(p->dh[j]);
         d2 += p->dh[j] * p->dh[j];
         l->report[4] += p->h[j] != 0;
         if (p->dh[j] == 0) continue;
-        kernels->uniform_axpy(&s, (uint32_t)j, 0, TY(bounded)(bound * p->dh[j]), dz, l->Z);
+        kernels->uniform_axpy(&s, (uint32_t)j, 0, TY(oplora_narrowed)(bound * p->dh[j]), dz, l->Z);
         for (int i = 0; i < r->d; i++) along[i] += (double)r->U[i * l->H + j] * p->dh[j];
     }
     for (int64_t i = 0; i < l->Z; i++) {
         double sum = dz[i];
         for (int a = 0; a < r->d; a++) sum += (double)p->hidden.Q[a * l->Z + i] * along[a];
-        dz[i] = TY(bounded)(sum);
+        dz[i] = TY(oplora_narrowed)(sum);
         dz2 += sum * sum;
     }
     l->report[2] = dz2 + d2 * (TY(square)(p->z, l->Z) + 1);

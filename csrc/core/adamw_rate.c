@@ -143,14 +143,15 @@ static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
     const TY(oplora_rate) *const l = &job->layers[span->layer];
     const TY(oplora_factor) *const factor = &l->factors[span->factor];
     const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, n = left < CHUNK ? left : CHUNK;
-    const T *const g = factor->g + at, *const v = l->generated + span->row + at;
+    const T *const v = l->generated + span->row + at;
     double *const sums = job->partial + SUMS * task;
     int64_t nonfinite;
-    T u[CHUNK];
-    sums[0] = k->square_sum(g, n, &nonfinite);
+    T u[CHUNK], room[CHUNK];
+    sums[0] = k->square_sum(factor->g + at, n, &nonfinite);
     sums[1] = (double)nonfinite;
     sums[2] = sums[3] = sums[4] = 0;
     if (!factor->listens) return;
+    const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, sums[0], room);
     const double of_v = k->dot_double(g, v, n);
     sums[2] = of_v;
     sums[4] = of_v - k->dot_double(g, factor->out + at, n);
@@ -192,8 +193,11 @@ static void TY(update_task)(const TY(job) *job, int64_t s, int64_t task) {
     const TY(oplora_rate) *const l = &job->layers[span->layer];
     const TY(oplora_factor) *const factor = &l->factors[span->factor];
     const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, row = span->row + at;
-    TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, factor->g + at,
-                                       left < CHUNK ? left : CHUNK, &job->numbers[s]);
+    const int64_t n = left < CHUNK ? left : CHUNK;
+    T room[CHUNK];
+    const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, l->report[0], room);
+    TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, g, n,
+                                       &job->numbers[s]);
 }
 
 TASK_RANGE(update_tasks, TY(update_task))

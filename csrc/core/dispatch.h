@@ -5,6 +5,7 @@
 
 #include "oplora_core.h"
 #include "random.h"
+#include "workspace.h"
 
 #define OPLORA_TEMPLATE "dispatch.h"
 #include "each_type.h"
@@ -95,6 +96,28 @@ static inline oplora_status oplora_parallel(oplora_parallel_fn par, int64_t n, i
 
 #endif
 #else
+
+/* x, the largest gradient that counts where it is beyond it. */
+static inline T TY(oplora_bounded)(T x) {
+    const T most = TY(oplora_most_gradient);
+    const T low = x < most ? x : most;
+    return low > -most ? low : -most;
+}
+
+/* A number of the hidden path likewise; NaN, of sums beyond double's range, is no direction. */
+static inline T TY(oplora_narrowed)(double x) {
+    const T most = TY(oplora_most_gradient);
+    return x < most ? x > -most ? (T)x : -most : x >= most ? most : 0;
+}
+
+/* n entries of a gradient as steps take them: g itself or, if `squares`, the sum over g or more, tells of entries that are
+ * too large, a copy in `room`. */
+static inline const T *TY(oplora_bounded_gradient)(const T *g, int64_t n, double squares, T *room) {
+    const double most = TY(oplora_most_gradient);
+    if (squares <= most * most) return g;
+    for (int64_t i = 0; i < n; i++) room[i] = TY(oplora_bounded)(g[i]);
+    return room;
+}
 
 /* AdamW's numbers for one step, in the type of the loop: rate = lr / (1 - beta1^t), keep = 1 - lr weight_decay,
  * inverse_root = 1 / sqrt(1 - beta2^t), *_rest = 1 - beta. */
