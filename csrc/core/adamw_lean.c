@@ -801,7 +801,8 @@ static oplora_status TY(check_layer)(const TY(oplora_lean) *l) {
         rows += l->factors[f].rows;
         ranges += l->factors[f].random != 0;
     }
-    return rows == l->N && ranges <= OPLORA_MOST_RANGES ? OPLORA_OK : OPLORA_ESIZE;
+    OPLORA_RETURN_IF(rows != l->N, OPLORA_ESIZE);
+    return ranges <= OPLORA_MOST_RANGES ? OPLORA_OK : OPLORA_ERANGES;
 }
 
 static oplora_status TY(check)(const TY(oplora_lean) *layers, int64_t n_layers) {

@@ -122,7 +122,8 @@ static OPLORA_BODY oplora_status TY(start)(T *parameters, int64_t H, int64_t Z, 
                                            uint32_t layer, double latent_std, oplora_start_kind kind,
                                            const oplora_rows *random, int64_t n_random, oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!parameters || (n_random > 0 && !random), OPLORA_ENULL);
-    OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0 || n_random < 0 || n_random > OPLORA_MOST_RANGES, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0 || n_random < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(n_random > OPLORA_MOST_RANGES, OPLORA_ERANGES);
     OPLORA_RETURN_IF(!(latent_std >= 0 && latent_std < INFINITY), OPLORA_EVALUE);
     OPLORA_RETURN_IF(kind != OPLORA_UNIFORM && kind != OPLORA_SIGN, OPLORA_EVALUE);
     for (int64_t i = 0; i < n_random; i++)
