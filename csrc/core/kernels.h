@@ -102,7 +102,8 @@ static double FN(square_sum)(const T *g, int64_t n, int64_t *nonfinite) {
     return FN(dot_double)(g, g, n);
 }
 
-/* torch.optim.AdamW on one column whose gradient is h g (bounded: workspace.h), and v += h_next p if the column takes part in v. */
+/* torch.optim.AdamW on one column whose gradient is h g, as far as that counts (workspace.h), and v += h_next p if the
+ * column takes part in v. */
 static inline
     __attribute__((always_inline)) void FN(adamw_body)(T *restrict p, T *restrict m, T *restrict s, const T *restrict g,
                                                        T h, T h_next, T *restrict v, int64_t n,

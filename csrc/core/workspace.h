@@ -25,9 +25,9 @@ static inline void *take(arena *a, int64_t count, int64_t size) {
     return piece;
 }
 
-/* What an entry of a gradient, or of what a step makes of it, counts as at most: its square, and sums of such squares, are
- * within the range of their type. So no finite gradient makes a second moment infinite, which would never become less. AdamW
- * divides by the root of that moment: of entries beyond it the step is as long as of those at it. */
+/* What an entry of a gradient, or of what a step makes of it, counts as at most: its square, and sums of such squares, lie
+ * within the range of their type. So no finite gradient makes a second moment infinite, which would stay so for good. The
+ * step is no shorter for it, as AdamW divides by the root of that moment. */
 static const float oplora_most_gradient_f32 = 0x1p63f;
 static const double oplora_most_gradient_f64 = 0x1p480;
 
