@@ -12,7 +12,10 @@
  *
  * and so do AdamW's two moments. Every function exists for float (_f32) and double (_f64), checks its arguments,
  * returns a status and keeps no pointer. Results are the same bits for any number of threads and on every
- * instruction set: work is cut into fixed chunks, and sums run in fixed lanes. */
+ * instruction set: work is cut into fixed chunks, and sums run in fixed lanes. They are so whatever the caller's
+ * floating-point mode is, which is restored: subnormal numbers count as zero, but for a checkpoint's (merge.c).
+ *
+ * Finite gradients of any size leave every state finite: to a step an entry counts as at most 2^63 (double: 2^480). */
 #ifndef OPLORA_CORE_H
 #define OPLORA_CORE_H
 
