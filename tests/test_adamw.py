@@ -778,15 +778,18 @@ def test_nonfinite_norm_leaves_the_gradients_for_step_to_refuse() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30])
-def test_extreme_gradients_stay_finite(scale: float) -> None:
+@pytest.mark.parametrize("preset", ["paper", "auto"])
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30, 7.5e36, 3.4e38])
+def test_extreme_gradients_stay_finite(scale: float, preset: str) -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model, lr=1e-3)
-    for _ in range(3):
+    optimizer = oplora.AdamW(model, **({"lr": 1e-3} if preset == "paper" else {"state": None}))
+    for step in range(6):
         for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.full_like(p, scale)
+            p.grad = torch.randn_like(p).sign() * (scale if step < 3 else 1)
         optimizer.step()
     assert all(t.isfinite().all() for t in factors(model).values())
+    for state in optimizer._stepper.states:
+        assert all(piece.isfinite().all() for piece in state.pieces().values())
 
 
 def test_merged_layer_refuses_the_step() -> None:

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,163 @@ def test_start_refuses_to_write_read_only_memory() -> None:
     out.flags.writeable = False
     with pytest.raises(OPLoRAValueError, match="read-only"):
         _core.start(out, hidden_width=6, latent_width=5, seed=0, layer=0, latent_std=1, random=[], start="uniform")
+
+
+def test_start_says_how_many_ranges_there_may_be() -> None:
+    start(random=[(i, i + 1) for i in range(31)])
+    message = r"oplora\.start: random has 32 ranges, expected at most 31\. Join ranges that follow each other"
+    with pytest.raises(OPLoRAValueError, match=message):
+        start(random=[(i, i + 1) for i in range(32)])
+
+
+@pytest.mark.parametrize("name", ["hidden_width", "latent_width"])
+@pytest.mark.parametrize("width", [sys.maxsize, sys.maxsize - 1, -sys.maxsize - 1, 2**40])
+def test_start_refuses_any_width_that_is_too_large(name: str, width: int) -> None:
+    widths = {"hidden_width": 6, "latent_width": 5, name: width}
+    options: dict[str, Any] = {"seed": 0, "layer": 0, "latent_std": 1, "random": [], "start": "uniform"}
+    with pytest.raises(OPLoRAValueError, match="out has 2141 entries"):
+        _core.start(np.zeros(2141), **widths, **options)
+
+
+# ---- arguments that change others while they are converted ----
+
+
+class Number:
+    """A number whose conversion does something first."""
+
+    def __init__(self, value: float, act: Callable[[], object]) -> None:
+        self.value, self.act = value, act
+
+    def __index__(self) -> int:
+        self.act()
+        return int(self.value)
+
+    def __float__(self) -> float:
+        self.act()
+        return float(self.value)
+
+
+class Pairs:
+    """A sequence of pairs whose length does something first."""
+
+    def __init__(self, pairs: list[tuple[int, int]], act: Callable[[], object]) -> None:
+        self.pairs, self.act = pairs, act
+
+    def __len__(self) -> int:
+        self.act()
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        return self.pairs[index]
+
+
+def with_act(name: str, act: Callable[[], object]) -> dict[str, Any]:
+    """start's arguments for H = 6, Z = 5 and N = 300, one of which acts."""
+    options: dict[str, Any] = {"hidden_width": 6, "latent_width": 5, "seed": 1, "layer": 2, "latent_std": 0.01}
+    options |= {"random": [(0, 300)], "start": "uniform"}
+    if name == "random":
+        options[name] = Pairs(options[name], act)
+    elif name == "row":
+        options["random"] = [(0, Number(300, act))]
+    else:
+        options[name] = Number(options[name], act)
+    return options
+
+
+ACTS = ["hidden_width", "latent_width", "seed", "layer", "latent_std", "random", "row"]
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_start_reads_the_size_of_an_array_that_an_argument_shrinks(name: str) -> None:
+    out = np.zeros(2141)
+    with pytest.raises(OPLoRAValueError, match="out has 77 entries"):
+        _core.start(out, **with_act(name, lambda: out.resize(77, refcheck=False)))
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_start_fills_an_array_that_an_argument_moves(name: str) -> None:
+    out, expected = np.zeros(2141), np.zeros(2141)
+
+    def move() -> None:
+        out.resize(1 << 22, refcheck=False)
+        out.resize(2141, refcheck=False)
+
+    _core.start(out, **with_act(name, move))
+    _core.start(expected, **with_act(name, lambda: None))
+    assert np.array_equal(out, expected)
+    assert expected[:300].all()
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_start_refuses_a_buffer_that_an_argument_resizes(name: str) -> None:
+    memory = bytearray(8 * 2141)
+    out = np.ndarray(2141, np.float64, buffer=memory)
+    with pytest.raises(
+        OPLoRAValueError, match=r"the buffer that out lies in was released, closed or resized\. Make out"
+    ):
+        _core.start(out, **with_act(name, memory.clear))
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_start_refuses_a_memoryview_that_an_argument_releases(name: str) -> None:
+    memory = bytearray(8 * 2141)
+    out = np.frombuffer(memory, np.float64)
+
+    def let_go() -> None:
+        view = out.base
+        assert isinstance(view, memoryview)
+        view.release()
+        memory.clear()
+
+    with pytest.raises(OPLoRAValueError, match=r"oplora\.start: the buffer that out lies in was released"):
+        _core.start(out, **with_act(name, let_go))
+
+
+def test_every_function_refuses_arrays_in_released_memory() -> None:
+    def gone(array: NDArray[Any]) -> NDArray[Any]:
+        memory = bytearray(array.tobytes())
+        view = np.ndarray(array.shape, array.dtype, buffer=memory)
+        memory.clear()
+        return view
+
+    arrays = parameters(3, 4, 5, np.float32)
+    g = np.ones(5, np.float32)
+    for i in range(5):
+        changed = [gone(a) if k == i else a for k, a in enumerate(arrays)]
+        with pytest.raises(OPLoRAValueError, match=r"oplora\.generate: the buffer that"):
+            _core.generate(*changed)
+        others = [gone(a) if k == i else a for k, a in enumerate([g, *arrays[:4]])]
+        with pytest.raises(OPLoRAValueError, match=r"oplora\.generate_backward: the buffer that"):
+            _core.generate_backward(*others)
+    for name in "WAB":
+        arguments = merge_arguments()
+        arguments[name] = gone(arguments[name])
+        with pytest.raises(OPLoRAValueError, match=rf"oplora\.merge: the buffer that {name} lies in"):
+            _core.merge(**arguments)
+    with pytest.raises(OPLoRAValueError, match=r"oplora\.round: the buffer that values lies in"):
+        _core.round(gone(g), "float16")
+
+
+def test_arrays_in_buffers_are_taken_and_let_go() -> None:
+    memory = bytearray(8 * 2141 + 16)
+    out = np.frombuffer(memory, np.float64, count=2141, offset=8)
+    expected = np.zeros(2141)
+    _core.start(out, **with_act("seed", lambda: None))
+    _core.start(expected, **with_act("seed", lambda: None))
+    assert np.array_equal(out, expected)
+    view = out.base
+    del out
+    assert isinstance(view, memoryview)
+    view.release()
+    memory.clear()  # which nothing holds
+
+
+def test_merge_takes_sizes_after_its_numbers() -> None:
+    arguments = merge_arguments()
+    W = arguments["W"]
+    arguments["scaling"] = Number(1, lambda: W.resize((1, 4), refcheck=False))
+    with pytest.raises(OPLoRAValueError, match="B has shape"):
+        _core.merge(**arguments)
 
 
 # Salmon et al.'s known answers (random123, kat_vectors)

@@ -32,9 +32,9 @@ def as_device(cuda_on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     def set_device(on: bool) -> None:
         for module in (engines, refusals):
             monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
+        torch.set_flush_denormal(on)  # as the kernels do; the core has its own mode whatever the process has
 
     monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(cuda_on_cpu))
-    torch.set_flush_denormal(True)  # as the core's loops and the kernels do
     set_device(True)
     yield set_device
     torch.set_flush_denormal(False)

@@ -328,7 +328,7 @@ def test_rate_of_zero_moves_no_bit() -> None:
 @pytest.mark.parametrize(
     "scales", [(1e-42,), (1e-30,), (1e30,), (1.0, 1e-30, 1e30, 1e-42, 0.0), (0.0, 1e-45, 1e-38, 1e-20)], ids=str
 )
-def test_extreme_gradients_leave_no_nan(scales: tuple[float, ...], dtype: torch.dtype, ranks: tuple[int, int]) -> None:
+def test_extreme_gradients_stay_finite(scales: tuple[float, ...], dtype: torch.dtype, ranks: tuple[int, int]) -> None:
     pair, random = Pair(dtype, lr=1e-3, weight_rank=ranks[0], moment_rank=ranks[1]), random_gradients(0)
     for step in range(20):
         for state in pair.states:
@@ -338,7 +338,7 @@ def test_extreme_gradients_leave_no_nan(scales: tuple[float, ...], dtype: torch.
             assert all(0 <= value <= 1 for name, value in numbers.items() if name.startswith("dropped"))
     assert all(t.isfinite().all() for t in factors(pair.model).values())
     pieces = [piece for state in pair.states for piece in state.pieces().values()]
-    assert not any(piece.isnan().any() for piece in pieces)
+    assert all(piece.isfinite().all() for piece in pieces)
 
 
 @pytest.mark.parametrize("r", [1, 2])

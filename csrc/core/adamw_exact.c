@@ -212,6 +212,8 @@ static void TY(square_task)(const TY(task) *t) {
 /* First pass: this task's share of dh, for units that are on. */
 static void TY(reduce_task)(const TY(task) *t) {
     const TY(oplora_exact) *const l = t->plan->layer;
+    T room[CHUNK];
+    const T *const g = TY(oplora_bounded_gradient)(t->factor->g + t->offset, t->count, l->report[0], room);
     const T *column[GROUP];
     int64_t unit[GROUP], k = 0;
     double sum[GROUP];
@@ -222,7 +224,7 @@ static void TY(reduce_task)(const TY(task) *t) {
             unit[k++] = j;
         }
         if (k == GROUP || j == l->H - 1) {
-            TY(oplora_dispatch)()->dot(column, k, t->factor->g + t->offset, t->count, sum);
+            TY(oplora_dispatch)()->dot(column, k, g, t->count, sum);
             while (k > 0) k--, t->partial[unit[k]] = sum[k];
         }
     }
@@ -245,8 +247,8 @@ static void TY(update_task)(const TY(task) *t) {
     const TY(oplora_exact) *const l = p->layer;
     const TY(rates) *const rates = &p->rates[t->index];
     const double *const decay = l->decay + t->index * l->H;
-    const T *const g = t->factor->g + t->offset;
-    T v[CHUNK] = {0};
+    T v[CHUNK] = {0}, room[CHUNK];
+    const T *const g = TY(oplora_bounded_gradient)(t->factor->g + t->offset, t->count, l->report[0], room);
     const int64_t bias = l->H * l->N + t->row;
     kernels->adamw(l->parameters + bias, l->exp_avg + bias, l->exp_avg_sq + bias, g, 1, 1, v, t->count, &rates->bias);
     for (int64_t j = 0; j < l->H; j++) {
@@ -278,9 +280,7 @@ static void TY(generate_task)(const TY(task) *t) {
 #define TASK_RANGE(name, body) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         const TY(job) *const job = context; \
-        const uint64_t subnormals = oplora_flush_subnormals(); \
         TY(run_tasks)(job, job->first_task + begin, job->first_task + end, TY(body)); \
-        oplora_restore_subnormals(subnormals); \
     }
 TASK_RANGE(square_tasks, square_task)
 TASK_RANGE(reduce_tasks, reduce_task)
@@ -325,11 +325,11 @@ static void TY(step_hidden)(TY(plan) *p, int measured_before) {
     const double *const d = l->report + 3 + l->H;
     const int64_t W1 = p->W1 - l->parameters, c1 = p->c1 - l->parameters, z = p->z - l->parameters;
     if (measured_before) TY(oplora_hidden_latent_gradient)(d, p->W1, l->H, l->Z, p->latent);
-    for (int64_t i = 0; i < l->Z; i++) p->dz[i] = (T)p->latent[i];
+    for (int64_t i = 0; i < l->Z; i++) p->dz[i] = TY(oplora_narrowed)(p->latent[i]);
     for (int64_t j = 0; j < l->H; j++) p->h[j] = (T)l->report[3 + j];
     for (int64_t j = 0; j < l->H; j++) {
         const int64_t row = W1 + j * l->Z;
-        p->d[j] = (T)d[j];
+        p->d[j] = TY(oplora_narrowed)(d[j]);
         kernels->adamw(l->parameters + row, l->exp_avg + row, l->exp_avg_sq + row, p->z, p->d[j], 0, NULL, l->Z,
                        &p->hidden);
     }
@@ -372,9 +372,7 @@ static void TY(step_layer)(const TY(job) *job, TY(plan) *p) {
 #define LAYER_RANGE(name, call) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         TY(job) *const job = context; \
-        const uint64_t subnormals = oplora_flush_subnormals(); \
         for (TY(plan) *p = job->plans + job->first_plan + begin; p < job->plans + job->first_plan + end; p++) call; \
-        oplora_restore_subnormals(subnormals); \
     }
 LAYER_RANGE(measure_layers, TY(measure_layer)(job, p))
 LAYER_RANGE(step_layers, TY(step_layer)(job, p))
@@ -456,8 +454,8 @@ static oplora_status TY(prepare)(const TY(oplora_exact) *layers, int64_t n_layer
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
-                                       oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                             oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 1, workspace, &job));
@@ -465,8 +463,13 @@ oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n
     return TY(for_layers)(&job, TY(measure_layers), TY(measure_large), par);
 }
 
-oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
-                                    oplora_parallel_fn par) {
+oplora_status TY(oplora_exact_measure)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                       oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured,
+                                          void *workspace, oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 1, 1, workspace, &job));
@@ -476,13 +479,23 @@ oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_la
     return TY(for_layers)(&job, TY(step_layers), TY(step_large), par);
 }
 
-oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
-                                        oplora_parallel_fn par) {
+oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
+                                    oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, measured, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                              oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 0, workspace, &job));
     OPLORA_FORWARD(TY(spread_layers)(&job, 0, n_layers, TY(find_layers), par));
     return TY(spread_tasks)(&job, 0, job.spans[job.n_spans].first_task, TY(generate_tasks), par);
+}
+
+oplora_status TY(oplora_exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                        oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(generate)(layers, n_layers, workspace, par));
 }
 
 #endif

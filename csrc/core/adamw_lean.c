@@ -34,7 +34,6 @@
 #include "lowrank.h"
 #include "workspace.h"
 
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -117,8 +116,8 @@ static double TY(square)(const T *x, int64_t n) {
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
 static void TY(prepare_map)(TY(map) *map, const T *x, double square_g, const oplora_adamw *a, double corrected2,
                             const uint32_t key[4]) {
-    const double mean_x = TY(square)(x, map->inputs) / (double)map->inputs;
-    const double fresh = (1 - a->beta2) * mean_x * (square_g / (double)map->rows.rows);
+    const double mean_x = TY(square)(x, map->inputs) / (double)map->inputs, most = TY(oplora_most_gradient);
+    const double fresh = (1 - a->beta2) * mean_x * fmin(square_g / (double)map->rows.rows, most * most);
     *map->mean = a->beta2 * *map->mean + fresh;
     const double turn = *map->mean > 0 ? fresh / *map->mean : 0;
     double root = 0;
@@ -535,8 +534,10 @@ static void TY(reduce_part)(const TY(plan) *p, int64_t part, double *sums) {
         const TY(chunk) chunk = TY(chunk_at)(p->layer, c);
         const TY(share) *const share = &p->shares[chunk.factor - p->layer->factors];
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
-            const T *const g = chunk.factor->g + chunk.entry + at;
             const int64_t n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
+            T room[BLOCK];
+            const T *const g =
+                TY(oplora_bounded_gradient)(chunk.factor->g + chunk.entry + at, n, p->layer->report[0], room);
             if (p->wants & WANTS_GRAM) TY(reduce_block)(r, share, g, chunk.row + at, n, sums);
             if (p->wants == WANTS_DH) TY(reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & WANTS_DH && chunk.factor->random)
@@ -553,7 +554,9 @@ static void TY(update_part)(const TY(plan) *p, int64_t part) {
         for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
             const int64_t entry = chunk.entry + at, n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
             const TY(oplora_factor) *const f = chunk.factor;
-            TY(update_block)(&p->outer.rows, &turn, f->g + entry, f->base ? f->base + entry : NULL, chunk.row + at, n,
+            T room[BLOCK];
+            const T *const g = TY(oplora_bounded_gradient)(f->g + entry, n, p->layer->report[0], room);
+            TY(update_block)(&p->outer.rows, &turn, g, f->base ? f->base + entry : NULL, chunk.row + at, n,
                              f->out + entry);
             if (f->random) TY(random_update)(p->layer, chunk.range, p->change, entry, n, f->out + entry);
         }
@@ -606,12 +609,6 @@ static void TY(find_dh)(TY(plan) *p) {
     }
 }
 
-/* x in T, within its range: one infinite number would make the whole hidden path NaN. */
-static T TY(bounded)(double x) {
-    const double largest = sizeof(T) == sizeof(float) ? FLT_MAX : DBL_MAX;
-    return (T)(x > largest ? largest : x < -largest ? -largest : x == x ? x : 0);
-}
-
 /* p->d = dh in T, and dz = W1^T d into p->change; the report's numbers of the hidden path. */
 static void TY(report_hidden)(TY(plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
@@ -624,17 +621,17 @@ static void TY(report_hidden)(TY(plan) *p) {
     memset(dz, 0, (size_t)l->Z * sizeof(T));
     l->report[4] = 0;
     for (int64_t j = 0; j < l->H; j++) {
-        p->d[j] = TY(bounded)(p->dh[j]);
+        p->d[j] = TY(oplora_narrowed)(p->dh[j]);
         d2 += p->dh[j] * p->dh[j];
         l->report[4] += p->h[j] != 0;
         if (p->dh[j] == 0) continue;
-        kernels->uniform_axpy(&s, (uint32_t)j, 0, TY(bounded)(bound * p->dh[j]), dz, l->Z);
+        kernels->uniform_axpy(&s, (uint32_t)j, 0, TY(oplora_narrowed)(bound * p->dh[j]), dz, l->Z);
         for (int i = 0; i < r->d; i++) along[i] += (double)r->U[i * l->H + j] * p->dh[j];
     }
     for (int64_t i = 0; i < l->Z; i++) {
         double sum = dz[i];
         for (int a = 0; a < r->d; a++) sum += (double)p->hidden.Q[a * l->Z + i] * along[a];
-        dz[i] = TY(bounded)(sum);
+        dz[i] = TY(oplora_narrowed)(sum);
         dz2 += sum * sum;
     }
     l->report[2] = dz2 + d2 * (TY(square)(p->z, l->Z) + 1);
@@ -715,9 +712,7 @@ static void TY(use_slot)(const TY(job) *job, int64_t slot, TY(plan) *p) {
 #define RANGE(name, body) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         TY(job) *const job = context; \
-        const uint64_t subnormals = oplora_flush_subnormals(); \
         for (int64_t i = begin; i < end; i++) body; \
-        oplora_restore_subnormals(subnormals); \
     }
 RANGE(square_parts, TY(square_part)(&job->plans[job->part_plan[i]], i - job->plans[job->part_plan[i]].first_part,
                                     job->squares + 2 * i))
@@ -750,7 +745,6 @@ RANGE(step_layers, LAYER(1))
 
 /* A layer whose parts are spread over the threads. */
 static oplora_status TY(do_large)(TY(job) *job, TY(plan) *p, int steps, oplora_parallel_fn par) {
-    const uint64_t subnormals = oplora_flush_subnormals();
     job->current = p;
     TY(use_slot)(job, 0, p);
     TY(begin_layer)(p);
@@ -761,7 +755,6 @@ static oplora_status TY(do_large)(TY(job) *job, TY(plan) *p, int steps, oplora_p
         status = oplora_parallel(par, p->parts, 1, TY(update_parts), job);
     } else if (status == OPLORA_OK)
         TY(measure_dh)(p);
-    oplora_restore_subnormals(subnormals);
     return status;
 }
 
@@ -808,7 +801,8 @@ static oplora_status TY(check_layer)(const TY(oplora_lean) *l) {
         rows += l->factors[f].rows;
         ranges += l->factors[f].random != 0;
     }
-    return rows == l->N && ranges <= OPLORA_MOST_RANGES ? OPLORA_OK : OPLORA_ESIZE;
+    OPLORA_RETURN_IF(rows != l->N, OPLORA_ESIZE);
+    return ranges <= OPLORA_MOST_RANGES ? OPLORA_OK : OPLORA_ERANGES;
 }
 
 static oplora_status TY(check)(const TY(oplora_lean) *layers, int64_t n_layers) {
@@ -886,8 +880,8 @@ static oplora_status TY(prepare)(const TY(oplora_lean) *layers, int64_t n_layers
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-oplora_status TY(oplora_lean_measure)(const TY(oplora_lean) *layers, int64_t n_layers, void *workspace,
-                                      oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_lean) *layers, int64_t n_layers, void *workspace,
+                                             oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 0, 1, workspace, &job));
@@ -896,8 +890,13 @@ oplora_status TY(oplora_lean_measure)(const TY(oplora_lean) *layers, int64_t n_l
     return TY(for_layers)(&job, 0, par);
 }
 
-oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_layers, int measured, void *workspace,
-                                   oplora_parallel_fn par) {
+oplora_status TY(oplora_lean_measure)(const TY(oplora_lean) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(step)(const TY(oplora_lean) *layers, int64_t n_layers, int measured,
+                                          void *workspace, oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, 1, measured, workspace, &job));
@@ -907,6 +906,11 @@ oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_laye
         job.plans[i].wants = measured ? WANTS_GRAM : WANTS_GRAM | WANTS_DH;
     }
     return TY(for_layers)(&job, 1, par);
+}
+
+oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_layers, int measured, void *workspace,
+                                   oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, measured, workspace, par));
 }
 
 typedef struct {
@@ -927,7 +931,7 @@ static void TY(start_chunks)(int64_t begin, int64_t end, void *context) {
     }
 }
 
-oplora_status TY(oplora_lean_start)(const TY(oplora_lean) *l, double latent_std, oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(start)(const TY(oplora_lean) *l, double latent_std, oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!l, OPLORA_ENULL);
     OPLORA_FORWARD(TY(check_layer)(l));
     OPLORA_RETURN_IF(!l->numbers || !l->moments || !l->scalars, OPLORA_ENULL);
@@ -949,6 +953,10 @@ oplora_status TY(oplora_lean_start)(const TY(oplora_lean) *l, double latent_std,
     OPLORA_FORWARD(oplora_parallel(par, p.chunks, 1, TY(start_chunks), &work));
     memset(x, 0, (size_t)l->H * sizeof(T));
     return OPLORA_OK;
+}
+
+oplora_status TY(oplora_lean_start)(const TY(oplora_lean) *l, double latent_std, oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(start)(l, latent_std, par));
 }
 
 #endif

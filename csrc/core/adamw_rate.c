@@ -44,7 +44,7 @@ static double newest(double beta2, double step, int grows) {
 
 static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
-oplora_status oplora_find_rate(double *found, const double *heard, int64_t n_layers) {
+static OPLORA_BODY oplora_status find_rate(double *found, const double *heard, int64_t n_layers) {
     OPLORA_RETURN_IF(n_layers < 0, OPLORA_ESIZE);
     OPLORA_RETURN_IF(!found || (n_layers > 0 && !heard), OPLORA_ENULL);
     double sums[3] = {0};
@@ -54,6 +54,10 @@ oplora_status oplora_find_rate(double *found, const double *heard, int64_t n_lay
     oplora_find(&f, sums[0], sums[1], sums[2]);
     memcpy(found, &f, sizeof f);
     return OPLORA_OK;
+}
+
+oplora_status oplora_find_rate(double *found, const double *heard, int64_t n_layers) {
+    OPLORA_IN_MODE(OPLORA_GRADUAL, find_rate(found, heard, n_layers)); /* a GPU's doubles underflow gradually */
 }
 
 #define OPLORA_TEMPLATE "adamw_rate.c"
@@ -157,14 +161,15 @@ static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
     const TY(oplora_rate) *const l = &job->layers[span->layer];
     const TY(oplora_factor) *const factor = &l->factors[span->factor];
     const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, n = left < CHUNK ? left : CHUNK;
-    const T *const g = factor->g + at, *const v = l->generated + span->row + at;
+    const T *const v = l->generated + span->row + at;
     double *const sums = job->partial + SUMS * task;
     int64_t nonfinite;
-    T u[CHUNK];
-    sums[0] = k->square_sum(g, n, &nonfinite);
+    T u[CHUNK], room[CHUNK];
+    sums[0] = k->square_sum(factor->g + at, n, &nonfinite);
     sums[1] = (double)nonfinite;
     sums[2] = sums[3] = sums[4] = 0;
     if (!factor->listens) return;
+    const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, sums[0], room);
     const double of_v = k->dot_double(g, v, n);
     sums[2] = of_v;
     sums[4] = of_v - k->dot_double(g, factor->out + at, n);
@@ -176,12 +181,10 @@ static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
 #define TASK_RANGE(name, call) \
     static void TY(name)(int64_t begin, int64_t end, void *context) { \
         const TY(job) *const job = context; \
-        const uint64_t state = oplora_flush_subnormals(); \
         for (int64_t task = begin, s = TY(find_span)(job, begin); task < end; task++) { \
             while (task >= job->spans[s + 1].first_task) s++; \
             call(job, s, task); \
         } \
-        oplora_restore_subnormals(state); \
     }
 
 TASK_RANGE(measure_tasks, TY(measure_task))
@@ -208,8 +211,11 @@ static void TY(update_task)(const TY(job) *job, int64_t s, int64_t task) {
     const TY(oplora_rate) *const l = &job->layers[span->layer];
     const TY(oplora_factor) *const factor = &l->factors[span->factor];
     const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, row = span->row + at;
-    TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, factor->g + at,
-                                       left < CHUNK ? left : CHUNK, &job->numbers[s]);
+    const int64_t n = left < CHUNK ? left : CHUNK;
+    T room[CHUNK];
+    const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, l->report[0], room);
+    TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, g, n,
+                                       &job->numbers[s]);
 }
 
 TASK_RANGE(update_tasks, TY(update_task))
@@ -225,8 +231,8 @@ static oplora_status TY(prepare)(const TY(oplora_rate) *layers, int64_t n_layers
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
-                                      oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                             oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
@@ -234,13 +240,23 @@ oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_l
     return TY(report)(&job) ? OPLORA_OK : OPLORA_ENONFINITE;
 }
 
-oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
-                                   oplora_parallel_fn par) {
+oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                          oplora_parallel_fn par) {
     TY(job) job;
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
     for (int64_t i = 0; i < n_layers; i++) OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
     return oplora_parallel(par, job.tasks, GRAIN, TY(update_tasks), &job);
+}
+
+oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                   oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, workspace, par));
 }
 
 #endif

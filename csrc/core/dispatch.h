@@ -5,40 +5,41 @@
 
 #include "oplora_core.h"
 #include "random.h"
+#include "workspace.h"
 
 #define OPLORA_TEMPLATE "dispatch.h"
 #include "each_type.h"
 
 #define OPLORA_KEY_STEP 0x9E3779B185EBCA87u /* between the keys of blocks that follow each other in a fingerprint */
 
-/* Calls fn over [0, n) on the caller's threads, in ranges of at least `grain`. */
-static inline oplora_status oplora_parallel(oplora_parallel_fn par, int64_t n, int64_t grain, oplora_range_fn fn,
-                                            void *context) {
-    if (n > 0 && (!par || n <= grain))
-        fn(0, n, context);
-    else if (n > 0 && par(0, n, grain, fn, context))
-        return OPLORA_EPARALLEL;
-    return OPLORA_OK;
-}
+/* ---- the floating-point mode: the core's own on every thread that works for it, so that no bit depends on the caller's
+ *
+ * Sums round to nearest. In all states subnormal numbers count as zero: moments of units that are off fade into the
+ * subnormal range and would stay there, each operation on them costing a hundred cycles; zero is as right. A checkpoint's
+ * own numbers (merge.c) stay what they are. ---- */
 
-/* Subnormal numbers count as zero between these two calls on one thread. Moments of units that are off fade into the
- * subnormal range and would stay there, each operation on them costing a hundred cycles; zero is as right. */
-static inline uint64_t oplora_flush_subnormals(void) {
+typedef enum { OPLORA_FLUSHED, OPLORA_GRADUAL } oplora_underflow;
+
+/* Sets the mode of this thread and returns what it was, for oplora_restore_mode. */
+static inline uint64_t oplora_set_mode(oplora_underflow underflow) {
 #if defined(__x86_64__)
-    const uint32_t state = __builtin_ia32_stmxcsr();
-    __builtin_ia32_ldmxcsr(state | 0x8040); /* flush to zero, denormals are zero */
+    const uint32_t state = __builtin_ia32_stmxcsr(), flushes = 0x8040, rounding = 0x6000; /* of MXCSR */
+    __builtin_ia32_ldmxcsr((state & ~(flushes | rounding)) | (underflow == OPLORA_FLUSHED ? flushes : 0));
     return state;
 #elif defined(__aarch64__)
+    const uint64_t flushes = (uint64_t)1 << 24, rounding = (uint64_t)3 << 22; /* of FPCR */
     uint64_t state;
     __asm__ volatile("mrs %0, fpcr" : "=r"(state));
-    __asm__ volatile("msr fpcr, %0" ::"r"(state | (uint64_t)1 << 24));
+    __asm__ volatile(
+        "msr fpcr, %0" ::"r"((state & ~(flushes | rounding)) | (underflow == OPLORA_FLUSHED ? flushes : 0)));
     return state;
 #else
+    (void)underflow;
     return 0;
 #endif
 }
 
-static inline void oplora_restore_subnormals(uint64_t state) {
+static inline void oplora_restore_mode(uint64_t state) {
 #if defined(__x86_64__)
     __builtin_ia32_ldmxcsr((uint32_t)state);
 #elif defined(__aarch64__)
@@ -46,6 +47,41 @@ static inline void oplora_restore_subnormals(uint64_t state) {
 #else
     (void)state;
 #endif
+}
+
+/* All that an entry point does: the call, whose function is OPLORA_BODY, in the core's mode on the caller's thread. A body
+ * is never inlined: the compiler knows nothing of the mode and would move arithmetic out of it. */
+#define OPLORA_BODY __attribute__((noinline))
+#define OPLORA_IN_MODE(underflow, call) \
+    do { \
+        const uint64_t mode_ = oplora_set_mode(underflow); \
+        const oplora_status status_ = (call); \
+        oplora_restore_mode(mode_); \
+        return status_; \
+    } while (0)
+
+typedef struct {
+    oplora_range_fn fn;
+    void *context;
+} oplora_range;
+
+static inline void oplora_run_range(int64_t begin, int64_t end, void *range) {
+    const oplora_range *const r = (const oplora_range *)range;
+    const uint64_t mode = oplora_set_mode(OPLORA_FLUSHED);
+    r->fn(begin, end, r->context);
+    oplora_restore_mode(mode);
+}
+
+/* Calls fn over [0, n) on the caller's threads, in ranges of at least `grain`, in the core's mode; the caller of this is in
+ * it already. */
+static inline oplora_status oplora_parallel(oplora_parallel_fn par, int64_t n, int64_t grain, oplora_range_fn fn,
+                                            void *context) {
+    oplora_range range = {fn, context};
+    if (n > 0 && (!par || n <= grain))
+        fn(0, n, context);
+    else if (n > 0 && par(0, n, grain, oplora_run_range, &range))
+        return OPLORA_EPARALLEL;
+    return OPLORA_OK;
 }
 
 #define OPLORA_RETURN_IF(condition, status) \
@@ -60,6 +96,28 @@ static inline void oplora_restore_subnormals(uint64_t state) {
 
 #endif
 #else
+
+/* x, the largest gradient that counts where it is beyond it. */
+static inline T TY(oplora_bounded)(T x) {
+    const T most = TY(oplora_most_gradient);
+    const T low = x < most ? x : most;
+    return low > -most ? low : -most;
+}
+
+/* A number of the hidden path likewise; NaN, of sums beyond double's range, is no direction. */
+static inline T TY(oplora_narrowed)(double x) {
+    const T most = TY(oplora_most_gradient);
+    return x < most ? x > -most ? (T)x : -most : x >= most ? most : 0;
+}
+
+/* n entries of a gradient as steps take them: g itself or, if `squares`, the sum over g or more, tells of entries that are
+ * too large, a copy in `room`. */
+static inline const T *TY(oplora_bounded_gradient)(const T *g, int64_t n, double squares, T *room) {
+    const double most = TY(oplora_most_gradient);
+    if (squares <= most * most) return g;
+    for (int64_t i = 0; i < n; i++) room[i] = TY(oplora_bounded)(g[i]);
+    return room;
+}
 
 /* AdamW's numbers for one step, in the type of the loop: rate = lr / (1 - beta1^t), keep = 1 - lr weight_decay,
  * inverse_root = 1 / sqrt(1 - beta2^t), *_rest = 1 - beta. */

@@ -60,8 +60,9 @@ static void TY(generate_columns)(int64_t first, int64_t last, void *context) {
     }
 }
 
-oplora_status TY(oplora_generate)(const T *z, const T *W1, const T *c1, const T *W2, const T *c2, oplora_layout layout,
-                                  int64_t H, int64_t Z, int64_t N, T *h, T *v, oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(generate)(const T *z, const T *W1, const T *c1, const T *W2, const T *c2,
+                                              oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *h, T *v,
+                                              oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!z || !W1 || !c1 || !W2 || !c2 || !h || !v, OPLORA_ENULL);
     OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0, OPLORA_ESIZE);
     OPLORA_RETURN_IF(layout != OPLORA_COLUMNS && layout != OPLORA_ROWS, OPLORA_EVALUE);
@@ -69,6 +70,11 @@ oplora_status TY(oplora_generate)(const T *z, const T *W1, const T *c1, const T 
     TY(generate_job) job = {W2, c2, h, v, H, N};
     if (layout == OPLORA_ROWS) return oplora_parallel(par, N, 1 + 65536 / H, TY(generate_rows), &job);
     return oplora_parallel(par, (N + BLOCK - 1) / BLOCK, 1 + 64 / H, TY(generate_columns), &job);
+}
+
+oplora_status TY(oplora_generate)(const T *z, const T *W1, const T *c1, const T *W2, const T *c2, oplora_layout layout,
+                                  int64_t H, int64_t Z, int64_t N, T *h, T *v, oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(generate)(z, W1, c1, W2, c2, layout, H, Z, N, h, v, par));
 }
 
 #endif

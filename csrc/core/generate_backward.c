@@ -81,9 +81,9 @@ static void TY(backward_chunks)(int64_t first, int64_t last, void *context) {
     }
 }
 
-oplora_status TY(oplora_generate_backward)(const T *g, const T *z, const T *W1, const T *c1, const T *W2,
-                                           oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *dz, T *dW1, T *dc1,
-                                           T *h, void *workspace, oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(generate_backward)(const T *g, const T *z, const T *W1, const T *c1, const T *W2,
+                                                       oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *dz,
+                                                       T *dW1, T *dc1, T *h, void *workspace, oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!g || !z || !W1 || !c1 || !W2 || !dz || !dW1 || !dc1 || !h || !workspace, OPLORA_ENULL);
     OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0, OPLORA_ESIZE);
     OPLORA_RETURN_IF(layout != OPLORA_COLUMNS && layout != OPLORA_ROWS, OPLORA_EVALUE);
@@ -101,6 +101,13 @@ oplora_status TY(oplora_generate_backward)(const T *g, const T *z, const T *W1, 
     TY(oplora_hidden_latent_gradient)(d, W1, H, Z, latent);
     for (int64_t i = 0; i < Z; i++) dz[i] = (T)latent[i];
     return OPLORA_OK;
+}
+
+oplora_status TY(oplora_generate_backward)(const T *g, const T *z, const T *W1, const T *c1, const T *W2,
+                                           oplora_layout layout, int64_t H, int64_t Z, int64_t N, T *dz, T *dW1, T *dc1,
+                                           T *h, void *workspace, oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED,
+                   TY(generate_backward)(g, z, W1, c1, W2, layout, H, Z, N, dz, dW1, dc1, h, workspace, par));
 }
 
 #endif

@@ -102,7 +102,8 @@ static double FN(square_sum)(const T *g, int64_t n, int64_t *nonfinite) {
     return FN(dot_double)(g, g, n);
 }
 
-/* torch.optim.AdamW on one column whose gradient is h g, and v += h_next p if the column takes part in v. */
+/* torch.optim.AdamW on one column whose gradient is h g, as far as that counts (workspace.h), and v += h_next p if the
+ * column takes part in v. */
 static inline
     __attribute__((always_inline)) void FN(adamw_body)(T *restrict p, T *restrict m, T *restrict s, const T *restrict g,
                                                        T h, T h_next, T *restrict v, int64_t n,
@@ -111,7 +112,7 @@ static inline
     const T keep = a->keep, rate = a->rate, eps = a->eps, inverse_root = a->inverse_root;
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        const T gradient = h * g[i];
+        const T gradient = TY(oplora_bounded)(h * g[i]);
         const T m_next = m[i] + beta1_rest * (gradient - m[i]);
         const T s_next = beta2 * s[i] + beta2_rest * (gradient * gradient);
         const T p_next = keep * p[i] - rate * m_next / (SQRT(s_next) * inverse_root + eps);

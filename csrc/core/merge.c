@@ -12,7 +12,7 @@
  * all rows of W pass by. Sums run in the order of k, so the bits don't depend on the instruction set or the tiles.
  *
  * float16 and bfloat16 are converted in integer arithmetic, without the processor's own instructions: every build
- * rounds alike. The only sums in float there, with 0.5, are right also where the process flushes subnormals to zero. */
+ * rounds alike. Subnormal numbers count, also where the process flushes them to zero: a checkpoint may hold some. */
 #ifndef T
 
 #include "dispatch.h"
@@ -125,8 +125,9 @@ int64_t oplora_merge_workspace_bytes(int64_t columns) {
     return (PACK + (columns < TILE ? columns : TILE)) * (int64_t)sizeof(double);
 }
 
-oplora_status oplora_merge(void *W, oplora_dtype dtype, const float *A, const float *B, double scaling,
-                           int64_t out_features, int64_t in_features, int64_t r, int transposed, void *workspace) {
+static OPLORA_BODY oplora_status merge(void *W, oplora_dtype dtype, const float *A, const float *B, double scaling,
+                                       int64_t out_features, int64_t in_features, int64_t r, int transposed,
+                                       void *workspace) {
     const int64_t itemsize = itemsize_of(dtype);
     OPLORA_RETURN_IF(!W || !A || !B || !workspace, OPLORA_ENULL);
     OPLORA_RETURN_IF(!itemsize, OPLORA_EDTYPE);
@@ -157,7 +158,12 @@ oplora_status oplora_merge(void *W, oplora_dtype dtype, const float *A, const fl
     return OPLORA_OK;
 }
 
-oplora_status oplora_round(const float *values, int64_t n, oplora_dtype dtype, void *out) {
+oplora_status oplora_merge(void *W, oplora_dtype dtype, const float *A, const float *B, double scaling,
+                           int64_t out_features, int64_t in_features, int64_t r, int transposed, void *workspace) {
+    OPLORA_IN_MODE(OPLORA_GRADUAL, merge(W, dtype, A, B, scaling, out_features, in_features, r, transposed, workspace));
+}
+
+static OPLORA_BODY oplora_status round_to(const float *values, int64_t n, oplora_dtype dtype, void *out) {
     const int64_t itemsize = itemsize_of(dtype);
     OPLORA_RETURN_IF(!values || !out, OPLORA_ENULL);
     OPLORA_RETURN_IF(!itemsize, OPLORA_EDTYPE);
@@ -180,6 +186,10 @@ oplora_status oplora_round(const float *values, int64_t n, oplora_dtype dtype, v
         break;
     }
     return OPLORA_OK;
+}
+
+oplora_status oplora_round(const float *values, int64_t n, oplora_dtype dtype, void *out) {
+    OPLORA_IN_MODE(OPLORA_GRADUAL, round_to(values, n, dtype, out));
 }
 
 #else

@@ -12,7 +12,10 @@
  *
  * and so do AdamW's two moments. Every function exists for float (_f32) and double (_f64), checks its arguments,
  * returns a status and keeps no pointer. Results are the same bits for any number of threads and on every
- * instruction set: work is cut into fixed chunks, and sums run in fixed lanes. */
+ * instruction set: work is cut into fixed chunks, and sums run in fixed lanes. They are so whatever the caller's
+ * floating-point mode is, which is restored: subnormal numbers count as zero, but for a checkpoint's (merge.c).
+ *
+ * Finite gradients of any size leave every state finite: to a step an entry counts as at most 2^63 (double: 2^480). */
 #ifndef OPLORA_CORE_H
 #define OPLORA_CORE_H
 
@@ -31,6 +34,7 @@ typedef enum {
     OPLORA_EOVERFLOW = 12, /* a product of sizes passes 2^63 */
     OPLORA_EVALUE = 13,    /* a number outside its range: a step count below 1, beta outside [0, 1), ... */
     OPLORA_EDTYPE = 14,    /* a dtype that the operation does not know */
+    OPLORA_ERANGES = 15,   /* more than OPLORA_MOST_RANGES ranges of a layer's rows start at random */
     OPLORA_EPARALLEL = 20, /* the caller's parallel_for failed */
     OPLORA_ENONFINITE = 30 /* a gradient holds NaN or infinity; nothing was changed */
 } oplora_status;
@@ -57,7 +61,8 @@ int64_t oplora_size(int64_t H, int64_t Z, int64_t N);
 /* Philox 4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key. */
 void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-/* Rows [begin, end) of W2 that start at random; all other rows start at zero. At most 31 ranges. */
+/* Rows [begin, end) of W2 that start at random; all other rows start at zero. */
+enum { OPLORA_MOST_RANGES = 31 }; /* of one layer */
 typedef struct {
     int64_t begin, end;
 } oplora_rows;

@@ -118,11 +118,12 @@ static void TY(start_rows)(int64_t first, int64_t last, void *context) {
     }
 }
 
-oplora_status TY(oplora_start)(T *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
-                               double latent_std, oplora_start_kind kind, const oplora_rows *random, int64_t n_random,
-                               oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(start)(T *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed,
+                                           uint32_t layer, double latent_std, oplora_start_kind kind,
+                                           const oplora_rows *random, int64_t n_random, oplora_parallel_fn par) {
     OPLORA_RETURN_IF(!parameters || (n_random > 0 && !random), OPLORA_ENULL);
-    OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0 || n_random < 0 || n_random > OPLORA_MOST_RANGES, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(oplora_size(H, Z, N) < 0 || n_random < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(n_random > OPLORA_MOST_RANGES, OPLORA_ERANGES);
     OPLORA_RETURN_IF(!(latent_std >= 0 && latent_std < INFINITY), OPLORA_EVALUE);
     OPLORA_RETURN_IF(kind != OPLORA_UNIFORM && kind != OPLORA_SIGN, OPLORA_EVALUE);
     for (int64_t i = 0; i < n_random; i++)
@@ -140,6 +141,13 @@ oplora_status TY(oplora_start)(T *parameters, int64_t H, int64_t Z, int64_t N, u
     for (int64_t j = 0; j < H; j++) kernels->uniform_axpy(&w1, (uint32_t)j, 0, bound, W1 + j * Z, Z);
     TY(oplora_start_latent)(seed, layer, Z, latent_std, z);
     return OPLORA_OK;
+}
+
+oplora_status TY(oplora_start)(T *parameters, int64_t H, int64_t Z, int64_t N, uint64_t seed, uint32_t layer,
+                               double latent_std, oplora_start_kind kind, const oplora_rows *random, int64_t n_random,
+                               oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED,
+                   TY(start)(parameters, H, Z, N, seed, layer, latent_std, kind, random, n_random, par));
 }
 
 #endif

@@ -16,7 +16,7 @@ typedef struct {
 } oplora_stream;
 
 enum { OPLORA_W2_TENSOR = 0, OPLORA_W1_TENSOR = 1, OPLORA_Z_TENSOR = 2, OPLORA_SIGN_TENSOR = 3, OPLORA_ROUNDING = 4 };
-enum { OPLORA_RANGE_TENSORS = 8, OPLORA_MOST_RANGES = 31 };
+enum { OPLORA_RANGE_TENSORS = 8 };
 enum { OPLORA_LANES = 16 };                        /* counters that the kernels turn into words together */
 enum { OPLORA_UNIFORM_BLOCK = 128 };               /* entries of a vector that OPLORA_LANES counters make: 8 each */
 enum { OPLORA_SIGN_BLOCK = 64 };                   /* rows whose words OPLORA_LANES counters make: 4 each */

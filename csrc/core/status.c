@@ -11,6 +11,9 @@ static const struct {
     {OPLORA_EOVERFLOW, "a product of sizes passes 2^63"},
     {OPLORA_EVALUE, "a number is outside its range"},
     {OPLORA_EDTYPE, "the dtype is not float32, float16, bfloat16 or float64"},
+    {OPLORA_ERANGES,
+     "more than 31 ranges of a layer's rows start at random: join ranges that follow each other, or let some "
+     "start at zero"},
     {OPLORA_EPARALLEL, "the thread pool failed"},
     {OPLORA_ENONFINITE, "a gradient holds NaN or infinity; nothing was changed"},
 };

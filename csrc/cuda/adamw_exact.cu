@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(Table t) {
             const float *const column = l.parameters + j * l.N + task.row;
             for (int64_t n = lane; n < task.count; n += BATCH * LANES) {
                 float x[BATCH];
-                g.load(n, LANES, task.count, x);
+                g.load_bounded(n, LANES, task.count, x);
 #pragma unroll
                 for (int k = 0; k < BATCH; k++)
                     if (n + k * LANES < task.count) sum += column[n + k * LANES] * x[k];
@@ -197,8 +197,9 @@ __device__ void report_hidden(const Layer &l, double *sums) {
     if (t == 0) l.report[2] = sums[2] + sums[0] * (sums[1] + 1);
 }
 
-/* torch.optim.AdamW on one entry; adamw in csrc/core/kernels.h. Returns its next value. */
-__device__ float adamw(const Numbers &a, float gradient, float p, float &m, float &s) {
+/* torch.optim.AdamW on one entry whose gradient is x, bounded; adamw in csrc/core/kernels.h. Returns its next value. */
+__device__ float adamw(const Numbers &a, float x, float p, float &m, float &s) {
+    const float gradient = bounded(x);
     m = m + a.beta1_rest * (gradient - m);
     s = a.beta2 * s + a.beta2_rest * (gradient * gradient);
     return a.keep * p - a.rate * m / (sqrtf(s) * a.inverse_root + a.eps);
@@ -213,10 +214,10 @@ __device__ void step_hidden(const Layer &l, int measured, double *lanes) {
     const double *const d = l.report + 3 + l.H;
     const int64_t W1 = W1_of(l) - l.parameters, c1 = c1_of(l) - l.parameters, z = z_of(l) - l.parameters;
     if (measured) find_latent(l);
-    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) l.dz[i] = static_cast<float>(l.latent[i]);
+    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) l.dz[i] = narrowed(l.latent[i]);
     for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
         l.h[j] = static_cast<float>(l.report[3 + j]);
-        l.d[j] = static_cast<float>(d[j]);
+        l.d[j] = narrowed(d[j]);
     }
     __syncthreads();
     for (int64_t e = threadIdx.x; e < l.H * l.Z; e += THREADS)

@@ -218,7 +218,7 @@ __device__ void reduce_defaults(const Rows &r, const Share &share, const Gradien
     for (int begin = 0; begin < BLOCK / LANES; begin += BATCH) {
         Row<2, 1> rows[BATCH];
         float x[BATCH];
-        g.load(row_of(begin), LANES, n, x);
+        g.load_bounded(row_of(begin), LANES, n, x);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) rows[i].load(r, x[i], first + row_of(begin + i), row_of(begin + i) < n);
 #pragma unroll
@@ -313,7 +313,7 @@ __device__ void random_reduce(const Layer &l, const Chunk &chunk, Tile &tile, do
             const uint64_t first = begin + static_cast<uint64_t>(half * HALF * LANES);
             uint4 words[HALF / 4];
             float g[HALF];
-            gradient.load(row_of(half * HALF), LANES, chunk.rows, g);
+            gradient.load_bounded(row_of(half * HALF), LANES, chunk.rows, g);
             if (!uniform) {
 #pragma unroll
                 for (int b = 0; b < HALF / 4; b++)
@@ -461,7 +461,7 @@ __device__ void update_chunk(const Rows &r, const Share &share, const Gradient &
         if (DEFAULTS) { /* all loads of a thread's rows before its first store */
             Row<D, K> old[ROWS];
             float m[ROWS], S[ROWS], kept[ROWS], gradient[ROWS];
-            g.load(row_of(part * ROWS), LANES, n, gradient);
+            g.load_bounded(row_of(part * ROWS), LANES, n, gradient);
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = row_of(part * ROWS + i);
@@ -579,7 +579,8 @@ __device__ void prepare_map(const Map &map, const float *x, double square_g, con
     const int t = static_cast<int>(threadIdx.x);
     if (t == 0) {
         const double mean_x = square(x, map.inputs) / static_cast<double>(map.inputs);
-        const double fresh = (1 - a.beta2) * mean_x * (square_g / static_cast<double>(map.rows.rows));
+        const double most = oplora_most_gradient_f32;
+        const double fresh = (1 - a.beta2) * mean_x * fmin(square_g / static_cast<double>(map.rows.rows), most * most);
         *map.mean = a.beta2 * *map.mean + fresh;
         number[0] = mean_x;
         number[1] = *map.mean > 0 ? fresh / *map.mean : 0;
@@ -803,19 +804,13 @@ __device__ void find_dh(const Layer &l) {
     __syncthreads();
 }
 
-/* x in float, within its range: one infinite number would make the whole hidden path NaN. */
-__device__ float bounded(double x) {
-    const double largest = 0x1.fffffep127;
-    return static_cast<float>(x > largest ? largest : x < -largest ? -largest : x == x ? x : 0);
-}
-
 /* l.d = dh in float, and dz = W1^T d into l.change; the report's numbers of the hidden path. */
 __device__ void report_hidden(const Layer &l, Small &s) {
     const oplora_stream stream = w1_stream(l);
     const Rows &r = l.hidden.rows;
     const double bound = l.w1_bound * *l.hidden.scale;
     const int t = static_cast<int>(threadIdx.x);
-    for (int64_t j = t; j < l.H; j += THREADS) l.d[j] = bounded(l.dh[j]);
+    for (int64_t j = t; j < l.H; j += THREADS) l.d[j] = narrowed(l.dh[j]);
     if (t < r.d) { /* sums in order: one thread each */
         double along = 0;
         for (int64_t j = 0; j < l.H; j++)
@@ -837,7 +832,7 @@ __device__ void report_hidden(const Layer &l, Small &s) {
         float dz[ROWS] = {};
         for (int64_t j = 0; j < l.H; j++) {
             if (l.dh[j] == 0) continue;
-            const float coefficient = bounded(bound * l.dh[j]);
+            const float coefficient = narrowed(bound * l.dh[j]);
             const uint4 eight = philox(stream, static_cast<uint64_t>(first / 8 + lane()), static_cast<uint32_t>(j));
 #pragma unroll
             for (int q = 0; q < ROWS; q++) dz[q] += coefficient * uniform_of(eight, q);
@@ -848,7 +843,7 @@ __device__ void report_hidden(const Layer &l, Small &s) {
             if (i >= l.Z) continue;
             double sum = dz[q];
             for (int a = 0; a < r.d; a++) sum += static_cast<double>(l.hidden.Q[a * l.Z + i]) * s.now[a];
-            l.change[i] = bounded(sum);
+            l.change[i] = narrowed(sum);
             l.hidden.K[i] = sum * sum; /* scratch until prepare_map fills it */
         }
     }

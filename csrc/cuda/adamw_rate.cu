@@ -121,10 +121,12 @@ template <bool LISTENS> __device__ void measure_lane(const Task &task, int lane,
             sums[SQUARE] += wide * wide;
             sums[BAD] += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
             if (!LISTENS) continue;
-            sums[SIGNAL] += wide * v[k];
-            sums[SCALE] += wide * direction(a, next_s(a, s[k], x[k]), x[k]);
-            sums[OF_P] += wide * p[k];
-            if (f.base) sums[OF_BASE] += wide * base[k];
+            const float taken = bounded(x[k]);
+            const double gradient = taken;
+            sums[SIGNAL] += gradient * v[k];
+            sums[SCALE] += gradient * direction(a, next_s(a, s[k], taken), taken);
+            sums[OF_P] += gradient * p[k];
+            if (f.base) sums[OF_BASE] += gradient * base[k];
         }
     }
 }

@@ -53,13 +53,18 @@ template <int COUNT> __device__ const Halves<COUNT> &at(const uint16_t *p) {
     return *reinterpret_cast<const Halves<COUNT> *>(p);
 }
 
-/* COUNT entries of a factor's gradient. */
+/* COUNT entries of a factor's gradient, as steps take them. */
 template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t entry) {
-    if (f.dtype == OPLORA_F32) return at<COUNT>(static_cast<const float *>(f.g) + entry);
-    const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.g) + entry);
     Some<COUNT> g;
+    if (f.dtype == OPLORA_F32) {
+        g = at<COUNT>(static_cast<const float *>(f.g) + entry);
+    } else {
+        const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.g) + entry);
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
+        for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; k++) g.value[k] = bounded(g.value[k]);
     return g;
 }
 

@@ -2,7 +2,11 @@
  *
  * Each function checks its arguments, allocates what it returns and the core's workspace (with the GIL: the
  * limited API of 3.11 has no PyMem_RawMalloc), and calls the core without the GIL. Arrays are checked and
- * never converted: a silent copy of W2 would be the whole cost of a call. */
+ * never converted: a silent copy of W2 would be the whole cost of a call.
+ *
+ * Any conversion of an argument may run user code (__index__, __len__, __buffer__), and that may resize an array or end the
+ * memory that it lies in. So a function converts all numbers first, then holds what its arrays lie in, and then takes sizes
+ * and pointers. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #define NPY_NO_DEPRECATED_API NPY_2_0_API_VERSION
@@ -135,6 +139,48 @@ static PyArrayObject *new_array(npy_intp rows, npy_intp columns, int type) {
     return (PyArrayObject *)PyArray_SimpleNew(columns < 0 ? 1 : 2, shape, type);
 }
 
+/* The buffers that arrays lie in which own no memory, exported until the call is done: they neither move nor end. */
+enum { MOST_ARRAYS = 5 };
+typedef struct {
+    Py_buffer views[MOST_ARRAYS];
+    int count;
+} held;
+
+static void release(held *h) {
+    while (h->count > 0) PyBuffer_Release(&h->views[--h->count]);
+}
+
+static int raise_gone(const call *c, const char *name) {
+    PyErr_Clear();
+    PyErr_Format(c->errors->value_error,
+                 "oplora.%s: the buffer that %s lies in was released, closed or resized. Make %s anew.", c->function,
+                 name, name);
+    return -1;
+}
+
+static int hold_one(const call *c, held *h, PyObject *o, const char *name) {
+    PyObject *root = o;
+    while (root && PyArray_Check(root)) root = PyArray_BASE((PyArrayObject *)root);
+    if (root == o || !root || !PyObject_CheckBuffer(root))
+        return 0; /* no array, its own memory, or of who knows what */
+    Py_buffer *const view = &h->views[h->count];
+    if (PyObject_GetBuffer(root, view, PyBUF_FULL_RO)) return raise_gone(c, name);
+    h->count++;
+    PyArrayObject *const a = (PyArrayObject *)o;
+    const char *const first = PyArray_DATA(a), *const begin = view->buf;
+    const int whole = PyBuffer_IsContiguous(view, 'A') && (PyArray_IS_C_CONTIGUOUS(a) || PyArray_IS_F_CONTIGUOUS(a));
+    if (whole && (first < begin || first + PyArray_NBYTES(a) > begin + view->len)) return raise_gone(c, name);
+    return 0;
+}
+
+/* 0, or -1 with an exception and nothing held. */
+static int hold(const call *c, held *h, int n, PyObject *const *objects, char *const *names) {
+    h->count = 0;
+    for (int i = 0; i < n; i++)
+        if (hold_one(c, h, objects[i], names[i])) return release(h), -1;
+    return 0;
+}
+
 /* A generator's arrays, all of one type, and its sizes. */
 typedef struct {
     PyArrayObject *z, *W1, *c1, *W2;
@@ -175,14 +221,10 @@ PyDoc_STRVAR(generate_doc,
              "z (Z,), W1 (H, Z), c1 (H,), W2 (N, H), c2 (N,): all float32 or all float64, C-contiguous. W2 may\n"
              "also be Fortran-contiguous, which is faster: the columns of units that are off are not read.\n"
              "Returns v (N,) of the same dtype.");
-static PyObject *generate(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"z", "W1", "c1", "W2", "c2", NULL};
-    const call c = begin(self, "generate");
-    PyObject *z, *W1, *c1, *W2, *c2;
+static PyObject *generate_held(const call *c, PyObject *const *arrays) {
     generator g;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOO:generate", names, &z, &W1, &c1, &W2, &c2)) return NULL;
-    if (expect_generator(&c, &g, z, W1, c1, W2)) return NULL;
-    PyArrayObject *const shift = vector_of(&c, c2, "c2", g.type, g.N, "N, the rows of W2 (N, H)");
+    if (expect_generator(c, &g, arrays[0], arrays[1], arrays[2], arrays[3])) return NULL;
+    PyArrayObject *const shift = vector_of(c, arrays[4], "c2", g.type, g.N, "N, the rows of W2 (N, H)");
     if (!shift) return NULL;
 
     PyArrayObject *const v = new_array(g.N, -1, g.type), *const h = new_array(g.H, -1, g.type);
@@ -199,11 +241,23 @@ static PyObject *generate(PyObject *self, PyObject *args, PyObject *kw) {
                                          NULL);
         PyEval_RestoreThread(thread);
     }
-    const int failed = !v || !h || forward(&c, status);
+    const int failed = !v || !h || forward(c, status);
     Py_XDECREF((PyObject *)h);
     if (!failed) return (PyObject *)v;
     Py_XDECREF((PyObject *)v);
     return NULL;
+}
+
+static PyObject *generate(PyObject *self, PyObject *args, PyObject *kw) {
+    static char *names[] = {"z", "W1", "c1", "W2", "c2", NULL};
+    const call c = begin(self, "generate");
+    PyObject *a[5];
+    held h;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOO:generate", names, &a[0], &a[1], &a[2], &a[3], &a[4])) return NULL;
+    if (hold(&c, &h, 5, a, names)) return NULL;
+    PyObject *const result = generate_held(&c, a);
+    release(&h);
+    return result;
 }
 
 PyDoc_STRVAR(generate_backward_doc,
@@ -212,17 +266,13 @@ PyDoc_STRVAR(generate_backward_doc,
              "\n"
              "z (Z,), W1 (H, Z), c1 (H,), W2 (N, H) as for generate. dW2 = numpy.outer(g, h) has rank one and is\n"
              "not formed; dc2 = g.");
-static PyObject *generate_backward(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"g", "z", "W1", "c1", "W2", NULL};
-    const call c = begin(self, "generate_backward");
-    PyObject *g_, *z, *W1, *c1, *W2;
+static PyObject *generate_backward_held(const call *c, PyObject *const *arrays) {
     generator g;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOO:generate_backward", names, &g_, &z, &W1, &c1, &W2)) return NULL;
-    if (expect_generator(&c, &g, z, W1, c1, W2)) return NULL;
-    PyArrayObject *const dv = vector_of(&c, g_, "g", g.type, g.N, "N, the rows of W2 (N, H)");
+    if (expect_generator(c, &g, arrays[1], arrays[2], arrays[3], arrays[4])) return NULL;
+    PyArrayObject *const dv = vector_of(c, arrays[0], "g", g.type, g.N, "N, the rows of W2 (N, H)");
     if (!dv) return NULL;
     const int64_t bytes = oplora_generate_backward_workspace_bytes(g.H, g.Z, g.N);
-    if (bytes < 0) return forward(&c, OPLORA_ESIZE), NULL;
+    if (bytes < 0) return forward(c, OPLORA_ESIZE), NULL;
 
     PyArrayObject *const dz = new_array(g.Z, -1, g.type), *const dW1 = new_array(g.H, g.Z, g.type);
     PyArrayObject *const dc1 = new_array(g.H, -1, g.type), *const h = new_array(g.H, -1, g.type);
@@ -246,11 +296,24 @@ static PyObject *generate_backward(PyObject *self, PyObject *args, PyObject *kw)
         PyErr_NoMemory();
     }
     PyMem_Free(workspace);
-    PyObject *const result = allocated && !forward(&c, status) ? PyTuple_Pack(4, (PyObject *)dz, dW1, dc1, h) : NULL;
+    PyObject *const result = allocated && !forward(c, status) ? PyTuple_Pack(4, (PyObject *)dz, dW1, dc1, h) : NULL;
     Py_XDECREF((PyObject *)dz);
     Py_XDECREF((PyObject *)dW1);
     Py_XDECREF((PyObject *)dc1);
     Py_XDECREF((PyObject *)h);
+    return result;
+}
+
+static PyObject *generate_backward(PyObject *self, PyObject *args, PyObject *kw) {
+    static char *names[] = {"g", "z", "W1", "c1", "W2", NULL};
+    const call c = begin(self, "generate_backward");
+    PyObject *a[5];
+    held h;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOO:generate_backward", names, &a[0], &a[1], &a[2], &a[3], &a[4]))
+        return NULL;
+    if (hold(&c, &h, 5, a, names)) return NULL;
+    PyObject *const result = generate_backward_held(&c, a);
+    release(&h);
     return result;
 }
 
@@ -279,32 +342,55 @@ static int row_of(PyObject *item, Py_ssize_t index, int64_t *row) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Fills rows (count) from a sequence of pairs with 0 <= begin <= end <= N. */
-static int rows_of(const call *c, PyObject *sequence, Py_ssize_t count, npy_intp N, oplora_rows *rows) {
-    for (Py_ssize_t i = 0; i < count; i++) {
+/* The ranges of rows that start at random. */
+typedef struct {
+    oplora_rows rows[OPLORA_MOST_RANGES];
+    Py_ssize_t count;
+} ranges;
+
+/* From a sequence of pairs of integers; where their rows may lie is checked once N is known. */
+static int ranges_of(const call *c, PyObject *sequence, ranges *r) {
+    r->count = PySequence_Size(sequence);
+    if (r->count < 0) return -1;
+    if (r->count > OPLORA_MOST_RANGES) {
+        PyErr_Format(c->errors->value_error,
+                     "oplora.%s: random has %zd ranges, expected at most %d. Join ranges that follow each other.",
+                     c->function, r->count, OPLORA_MOST_RANGES);
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < r->count; i++) {
         PyObject *const pair = PySequence_GetItem(sequence, i);
         if (!pair) return -1;
-        int failed = !PySequence_Check(pair) || PySequence_Size(pair) != 2;
-        if (!failed && (row_of(pair, 0, &rows[i].begin) || row_of(pair, 1, &rows[i].end))) {
-            Py_DECREF(pair);
-            return -1;
-        }
-        failed = failed || rows[i].begin < 0 || rows[i].begin > rows[i].end || rows[i].end > N;
-        if (failed)
-            PyErr_Format(c->errors->value_error,
-                         "oplora.%s: random[%zd] is %R, expected rows (begin, end) with 0 <= begin <= end "
-                         "<= N = %zd.",
-                         c->function, i, pair, (Py_ssize_t)N);
+        const int is_pair = PySequence_Check(pair) && PySequence_Size(pair) == 2;
+        if (!is_pair && !PyErr_Occurred())
+            PyErr_Format(c->errors->value_error, "oplora.%s: random[%zd] is %R, expected rows (begin, end).",
+                         c->function, i, pair);
+        const int failed = !is_pair || row_of(pair, 0, &r->rows[i].begin) || row_of(pair, 1, &r->rows[i].end);
         Py_DECREF(pair);
         if (failed) return -1;
     }
     return 0;
 }
 
+static int expect_rows_within(const call *c, const ranges *r, npy_intp N) {
+    for (Py_ssize_t i = 0; i < r->count; i++) {
+        const oplora_rows rows = r->rows[i];
+        if (rows.begin >= 0 && rows.begin <= rows.end && rows.end <= N) continue;
+        PyErr_Format(c->errors->value_error,
+                     "oplora.%s: random[%zd] is (%lld, %lld), expected rows (begin, end) with 0 <= begin <= end "
+                     "<= N = %zd.",
+                     c->function, i, (long long)rows.begin, (long long)rows.end, (Py_ssize_t)N);
+        return -1;
+    }
+    return 0;
+}
+
 /* N from length = H N + N + H Z + H + Z, or -1. */
 static npy_intp rows_of_length(npy_intp length, Py_ssize_t H, Py_ssize_t Z) {
-    const int64_t rest = oplora_size(H, Z, 1) - H - 1; /* H Z + H + Z */
-    if (oplora_size(H, Z, 1) < 0 || length <= rest || (length - rest) % (H + 1)) return -1;
+    const int64_t least = oplora_size(H, Z, 1); /* of one row */
+    if (least < 0) return -1;
+    const int64_t rest = least - H - 1; /* H Z + H + Z */
+    if (length <= rest || (length - rest) % (H + 1)) return -1;
     return (length - rest) / (H + 1);
 }
 
@@ -319,54 +405,56 @@ PyDoc_STRVAR(
     "+-1/sqrt(3 H). W1 starts at U(-1/sqrt(Z), 1/sqrt(Z)) and z at N(0, latent_std^2). All the rest is not\n"
     "touched and stays zero.\n"
     "The numbers depend on seed (0 to 2^64 - 1), layer (0 to 2^32 - 1) and their place alone.");
+static PyObject *start_held(const call *c, PyObject *out_, Py_ssize_t H, Py_ssize_t Z, uint64_t seed, uint32_t layer,
+                            double latent_std, oplora_start_kind kind, const ranges *random) {
+    PyArrayObject *const out = vector(c, out_, "out", ANY_FLOAT);
+    if (!out || expect_writable(c, out, "out")) return NULL;
+    const npy_intp N = rows_of_length(PyArray_DIM(out, 0), H, Z);
+    if (N < 1)
+        return PyErr_Format(c->errors->value_error,
+                            "oplora.start: out has %zd entries, which is no H N + N + H Z + H + Z for "
+                            "hidden_width H = %zd and latent_width Z = %zd with whole sizes of at least 1.",
+                            (Py_ssize_t)PyArray_DIM(out, 0), H, Z);
+    if (expect_rows_within(c, random, N)) return NULL;
+    void *const to = PyArray_DATA(out);
+    const int is_float = PyArray_TYPE(out) == NPY_FLOAT32;
+    oplora_status status;
+    PyThreadState *const thread = PyEval_SaveThread();
+    if (is_float)
+        status = oplora_start_f32(to, H, Z, N, seed, layer, latent_std, kind, random->rows, random->count, NULL);
+    else
+        status = oplora_start_f64(to, H, Z, N, seed, layer, latent_std, kind, random->rows, random->count, NULL);
+    PyEval_RestoreThread(thread);
+    if (forward(c, status)) return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *start(PyObject *self, PyObject *args, PyObject *kw) {
     static char *names[] = {"out",        "hidden_width", "latent_width", "seed", "layer",
                             "latent_std", "random",       "start",        NULL};
     const call c = begin(self, "start");
-    PyObject *out_, *seed_, *layer_, *random, *kind_;
+    PyObject *out, *seed_, *layer_, *random_, *kind_;
     Py_ssize_t H, Z;
     double latent_std;
     unsigned long long seed, layer;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "O$nnOOdOU:start", names, &out_, &H, &Z, &seed_, &layer_, &latent_std,
-                                     &random, &kind_))
+    ranges random;
+    held h;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O$nnOOdOU:start", names, &out, &H, &Z, &seed_, &layer_, &latent_std,
+                                     &random_, &kind_))
         return NULL;
-    PyArrayObject *const out = vector(&c, out_, "out", ANY_FLOAT);
-    if (!out || expect_writable(&c, out, "out")) return NULL;
     if (unsigned_of(&c, seed_, "seed", UINT64_MAX, &seed) || unsigned_of(&c, layer_, "layer", UINT32_MAX, &layer))
         return NULL;
-    const npy_intp N = rows_of_length(PyArray_DIM(out, 0), H, Z);
-    if (N < 1)
-        return PyErr_Format(c.errors->value_error,
-                            "oplora.start: out has %zd entries, which is no H N + N + H Z + H + Z for "
-                            "hidden_width H = %zd and latent_width Z = %zd with whole sizes of at least 1.",
-                            (Py_ssize_t)PyArray_DIM(out, 0), H, Z);
     if (!(latent_std >= 0 && latent_std < INFINITY))
         return PyErr_Format(c.errors->value_error, "oplora.start: latent_std is negative, infinite or NaN, expected a "
                                                    "standard deviation such as 0.01.");
     const int signs = PyUnicode_CompareWithASCIIString(kind_, "sign") == 0;
     if (!signs && PyUnicode_CompareWithASCIIString(kind_, "uniform"))
         return PyErr_Format(c.errors->value_error, "oplora.start: start is %R, expected 'uniform' or 'sign'.", kind_);
-    const oplora_start_kind kind = signs ? OPLORA_SIGN : OPLORA_UNIFORM;
-    const Py_ssize_t count = PySequence_Size(random);
-    if (count < 0) return NULL;
-    oplora_rows *const rows = PyMem_Calloc((size_t)count, sizeof *rows);
-    if (!rows) return PyErr_NoMemory();
-    int failed = rows_of(&c, random, count, N, rows);
-    if (!failed) {
-        oplora_status status;
-        PyThreadState *const thread = PyEval_SaveThread();
-        if (PyArray_TYPE(out) == NPY_FLOAT32)
-            status = oplora_start_f32(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, kind, rows, count,
-                                      NULL);
-        else
-            status = oplora_start_f64(PyArray_DATA(out), H, Z, N, seed, (uint32_t)layer, latent_std, kind, rows, count,
-                                      NULL);
-        PyEval_RestoreThread(thread);
-        failed = forward(&c, status);
-    }
-    PyMem_Free(rows);
-    if (failed) return NULL;
-    Py_RETURN_NONE;
+    if (ranges_of(&c, random_, &random) || hold(&c, &h, 1, &out, names)) return NULL;
+    PyObject *const result =
+        start_held(&c, out, H, Z, seed, (uint32_t)layer, latent_std, signs ? OPLORA_SIGN : OPLORA_UNIFORM, &random);
+    release(&h);
+    return result;
 }
 
 /* Fills words (count) from a sequence of that many integers below 2^32. */
@@ -436,36 +524,28 @@ PyDoc_STRVAR(merge_doc,
              "keeps it; C-contiguous, writable, aligned or not; of dtype 'float32', 'float64', 'float16', or\n"
              "'bfloat16' as an array of uint16 bits. Sums in float32 (float64 for 'float64'), then one rounding\n"
              "to nearest even.");
-static PyObject *merge(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"W", "A", "B", "scaling", "dtype", "transposed", NULL};
-    const call c = begin(self, "merge");
-    PyObject *W_, *A_, *B_;
-    double scaling;
-    const char *name = NULL;
-    int transposed = 0, type;
-    oplora_dtype dtype;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOd|$sp:merge", names, &W_, &A_, &B_, &scaling, &name, &transposed))
-        return NULL;
-    if (!name) return PyErr_Format(PyExc_TypeError, "merge() missing required keyword argument 'dtype'");
-    if (dtype_of(&c, name, &dtype, &type)) return NULL;
-    PyArrayObject *const W = array(&c, W_, "W", 2, type);
-    if (!W || expect_writable(&c, W, "W")) return NULL;
-    if (!PyArray_IS_C_CONTIGUOUS(W)) return raise_shape(&c, W, "W", "C-contiguous rows without gaps"), NULL;
-    PyArrayObject *const A = matrix(&c, A_, "A", NPY_FLOAT32), *const B = A ? matrix(&c, B_, "B", NPY_FLOAT32) : NULL;
+static PyObject *merge_held(const call *c, PyObject *const *arrays, double scaling, oplora_dtype dtype, int type,
+                            int transposed) {
+    PyArrayObject *const W = array(c, arrays[0], "W", 2, type);
+    if (!W || expect_writable(c, W, "W")) return NULL;
+    if (!PyArray_IS_C_CONTIGUOUS(W)) return raise_shape(c, W, "W", "C-contiguous rows without gaps"), NULL;
+    PyArrayObject *const A = matrix(c, arrays[1], "A", NPY_FLOAT32);
+    if (!A) return NULL;
+    PyArrayObject *const B = matrix(c, arrays[2], "B", NPY_FLOAT32);
     if (!B) return NULL;
 
     const npy_intp out_features = PyArray_DIM(W, transposed ? 1 : 0), in_features = PyArray_DIM(W, transposed ? 0 : 1);
     const npy_intp r = PyArray_DIM(A, 0);
     if (PyArray_DIM(A, 1) != in_features)
-        return raise_shape(&c, A, "A", transposed ? "(r, the rows of W)" : "(r, the columns of W)"), NULL;
+        return raise_shape(c, A, "A", transposed ? "(r, the rows of W)" : "(r, the columns of W)"), NULL;
     if (PyArray_DIM(B, 0) != out_features || PyArray_DIM(B, 1) != r)
-        return raise_shape(&c, B, "B",
+        return raise_shape(c, B, "B",
                            transposed ? "(the columns of W, the rows of A)" : "(the rows of W, the rows of A)"),
                NULL;
     if (!isfinite(scaling))
-        return PyErr_Format(c.errors->value_error, "oplora.merge: scaling is infinite or NaN, expected alpha / r.");
+        return PyErr_Format(c->errors->value_error, "oplora.merge: scaling is infinite or NaN, expected alpha / r.");
     const int64_t bytes = oplora_merge_workspace_bytes(PyArray_DIM(W, 1));
-    if (bytes < 0) return forward(&c, OPLORA_ESIZE), NULL;
+    if (bytes < 0) return forward(c, OPLORA_ESIZE), NULL;
     void *const workspace = PyMem_Malloc((size_t)bytes);
     if (!workspace) return PyErr_NoMemory();
     oplora_status status;
@@ -474,8 +554,28 @@ static PyObject *merge(PyObject *self, PyObject *args, PyObject *kw) {
                           r, transposed, workspace);
     PyEval_RestoreThread(thread);
     PyMem_Free(workspace);
-    if (forward(&c, status)) return NULL;
+    if (forward(c, status)) return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *merge(PyObject *self, PyObject *args, PyObject *kw) {
+    static char *names[] = {"W", "A", "B", "scaling", "dtype", "transposed", NULL};
+    const call c = begin(self, "merge");
+    PyObject *a[3];
+    held h;
+    double scaling;
+    const char *name = NULL;
+    int transposed = 0, type;
+    oplora_dtype dtype;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOd|$sp:merge", names, &a[0], &a[1], &a[2], &scaling, &name,
+                                     &transposed))
+        return NULL;
+    if (!name) return PyErr_Format(PyExc_TypeError, "merge() missing required keyword argument 'dtype'");
+    if (dtype_of(&c, name, &dtype, &type)) return NULL;
+    if (hold(&c, &h, 3, a, names)) return NULL;
+    PyObject *const result = merge_held(&c, a, scaling, dtype, type, transposed);
+    release(&h);
+    return result;
 }
 
 PyDoc_STRVAR(round_doc,
@@ -483,26 +583,34 @@ PyDoc_STRVAR(round_doc,
              "A new array: values (float32, C-contiguous, any shape) rounded once to dtype, to nearest even.\n"
              "\n"
              "dtype: 'float32', 'float64', 'float16', or 'bfloat16', which returns uint16 bits.");
-static PyObject *round_values(PyObject *self, PyObject *args, PyObject *kw) {
-    static char *names[] = {"values", "dtype", NULL};
-    const call c = begin(self, "round");
-    PyObject *values_;
-    const char *name;
-    int type;
-    oplora_dtype dtype;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "Os:round", names, &values_, &name)) return NULL;
-    if (dtype_of(&c, name, &dtype, &type)) return NULL;
-    PyArrayObject *const values = array(&c, values_, "values", -1, NPY_FLOAT32);
-    if (!values || expect_contiguous(&c, values, "values")) return NULL;
+static PyObject *round_held(const call *c, PyObject *values_, oplora_dtype dtype, int type) {
+    PyArrayObject *const values = array(c, values_, "values", -1, NPY_FLOAT32);
+    if (!values || expect_contiguous(c, values, "values")) return NULL;
     PyArrayObject *const out = (PyArrayObject *)PyArray_SimpleNew(PyArray_NDIM(values), PyArray_DIMS(values), type);
     if (!out) return NULL;
     oplora_status status;
     PyThreadState *const thread = PyEval_SaveThread();
     status = oplora_round(PyArray_DATA(values), PyArray_SIZE(values), dtype, PyArray_DATA(out));
     PyEval_RestoreThread(thread);
-    if (!forward(&c, status)) return (PyObject *)out;
+    if (!forward(c, status)) return (PyObject *)out;
     Py_DECREF(out);
     return NULL;
+}
+
+static PyObject *round_values(PyObject *self, PyObject *args, PyObject *kw) {
+    static char *names[] = {"values", "dtype", NULL};
+    const call c = begin(self, "round");
+    PyObject *values_;
+    const char *name;
+    int type;
+    held h;
+    oplora_dtype dtype;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "Os:round", names, &values_, &name)) return NULL;
+    if (dtype_of(&c, name, &dtype, &type)) return NULL;
+    if (hold(&c, &h, 1, &values_, names)) return NULL;
+    PyObject *const result = round_held(&c, values_, dtype, type);
+    release(&h);
+    return result;
 }
 
 PyDoc_STRVAR(isa_doc, "isa()\n--\n\nThe instruction set in use: 'base', 'avx2' or 'avx512'. OPLORA_ISA lowers it.");

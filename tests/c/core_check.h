@@ -19,17 +19,17 @@ static double noise(void) { /* in (-1, 1), the same on every machine */
 }
 
 /* Three ways to split the work: odd ranges, backwards, one at a time. */
-static int32_t split_in_sevens(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
+static inline int32_t split_in_sevens(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
     (void)grain;
     for (int64_t at = begin; at < end; at += 7) fn(at, at + 7 < end ? at + 7 : end, context);
     return 0;
 }
-static int32_t split_backwards(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
+static inline int32_t split_backwards(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
     (void)grain;
     for (int64_t at = end; at > begin; at--) fn(at - 1, at, context);
     return 0;
 }
-static int32_t failing(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
+static inline int32_t failing(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
     (void)begin, (void)end, (void)grain, (void)fn, (void)context;
     return 1;
 }

@@ -41,8 +41,9 @@ static void test_sizes(void) {
 }
 
 static void test_every_status_has_a_sentence(void) {
-    static const oplora_status all[] = {OPLORA_OK,     OPLORA_ENULL,  OPLORA_ESIZE,     OPLORA_EOVERFLOW,
-                                        OPLORA_EVALUE, OPLORA_EDTYPE, OPLORA_EPARALLEL, OPLORA_ENONFINITE};
+    static const oplora_status all[] = {OPLORA_OK,        OPLORA_ENULL,     OPLORA_ESIZE,
+                                        OPLORA_EOVERFLOW, OPLORA_EVALUE,    OPLORA_EDTYPE,
+                                        OPLORA_ERANGES,   OPLORA_EPARALLEL, OPLORA_ENONFINITE};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) CHECK(strcmp(oplora_strerror(all[i]), "unknown status"));
     CHECK(!strcmp(oplora_strerror((oplora_status)99), "unknown status"));
 }
@@ -212,7 +213,7 @@ static void TY(test_starts)(void) {
     for (int kind = OPLORA_UNIFORM; kind <= OPLORA_SIGN; kind++)
         TY(test_start_entries)(34, 2, 64, many, 31, (oplora_start_kind)kind);
     T p[2 * 64 + 64 + 2 + 2 + 1] = {0};
-    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, many, 32, NULL) == OPLORA_ESIZE);
+    CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, many, 32, NULL) == OPLORA_ERANGES);
     CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, many, -1, NULL) == OPLORA_ESIZE);
     CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, 0.01, OPLORA_SIGN, NULL, 1, NULL) == OPLORA_ENULL);
     CHECK(TY(oplora_start)(p, 2, 1, 64, 0, 0, -0.01, OPLORA_SIGN, many, 1, NULL) == OPLORA_EVALUE);

@@ -1228,15 +1228,12 @@ static void TY(test_measured_step_reads_dh)(void) {
     for (int s = 0; s < 2; s++) TY(unmake)(&f[s]);
 }
 
-/* Finite factors, and no NaN in the state. Squares of gradients beyond the square root of the largest number are
- * infinite in second moments, as in any AdamW; else nothing is. */
-static int TY(is_finite)(const TY(made) *f, int squares_fit) {
+/* Finite factors and a finite state. */
+static int TY(is_finite)(const TY(made) *f) {
     for (int64_t i = 0; i < f->n_numbers; i++)
-        if (squares_fit ? !isfinite(f->layer.numbers[i]) : isnan(f->layer.numbers[i])) return 0;
-    for (int64_t i = 0; i < f->n_moments; i++) {
-        const double moment = TY(number)(f->layer.moments[i]);
-        if (squares_fit ? !isfinite(moment) : isnan(moment)) return 0;
-    }
+        if (!isfinite(f->layer.numbers[i])) return 0;
+    for (int64_t i = 0; i < f->n_moments; i++)
+        if (!isfinite(TY(number)(f->layer.moments[i]))) return 0;
     for (int i = 0; i < OPLORA_LEAN_SCALARS; i++)
         if (!isfinite(f->layer.scalars[i])) return 0;
     for (int k = 0; k < f->layer.n_factors; k++)
@@ -1257,7 +1254,7 @@ static void TY(test_edges)(const shape *like) {
                 if (way >= 2) f.layer.adamw.eps = 0;
                 TY(step_alone)(&f, OPLORA_OK);
             }
-            CHECK(TY(is_finite)(&f, !TY(is_float) || scales[i] < 1e16));
+            CHECK(TY(is_finite)(&f));
             TY(unmake)(&f);
         }
     TY(made) f; /* decay until nothing is left of the start */
@@ -1268,7 +1265,7 @@ static void TY(test_edges)(const shape *like) {
         for (int k = 0; k < f.layer.n_factors; k++) f.factors[k].weight_decay = 50;
         TY(step_alone)(&f, OPLORA_OK);
     }
-    CHECK(f.layer.scalars[0] == 0 && TY(is_finite)(&f, 1));
+    CHECK(f.layer.scalars[0] == 0 && TY(is_finite)(&f));
     TY(unmake)(&f);
 }
 
@@ -1336,7 +1333,7 @@ static void TY(test_drift)(void) {
     free(workspace);
     TY(check_orthonormal)(v.Q, 2, H);
     TY(check_orthonormal)(v.Q1, 2, Z);
-    CHECK(TY(is_finite)(&f, 1));
+    CHECK(TY(is_finite)(&f));
     t.outer.scale = f.layer.scalars[0];
     for (int i = 0; i < 2 * N; i++) t.outer.U[i] = v.U[i];
     for (int i = 0; i < 2 * H; i++) t.outer.Q[i] = v.Q[i];
@@ -1431,7 +1428,7 @@ static void TY(test_refusals)(void) {
     layer = f.layer;
     layer.factors = many, layer.n_factors = layer.N = 33;
     CHECK(TY(oplora_lean_workspace_bytes)(&layer, 1) == -1);
-    CHECK(TY(oplora_lean_step)(&layer, 1, 0, workspace, NULL) == OPLORA_ESIZE);
+    CHECK(TY(oplora_lean_step)(&layer, 1, 0, workspace, NULL) == OPLORA_ERANGES);
     many[7].random = 0;
     CHECK(TY(oplora_lean_workspace_bytes)(&layer, 1) > 0);
     layer = f.layer;

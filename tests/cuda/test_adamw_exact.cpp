@@ -264,6 +264,17 @@ void rates_differ(const Shape &shape) {
     pair.generate();
 }
 
+// Also beyond the largest gradient that counts, among others and after them.
+void large_gradients(const Shape &shape) {
+    Pair pair(shape);
+    pair.generate();
+    for (const float scale : {3e37f, 1.f, 5e18f, 1e30f, 1e-2f}) {
+        pair.gradients(scale);
+        pair.measure();
+        pair.step(scale == 1e30f);
+    }
+}
+
 void nonfinite_changes_nothing(const Shape &shape) {
     for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
         Pair pair(shape);
@@ -325,6 +336,7 @@ void run(bool slow) {
         steps({"a million rows", 1, 1, F{{1000001, false}}}, 1);
         steps({"many tasks in vectors", 9, 6, F{{30000, false}, {4100, false}}}, 2);
     }
+    for (const size_t i : {1, 2, 3, 5, 7}) large_gradients(shapes[i]);
     nonfinite_changes_nothing(shapes[2]);
     nonfinite_changes_nothing(shapes[7]); // bfloat16
     nonfinite_changes_nothing(shapes.back());

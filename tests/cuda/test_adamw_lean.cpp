@@ -296,6 +296,17 @@ void units_die_and_return(const Shape &shape) {
     pair.step(); // all are off
 }
 
+// Also beyond the largest gradient that counts, among others and after them.
+void large_gradients(const Shape &shape) {
+    Pair pair(shape);
+    pair.start();
+    for (const float scale : {3e37f, 1.f, 5e18f, 1e30f, 1e-2f}) {
+        pair.gradients(scale);
+        pair.measure();
+        pair.step(scale == 1e30f);
+    }
+}
+
 void nonfinite_changes_nothing(const Shape &shape) {
     for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
         Pair pair(shape);
@@ -371,6 +382,7 @@ void run(bool slow) {
     units_die_and_return(shapes[2]);
     units_die_and_return(shapes[1]);
     units_die_and_return(shapes[7]);
+    for (const size_t i : {1, 2, 3, 4, 7, 8, 9}) large_gradients(shapes[i]);
     nonfinite_changes_nothing(shapes[2]);
     nonfinite_changes_nothing(shapes[8]); // float16
     nonfinite_changes_nothing(shapes.back());

@@ -244,6 +244,16 @@ void edits_of_16_bits_are_gone_on_from(const Shape &shape) {
     pair.measure();
 }
 
+// Also beyond the largest gradient that counts, among others and after them.
+void large_gradients(const Shape &shape) {
+    Pair pair(shape);
+    for (const float scale : {3e37f, 1.f, 5e18f, 1e30f, 1e-2f}) {
+        pair.gradients(scale);
+        pair.measure();
+        pair.step();
+    }
+}
+
 void nonfinite_changes_nothing(const Shape &shape) {
     for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
         Pair pair(shape);
@@ -331,6 +341,7 @@ void run(bool slow) {
     }
     edits_of_16_bits_are_gone_on_from(shapes[7]);
     edits_of_16_bits_are_gone_on_from(shapes[8]);
+    for (const size_t i : {1, 2, 3, 5, 7}) large_gradients(shapes[i]);
     nonfinite_changes_nothing(shapes[2]);
     nonfinite_changes_nothing(shapes[7]); // bfloat16
     nonfinite_changes_nothing(shapes.back());
