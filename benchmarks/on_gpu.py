@@ -39,9 +39,7 @@ def parts(output: Path, arch: str, sizes: list[str]) -> dict[str, Part]:
         "build": Part([python, "setup.py", "build_clib", "build_ext", "--inplace"], 110, build),
         "tests": Part(some, 90),
         "steps": Part([python, "benchmarks/bench_gpu.py", "--output", str(output / "bench_gpu.json"), *picked], 120),
-        "training": Part(
-            [python, "benchmarks/bench_training.py", "--output", str(output / "bench_training.json")], 90
-        ),
+        "training": Part([python, "benchmarks/bench_training.py", "--output", str(output / "bench_training.json")], 90),
         "memcheck": Part([*sanitizer, "--tool", "memcheck", *some, "-k", "cores_bits"], 40, needs="compute-sanitizer"),
         "racecheck": Part(
             [*sanitizer, "--tool", "racecheck", *some, "-k", "cores_bits"], 30, needs="compute-sanitizer"

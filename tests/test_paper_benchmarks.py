@@ -608,7 +608,9 @@ def test_untuned_tables_are_of_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "untuned_rates.png").stat().st_size > 5_000
     (comparison,) = figures.comparisons(figures.read("untuned", tmp_path))
     rates, losses = comparison.lora_curve()
-    assert rates == [1e-4, *grid] and losses[0] == 2.0 and min(losses) == 0
+    assert rates == [1e-4, *grid]
+    assert losses[0] == 2.0 and losses[rates.index(0.01)] == 2.0  # of the seeds that test
+    assert losses[rates.index(0.001)] == pytest.approx(0.009)  # of those that tune
 
 
 def test_control_steps_at_the_rates_that_were_found() -> None:

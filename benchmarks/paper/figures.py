@@ -123,11 +123,14 @@ class UntunedComparison(Comparison):
         return [self.experiment.rows.get(trial) for trial in self.experiment.flatness(self.name)]
 
     def lora_curve(self) -> tuple[list[float], list[float]]:
-        """Rates, and LoRA's validation loss at the best checkpoint: of the grids, and of its two usual rates."""
+        """Rates, and LoRA's validation loss at the best checkpoint: of the grids with the seed that tunes, of its best
+        rate and its two usual ones the mean over the seeds that test, as it is of other methods."""
         losses = {self.task.rate(i): loss for i, loss in self.experiment.tuned(self.name, TUNED.name).items()}
-        for method in UNTUNED_LORA:
-            if rows := self.tests(method.name):
-                losses[method.lr] = statistics.fmean(column(rows, "best_validation_loss"))
+        tested = {method.name: method.lr for method in UNTUNED_LORA}
+        tested[TUNED.name] = self.experiment.best_rate(self.name, TUNED.name)
+        for method, rate in tested.items():
+            if rows := self.tests(method):
+                losses[rate] = statistics.fmean(column(rows, "best_validation_loss"))
         shown = sorted(rate for rate, loss in losses.items() if math.isfinite(loss))
         return shown, [losses[rate] for rate in shown]
 
@@ -569,7 +572,8 @@ def draw_untuned_rates(experiment: Experiment) -> Any:
                 loss = statistics.fmean(column(rows, "best_validation_loss"))
                 axis.axhline(loss, label=f"{method}, nothing chosen", **line)
                 least = min(least, loss)
-        axis.set(xscale="log", xlabel="learning rate", ylim=(0.9 * least, 2 * least))
+        high = min(2 * least, 1.02 * max(losses))
+        axis.set(xscale="log", xlabel="learning rate", ylim=(least - 0.1 * (high - least), high))
         axis.set_title(comparison.task.title, fontsize="medium", wrap=True)
     for axis in axes[:, 0]:
         axis.set_ylabel("validation loss")
