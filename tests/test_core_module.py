@@ -270,6 +270,24 @@ def test_start_refuses_a_memoryview_that_an_argument_releases(name: str) -> None
         _core.start(out, **with_act(name, let_go))
 
 
+@pytest.mark.parametrize("name", ACTS)
+def test_start_refuses_a_view_of_an_array_that_an_argument_shrinks(name: str) -> None:
+    owner = np.zeros(4000)
+    out = owner[:2141]
+    with pytest.raises(
+        OPLoRAValueError, match=r"oplora\.start: the buffer that out lies in was released, closed or resized"
+    ):
+        _core.start(out, **with_act(name, lambda: owner.resize(77, refcheck=False)))
+
+
+def test_views_of_arrays_are_taken() -> None:
+    owner, expected = np.zeros((3, 2141)), np.zeros(2141)
+    _core.start(owner[1], **with_act("seed", lambda: None))
+    _core.start(expected, **with_act("seed", lambda: None))
+    assert np.array_equal(owner[1], expected)
+    assert not owner[[0, 2]].any()
+
+
 def test_every_function_refuses_arrays_in_released_memory() -> None:
     def gone(array: NDArray[Any]) -> NDArray[Any]:
         memory = bytearray(array.tobytes())

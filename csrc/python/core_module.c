@@ -159,14 +159,18 @@ static int raise_gone(const call *c, const char *name) {
 }
 
 static int hold_one(const call *c, held *h, PyObject *o, const char *name) {
-    PyObject *root = o;
-    while (root && PyArray_Check(root)) root = PyArray_BASE((PyArrayObject *)root);
-    if (root == o || !root || !PyObject_CheckBuffer(root))
-        return 0; /* no array, its own memory, or of who knows what */
-    Py_buffer *const view = &h->views[h->count];
-    if (PyObject_GetBuffer(root, view, PyBUF_FULL_RO)) return raise_gone(c, name);
-    h->count++;
+    if (!PyArray_Check(o)) return 0;
     PyArrayObject *const a = (PyArrayObject *)o;
+    PyObject *root = o; /* the array that owns the memory, or what an array lies in that is none */
+    while (PyArray_Check(root) && PyArray_BASE((PyArrayObject *)root)) root = PyArray_BASE((PyArrayObject *)root);
+    if (root == o || !PyObject_CheckBuffer(root)) return 0;
+    Py_buffer *const view = &h->views[h->count];
+    if (PyObject_GetBuffer(root, view, PyBUF_FULL_RO)) {
+        if (!PyArray_Check(root)) return raise_gone(c, name);
+        PyErr_Clear(); /* a dtype that buffers don't know, of which this is a view */
+        return 0;
+    }
+    h->count++;
     const char *const first = PyArray_DATA(a), *const begin = view->buf;
     const int whole = PyBuffer_IsContiguous(view, 'A') && (PyArray_IS_C_CONTIGUOUS(a) || PyArray_IS_F_CONTIGUOUS(a));
     if (whole && (first < begin || first + PyArray_NBYTES(a) > begin + view->len)) return raise_gone(c, name);
