@@ -27,12 +27,17 @@ HEADERS := $(wildcard csrc/core/*.h csrc/shared/*.h)
 SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
 C_TESTS := $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
 
+# as in setup.py: of the headers that liboplora_cuda.so and liboplora_torch.so share
+INTERFACE := csrc/core/oplora_core.h $(filter-out csrc/cuda/device.h,$(sort $(wildcard csrc/cuda/*.h)))
+INTERFACE_HASH := $(shell cat $(INTERFACE) | sha256sum | cut -c1-16)
+CUDA_INTERFACE := -DOPLORA_CUDA_INTERFACE=$(INTERFACE_HASH)
+
 CXX ?= g++
 KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/*.cu))
 CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
 CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
 CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
-    -Icsrc/cuda -Icsrc/core -Itests/cuda_on_cpu -Itests/cuda
+    -Icsrc/cuda -Icsrc/core -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
 # what each of the three builds compiles kernels with, and everything else
 KERNEL_values := -O2
 KERNEL_address := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -45,7 +50,7 @@ CUDA_BUILDS := values address races
 # the newest PTX serves architectures that are newer still
 CUDA_ARCHS ?= 80 86 89 90 100 120
 # the bits of the C core: nothing fused, subnormals as zero
-NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v
+NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v $(CUDA_INTERFACE)
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
 .PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan pytest gpu bench plot clean

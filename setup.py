@@ -10,6 +10,7 @@ OPLORA_CUDA_ARCHS     the GPU architectures it carries, "80 86 89 90 100 120" by
 CUDA_HOME             where nvcc is, if it isn't on PATH
 """
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -26,6 +27,13 @@ TORCH_MIN = (2, 11)
 SOURCES = sorted(str(p) for p in Path("csrc").rglob("*.*"))  # a change to any of them rebuilds what is stale
 CORE = sorted(str(p) for p in Path("csrc/core").glob("*.c"))
 CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+# What liboplora_torch.so and liboplora_cuda.so share. Its hash is built into both, so that one which was left behind by
+# another build is refused when it is loaded. The Makefile makes the same for its own builds.
+INTERFACE = [
+    "csrc/core/oplora_core.h",
+    *sorted(map(str, set(Path("csrc/cuda").glob("*.h")) - {Path("csrc/cuda/device.h")})),
+]
+INTERFACE_HASH = hashlib.sha256(b"".join(Path(header).read_bytes() for header in INTERFACE)).hexdigest()[:16]
 # No -march: the core carries every instruction set and chooses at run time. -ffp-contract=off: the same bits on each.
 CORE_CFLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CORE_CFLAGS += ["-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -118,7 +126,18 @@ class BuildExt(build_ext):
         core = Path(self.get_finalized_command("build_clib").build_clib, "liboplora_core.a")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a build that fails leaves none of other sources behind
-        self.spawn([nvcc(), *NVCC_FLAGS, *codes, *ext.sources, str(core), "-o", str(target)])
+        self.spawn(
+            [
+                nvcc(),
+                *NVCC_FLAGS,
+                f"-DOPLORA_CUDA_INTERFACE={INTERFACE_HASH}",
+                *codes,
+                *ext.sources,
+                str(core),
+                "-o",
+                str(target),
+            ]
+        )
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(" ".join(archs))
 
@@ -144,6 +163,7 @@ setup(
             define_macros=[
                 ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*TORCH_MIN)),
                 ("TORCH_STABLE_ONLY", None),
+                ("OPLORA_CUDA_INTERFACE", INTERFACE_HASH),
             ],
             extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra"],
             extra_link_args=["-Wl,--no-undefined"],

@@ -9,10 +9,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from captured import Device
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from oplora import engines
+from oplora.optim import adamw, refusals
+
 ROOT = Path(__file__).parents[1]
+HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
 
 
 def options_of(kind: str) -> dict[str, str]:
@@ -114,6 +119,32 @@ def cuda_on_cpu() -> Path:
     made = subprocess.run(["make", str(library.relative_to(ROOT))], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return library
+
+
+@pytest.fixture
+def as_device(cuda_on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """From then on factors on the CPU are treated as on a GPU, or no longer."""
+
+    def set_device(on: bool) -> None:
+        for module in (engines, refusals):
+            monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
+        torch.set_flush_denormal(on)  # as the kernels do; the core has its own mode whatever the process has
+
+    monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(cuda_on_cpu))
+    set_device(True)
+    yield set_device
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def device(as_device: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """The CPU taken for a GPU whose steps can be captured."""
+    with Device() as mode:
+        for module in (engines.device, adamw):
+            monkeypatch.setattr(module, "is_capturing", lambda device: mode.graph is not None)
+        # a replay tells no version, and fingerprints do not tell on a GPU
+        monkeypatch.setattr(engines.engine, "marks", lambda tensors: [(t.data_ptr(), t._version) for t in tensors])
+        yield mode
 
 
 @pytest.fixture

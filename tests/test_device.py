@@ -5,39 +5,22 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import adapter_types
 import pytest
 import torch
-from conftest import assert_same_bits, batches, factors, make_model, train, train_on
+from conftest import HOST, assert_same_bits, batches, factors, make_model, train, train_on
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
 from oplora import engines, kernels, reference
 from oplora.engines import DeviceEngine, staging
-from oplora.optim import refusals
 
 STATES = ("lean", "exact", None)  # None: of preset "auto"
-HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
-
-
-@pytest.fixture
-def as_device(cuda_on_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """From then on factors on the CPU are treated as on a GPU, or no longer."""
-
-    def set_device(on: bool) -> None:
-        for module in (engines, refusals):
-            monkeypatch.setattr(module, "runs_on_device", lambda device: on and device != HOST)
-        torch.set_flush_denormal(on)  # as the kernels do; the core has its own mode whatever the process has
-
-    monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(cuda_on_cpu))
-    set_device(True)
-    yield set_device
-    torch.set_flush_denormal(False)
 
 
 def trained(steps: int = 3, dtype: torch.dtype = torch.float32, **settings: object) -> tuple[nn.Module, oplora.AdamW]:

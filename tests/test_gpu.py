@@ -163,6 +163,41 @@ def test_a_captured_step_replays(state):
 
 
 @pytest.mark.parametrize("state", STATES)
+def test_a_replay_follows_a_step_with_gradients_elsewhere_and_loading(state):
+    ends = []
+    for captured in (False, True):
+        model = make_model().cuda()
+        optimizer = oplora.AdamW(model, lr=1e-2, state=state, seed=5)
+        saved = copy.deepcopy(oplora.AdamW(make_model().cuda(), lr=1e-2, state=state, seed=99).state_dict())
+        trained = [p for p in model.parameters() if p.requires_grad]
+
+        def push(seed: int, trained: list[nn.Parameter] = trained) -> None:
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in trained:
+                parameter.grad = torch.randn(parameter.shape, generator=generator).cuda()
+
+        push(1)
+        for _ in range(2):
+            optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for load in (False, True):
+            if load:
+                optimizer.load_state_dict(copy.deepcopy(saved))
+            push(2)
+            optimizer.step()
+            if not captured:
+                push(1)
+            (graph.replay if captured else optimizer.step)()
+        torch.cuda.synchronize()
+        ends.append(factors(model))
+    for name, value in ends[0].items():
+        assert torch.equal(ends[1][name], value)
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_nan_changes_nothing_and_is_told(state):
     model = make_model(modules_to_save=["second"], target_modules=["first"]).cuda()
     optimizer = oplora.AdamW(model, lr=1e-2, state=state)

@@ -333,7 +333,7 @@ typedef struct {
     double *squares;    /* (all parts, 2) */
     int64_t n_plans, n_parts, first_plan;
     TY(plan) *current; /* the layer whose parts are spread over the threads */
-    char *slots;       /* scratch of single layers; see TY(slot_of) */
+    char *slots;       /* scratch of single layers; see TY(use_slot) */
     int64_t slot_bytes;
     double *part_sums; /* of one spread layer */
 } TY(job);

@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define FN_JOIN_(name, type, isa) name##_##type##_##isa
 #define FN_JOIN(name, type, isa) FN_JOIN_(name, type, isa)
 #define FN(name) FN_JOIN(name, TNAME, ISA)
@@ -49,11 +53,8 @@ static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uin
 #endif
 #define WIDE 16
 #define NEIGHBOURS(x) SHUFFLE(x, 1, 0)
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define WIDE_MULTIPLY(a, b) ((__typeof__(a))__builtin_ia32_pmuludq128((int32x4)(a), (int32x4)(b)))
-typedef int int32x4 __attribute__((vector_size(16)));
-typedef int int32x8 __attribute__((vector_size(32)));
-typedef int int32x16 __attribute__((vector_size(64)));
+#if defined(__x86_64__)
+#define WIDE_MULTIPLY(a, b) ((__typeof__(a))_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
 #else
 #define WIDE_MULTIPLY(a, b) (((a) & 0xffffffffu) * (b))
 #endif
@@ -75,10 +76,8 @@ typedef int int32x16 __attribute__((vector_size(64)));
 #undef NEIGHBOURS
 #define WIDE 32
 #define NEIGHBOURS(x) SHUFFLE(x, 1, 0, 3, 2)
-#ifndef __clang__
 #undef WIDE_MULTIPLY
-#define WIDE_MULTIPLY(a, b) ((__typeof__(a))__builtin_ia32_pmuludq256((int32x8)(a), (int32x8)(b)))
-#endif
+#define WIDE_MULTIPLY(a, b) ((__typeof__(a))_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #define ISA avx2
 #define OPLORA_TEMPLATE "kernels.h"
 #include "each_type.h"
@@ -95,12 +94,8 @@ typedef int int32x16 __attribute__((vector_size(64)));
 #undef NEIGHBOURS
 #define WIDE 64
 #define NEIGHBOURS(x) SHUFFLE(x, 1, 0, 3, 2, 5, 4, 7, 6)
-#ifndef __clang__
 #undef WIDE_MULTIPLY
-#define WIDE_MULTIPLY(a, b) \
-    ((__typeof__(a))__builtin_ia32_pmuludq512_mask((int32x16)(a), (int32x16)(b), (int64x8){0}, 0xff))
-typedef long long int64x8 __attribute__((vector_size(64)));
-#endif
+#define WIDE_MULTIPLY(a, b) ((__typeof__(a))_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 #define ISA avx512
 #define OPLORA_TEMPLATE "kernels.h"
 #include "each_type.h"

@@ -7,6 +7,10 @@
 #include "random.h"
 #include "workspace.h"
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #define OPLORA_TEMPLATE "dispatch.h"
 #include "each_type.h"
 
@@ -23,15 +27,17 @@ typedef enum { OPLORA_FLUSHED, OPLORA_GRADUAL } oplora_underflow;
 /* Sets the mode of this thread and returns what it was, for oplora_restore_mode. */
 static inline uint64_t oplora_set_mode(oplora_underflow underflow) {
 #if defined(__x86_64__)
-    const uint32_t state = __builtin_ia32_stmxcsr(), flushes = 0x8040, rounding = 0x6000; /* of MXCSR */
-    __builtin_ia32_ldmxcsr((state & ~(flushes | rounding)) | (underflow == OPLORA_FLUSHED ? flushes : 0));
+    const uint32_t state = _mm_getcsr(), flushes = 0x8040, rounding = 0x6000; /* of MXCSR */
+    _mm_setcsr((state & ~(flushes | rounding)) | (underflow == OPLORA_FLUSHED ? flushes : 0));
     return state;
 #elif defined(__aarch64__)
     const uint64_t flushes = (uint64_t)1 << 24, rounding = (uint64_t)3 << 22; /* of FPCR */
     uint64_t state;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(state));
-    __asm__ volatile(
-        "msr fpcr, %0" ::"r"((state & ~(flushes | rounding)) | (underflow == OPLORA_FLUSHED ? flushes : 0)));
+    __asm__ volatile("mrs %0, fpcr" : "=r"(state) : : "memory");
+    __asm__ volatile("msr fpcr, %0"
+                     :
+                     : "r"((state & ~(flushes | rounding)) | (underflow == OPLORA_FLUSHED ? flushes : 0))
+                     : "memory");
     return state;
 #else
     (void)underflow;
@@ -41,9 +47,9 @@ static inline uint64_t oplora_set_mode(oplora_underflow underflow) {
 
 static inline void oplora_restore_mode(uint64_t state) {
 #if defined(__x86_64__)
-    __builtin_ia32_ldmxcsr((uint32_t)state);
+    _mm_setcsr((uint32_t)state);
 #elif defined(__aarch64__)
-    __asm__ volatile("msr fpcr, %0" ::"r"(state));
+    __asm__ volatile("msr fpcr, %0" : : "r"(state) : "memory");
 #else
     (void)state;
 #endif

@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 /* The stream of one tensor of one layer. W2 has one for each range of its rows that starts at random, as the entries of
- * a stream count from 0: W2_TENSOR + RANGE_TENSORS * i for the i-th. */
+ * a stream count from 0: OPLORA_W2_TENSOR + OPLORA_RANGE_TENSORS * i for the i-th. */
 typedef struct {
     uint64_t seed;
     uint32_t layer, tensor;
@@ -17,9 +17,6 @@ typedef struct {
 
 enum { OPLORA_W2_TENSOR = 0, OPLORA_W1_TENSOR = 1, OPLORA_Z_TENSOR = 2, OPLORA_SIGN_TENSOR = 3, OPLORA_ROUNDING = 4 };
 enum { OPLORA_RANGE_TENSORS = 8 };
-enum { OPLORA_LANES = 16 };                        /* counters that the kernels turn into words together */
-enum { OPLORA_UNIFORM_BLOCK = 128 };               /* entries of a vector that OPLORA_LANES counters make: 8 each */
-enum { OPLORA_SIGN_BLOCK = 64 };                   /* rows whose words OPLORA_LANES counters make: 4 each */
 static const double OPLORA_UNIFORM_UNIT = 0x1p-16; /* a uniform number is an odd multiple of this */
 
 double oplora_start_bound(oplora_start_kind kind, int64_t fan_in);

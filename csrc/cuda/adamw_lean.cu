@@ -180,11 +180,6 @@ template <int D, int K> struct Row {
     }
 };
 
-/* The slot of the basis' a-th vector among D + K + 1, when d and k of them are used. */
-template <int D, int K> __device__ int slot_of(int a, int d, int k) {
-    return a < d ? a : a < d + k ? D + a - d : D + K;
-}
-
 /* Of vector a of the basis, d of which are U's. */
 __device__ double scale_of(const Share &share, int a, int d) { return a < d ? share.kappa : share.rho; }
 

@@ -21,9 +21,19 @@
 extern "C" {
 #endif
 
-/* Of this interface: a library that was built from other sources is not called. */
-enum { OPLORA_CUDA_VERSION = 3 };
-OPLORA_CUDA_API int oplora_cuda_version(void);
+/* Of the headers that this library and its caller share a hash, for which the build defines OPLORA_CUDA_INTERFACE: a library
+ * that was built from others is not called. */
+#ifndef OPLORA_CUDA_INTERFACE
+#error "define OPLORA_CUDA_INTERFACE as setup.py and the Makefile do"
+#endif
+#define OPLORA_STRING_(token) #token
+#define OPLORA_STRING(token) OPLORA_STRING_(token)
+#define OPLORA_CUDA_HASH OPLORA_STRING(OPLORA_CUDA_INTERFACE)
+OPLORA_CUDA_API const char *oplora_cuda_interface(void);
+
+/* Whether CUDA can be called at all, a cudaError_t, and which CUDA the driver serves (0: there is none) and the library
+ * was built with, as 1000 * major + 10 * minor. */
+OPLORA_CUDA_API int oplora_cuda_ready(int *driver, int *runtime);
 
 /* CUDA's sentence for a cudaError_t. */
 OPLORA_CUDA_API const char *oplora_cuda_strerror(int error);

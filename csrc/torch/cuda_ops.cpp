@@ -9,6 +9,7 @@
 
 #include <dlfcn.h>
 
+#include <cstddef>
 #include <cstring>
 #include <string>
 #include <tuple>
@@ -25,11 +26,12 @@ namespace {
 
 struct CudaLibrary {
     void *handle;
+    std::string path;
     bool on_cpu; // a stand-in that executes kernels on the CPU, for tests
 
     template <class F> F find(const char *name) const {
         void *const function = dlsym(handle, name);
-        STD_TORCH_CHECK(function, "oplora: liboplora_cuda.so has no ", name, "; it was built from other sources. ",
+        STD_TORCH_CHECK(function, "oplora: ", path, " has no ", name, ": it was built from other sources. ",
                         how_to_build);
         return reinterpret_cast<F>(function);
     }
@@ -49,17 +51,52 @@ std::string library_path() {
     return path.substr(0, path.rfind('/') + 1) + "liboplora_cuda.so";
 }
 
+void check_interface(const CudaLibrary &library) {
+    const std::string theirs = library.find<decltype(&oplora_cuda_interface)>("oplora_cuda_interface")();
+    STD_TORCH_CHECK(theirs == OPLORA_CUDA_HASH, "oplora: ", library.path, " was built from other sources: its ",
+                    "interface is ", theirs, ", that of liboplora_torch.so ", OPLORA_CUDA_HASH, ". ",
+                    CudaLibrary::how_to_build);
+}
+
+std::string cuda_version(int version) {
+    return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// CUDA's numbers for errors whose sentence does not say what to do.
+enum { INSUFFICIENT_DRIVER = 35, NO_KERNEL_IMAGE = 209, UNSUPPORTED_PTX = 222 };
+
+std::string advice(const CudaLibrary &library, int error) {
+    if (error == NO_KERNEL_IMAGE)
+        return " (" + library.path +
+               " has no code for this GPU: build again with its architecture, as in "
+               "OPLORA_CUDA_ARCHS=\"90 100\"; compute_cap of nvidia-smi tells it)";
+    if (error != INSUFFICIENT_DRIVER && error != UNSUPPORTED_PTX) return "";
+    int driver, runtime;
+    library.find<decltype(&oplora_cuda_ready)>("oplora_cuda_ready")(&driver, &runtime);
+    const std::string major = std::to_string(driver / 1000);
+    return " (" +
+           (driver ? "the NVIDIA driver serves CUDA up to " + cuda_version(driver) : "there is no NVIDIA driver") +
+           ", and " + library.path + " was built with CUDA " + cuda_version(runtime) + ": install a driver for CUDA " +
+           cuda_version(runtime) + " or newer" +
+           (driver >= 12000 ? ", or build again with a CUDA toolkit " + major + ".x, from 12.8 on" : "") + ")";
+}
+
+// A driver that is older than the CUDA runtime inside the library is told when it is loaded, before anything is launched.
+void check_driver(const CudaLibrary &library) {
+    int driver, runtime;
+    const int error = library.find<decltype(&oplora_cuda_ready)>("oplora_cuda_ready")(&driver, &runtime);
+    STD_TORCH_CHECK(error != INSUFFICIENT_DRIVER, "oplora: the CUDA kernels do not run here", advice(library, error));
+}
+
 const CudaLibrary &cuda() {
     static const CudaLibrary library = [] {
         const std::string path = library_path();
         void *const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         STD_TORCH_CHECK(handle, "oplora: a CUDA tensor needs the CUDA kernels, and ", path,
                         " does not load: ", dlerror(), ". ", CudaLibrary::how_to_build);
-        const CudaLibrary found = {handle, dlsym(handle, "oplora_cuda_on_cpu") != nullptr};
-        const int version = found.find<decltype(&oplora_cuda_version)>("oplora_cuda_version")();
-        STD_TORCH_CHECK(version == OPLORA_CUDA_VERSION, "oplora: ", path, " has version ", version, ", expected ",
-                        static_cast<int>(OPLORA_CUDA_VERSION), "; it was built from other sources. ",
-                        CudaLibrary::how_to_build);
+        const CudaLibrary found = {handle, path, dlsym(handle, "oplora_cuda_on_cpu") != nullptr};
+        check_interface(found);
+        check_driver(found);
         return found;
     }();
     return library;
@@ -92,7 +129,8 @@ template <class F> void on_device(const char *op, Place place, F launch) {
     std::optional<torch::stable::accelerator::DeviceGuard> guard;
     if (place.on_cuda) guard.emplace(place.device);
     const int error = launch(current_stream(place));
-    STD_TORCH_CHECK(error == 0, "oplora::", op, ": CUDA says: ", CUDA_CALL(oplora_cuda_strerror)(error));
+    STD_TORCH_CHECK(error == 0, "oplora::", op, ": CUDA says: ", CUDA_CALL(oplora_cuda_strerror)(error),
+                    advice(cuda(), error));
 }
 
 // ---- generate ----
@@ -226,22 +264,92 @@ Tensor bytes_on_cpu(int64_t bytes) {
 
 using Plan = std::tuple<Tensor, Tensor, Tensor>; // plan, table, workspace
 
+enum class Kind : int64_t { exact = 1, lean, rate };
+enum class Needs { nothing, gradients };
+
+// A plan as the tensor holds it. Launches trust its addresses, so they take it only as one of the ops below has made it:
+// of their state, whole, and with the table's size and the workspace that it was made for. What the table holds lies on the
+// device, where nobody looks at it in time.
+struct SavedPlan {
+    char magic[8];
+    char interface[sizeof OPLORA_CUDA_HASH];
+    Kind kind;
+    int64_t has_gradients; // as a measurement and a step need them
+    int64_t device;        // -1: the CPU
+    int64_t table_bytes, workspace_bytes;
+    const void *workspace;
+    oplora_cuda_plan plan;
+    uint64_t hash; // of all before it
+};
+
+int64_t number_of(Place place) { return place.on_cuda ? place.device : -1; }
+
+constexpr char MAGIC[8] = {'o', 'p', 'l', 'p', 'l', 'a', 'n', '1'};
+
+// FNV-1a.
+uint64_t hash_of(const SavedPlan &saved) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    const unsigned char *const bytes = reinterpret_cast<const unsigned char *>(&saved);
+    for (size_t i = 0; i < offsetof(SavedPlan, hash); i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
+}
+
+Tensor save_plan(Kind kind, bool has_gradients, Place place, const Tensor &table, const Tensor &workspace,
+                 const oplora_cuda_plan &made) {
+    SavedPlan saved;
+    std::memset(&saved, 0, sizeof saved); // padding is hashed too
+    std::memcpy(saved.magic, MAGIC, sizeof MAGIC);
+    std::memcpy(saved.interface, OPLORA_CUDA_HASH, sizeof saved.interface);
+    saved.kind = kind;
+    saved.has_gradients = has_gradients;
+    saved.device = number_of(place);
+    saved.table_bytes = table.numel();
+    saved.workspace_bytes = workspace.numel();
+    saved.workspace = workspace.const_data_ptr();
+    std::memcpy(&saved.plan, &made, sizeof made);
+    saved.hash = hash_of(saved);
+    Tensor plan = bytes_on_cpu(sizeof saved);
+    std::memcpy(out<char>(plan), &saved, sizeof saved);
+    return plan;
+}
+
+oplora_cuda_plan read_plan(const char *op, Kind kind, Needs needs, Place place, const Tensor &plan, const Tensor &table,
+                           const Tensor &workspace) {
+    check(op, "plan", plan, ScalarType::Byte, sizeof(SavedPlan));
+    check(op, "table", table, ScalarType::Byte, table.numel(), place);
+    check(op, "workspace", workspace, ScalarType::Byte, workspace.numel(), place);
+    SavedPlan saved;
+    std::memcpy(&saved, plan.const_data_ptr(), sizeof saved);
+    STD_TORCH_CHECK(!std::memcmp(saved.magic, MAGIC, sizeof MAGIC) && saved.hash == hash_of(saved) &&
+                        !std::memcmp(saved.interface, OPLORA_CUDA_HASH, sizeof saved.interface),
+                    "oplora::", op, ": plan is not what a plan op has returned");
+    STD_TORCH_CHECK(saved.kind == kind, "oplora::", op, ": plan is that of another state");
+    STD_TORCH_CHECK(saved.has_gradients || needs == Needs::nothing, "oplora::", op,
+                    ": plan was made without gradients");
+    STD_TORCH_CHECK(saved.device == number_of(place), "oplora::", op, ": plan is for another device than table is on");
+    STD_TORCH_CHECK(saved.table_bytes == table.numel(), "oplora::", op, ": table has ", table.numel(),
+                    " bytes, the plan's has ", saved.table_bytes);
+    STD_TORCH_CHECK(saved.workspace_bytes == workspace.numel() && saved.workspace == workspace.const_data_ptr(),
+                    "oplora::", op, ": workspace is not the plan's");
+    return saved.plan;
+}
+
 // verdict (2): a plan writes what it finds there.
 template <class L, class TableBytes, class WorkspaceBytes, class PlanLayers>
-Plan make_plan(L &layers, const DeviceNumbers &numbers, const std::vector<oplora_cuda_half> &halves,
-               const Tensor &verdict, TableBytes table_bytes, WorkspaceBytes workspace_bytes, PlanLayers plan_layers) {
+Plan make_plan(Kind kind, const Tensors &grads, L &layers, const DeviceNumbers &numbers,
+               const std::vector<oplora_cuda_half> &halves, const Tensor &verdict, TableBytes table_bytes,
+               WorkspaceBytes workspace_bytes, PlanLayers plan_layers) {
     const int64_t in_table = table_bytes(layers.layers.data(), layers.count());
     const int64_t in_workspace = workspace_bytes(layers.layers.data(), layers.count());
     STD_TORCH_CHECK(in_table >= 0 && in_workspace >= 0, "oplora::", layers.op, ": sizes or ranks that do not fit");
-    Tensor plan = bytes_on_cpu(sizeof(oplora_cuda_plan)), table = bytes_on_cpu(in_table);
+    Tensor table = bytes_on_cpu(in_table);
     Tensor workspace = torch::stable::new_empty(verdict, {&in_workspace, 1}, ScalarType::Byte);
-    oplora_cuda_plan made;
+    oplora_cuda_plan made = {};
     check(layers.op, "verdict", verdict, ScalarType::Int, 2, layers.place);
     check_core(layers.op, plan_layers(layers.layers.data(), layers.count(), numbers.adamw.data(), numbers.rates.data(),
                                       halves.data(), reinterpret_cast<oplora_cuda_verdict *>(out<int>(verdict)),
                                       out<char>(workspace), out<char>(table), &made));
-    std::memcpy(out<char>(plan), &made, sizeof made);
-    return {plan, table, workspace};
+    return {save_plan(kind, !grads.empty(), layers.place, table, workspace, made), table, workspace};
 }
 
 Plan cuda_exact_plan(const Tensor &parameters, const Tensor &exp_avg, const Tensor &exp_avg_sq, const Tensor &decay,
@@ -249,12 +357,11 @@ Plan cuda_exact_plan(const Tensor &parameters, const Tensor &exp_avg, const Tens
                      Tensors grads, const Tensor &sizes, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
                      const Tensor &verdict, const Tensor &report) {
     const char *const op = "cuda_exact_plan";
-    ExactLayers<float> layers(op, sizes, place_of(op, adamw));
-    layers.set_rows(rows_like(factors, rounded));
+    ExactLayers<float> layers(op, sizes, rows_like(factors, rounded), place_of(op, adamw));
     layers.set_state(parameters, exp_avg, exp_avg_sq, decay, moving);
     layers.set_report(report);
     const auto halves = set_tensors(layers, factors, rounded, bases, grads);
-    return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
+    return make_plan(Kind::exact, grads, layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
                      CUDA_CALL(oplora_cuda_exact_table_bytes), CUDA_CALL(oplora_cuda_exact_workspace_bytes),
                      CUDA_CALL(oplora_cuda_exact_plan_layers));
 }
@@ -264,15 +371,14 @@ Plan cuda_lean_plan(const Tensor &numbers, const Tensor &moments, const Tensor &
                     const Tensor &random, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
                     const Tensor &verdict, const Tensor &report, const Tensor &dh) {
     const char *const op = "cuda_lean_plan";
-    LeanLayers<float> layers(op, sizes, place_of(op, adamw));
-    layers.set_rows(rows_like(factors, rounded));
+    LeanLayers<float> layers(op, sizes, rows_like(factors, rounded), place_of(op, adamw));
     layers.set_state(numbers, moments, scalars);
     layers.set_random(random);
     layers.set_report(report);
     layers.set_dh(dh);
     const auto halves = set_tensors(layers, factors, rounded, bases, grads);
     check_values(layers);
-    return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
+    return make_plan(Kind::lean, grads, layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
                      CUDA_CALL(oplora_cuda_lean_table_bytes), CUDA_CALL(oplora_cuda_lean_workspace_bytes),
                      CUDA_CALL(oplora_cuda_lean_plan_layers));
 }
@@ -282,8 +388,7 @@ Plan cuda_rate_plan(const Tensor &generated, const Tensor &exp_avg_sq, const Ten
                     const Tensor &listens, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
                     const Tensor &verdict, const Tensor &report) {
     const char *const op = "cuda_rate_plan";
-    RateLayers<float> layers(op, sizes, place_of(op, adamw));
-    layers.set_rows(rows_like(factors, rounded));
+    RateLayers<float> layers(op, sizes, rows_like(factors, rounded), place_of(op, adamw));
     layers.set_state(generated, exp_avg_sq);
     layers.set_starts({}, listens);
     layers.set_report(report);
@@ -293,21 +398,18 @@ Plan cuda_rate_plan(const Tensor &generated, const Tensor &exp_avg_sq, const Ten
     const auto plan_layers = [&](auto *all, int64_t n, auto *numbers, auto *of_factors, auto *some, auto... more) {
         return CUDA_CALL(oplora_cuda_rate_plan_layers)(all, n, numbers, of_factors, in<double>(found), some, more...);
     };
-    return make_plan(layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
+    return make_plan(Kind::rate, grads, layers, DeviceNumbers(layers, adamw, rates, rows), halves, verdict,
                      CUDA_CALL(oplora_cuda_rate_table_bytes), CUDA_CALL(oplora_cuda_rate_workspace_bytes), plan_layers);
 }
 
 // ---- launches ----
 
-// launch(plan, table, stream), for a plan that an op above returned.
+// call(plan, table, stream), for a plan that an op above returned.
 template <class F>
-void launch(const char *op, const Tensor &plan, const Tensor &table, const Tensor &workspace, F call) {
+void launch(const char *op, Kind kind, Needs needs, const Tensor &plan, const Tensor &table, const Tensor &workspace,
+            F call) {
     const Place place = place_of(op, table);
-    check(op, "plan", plan, ScalarType::Byte, sizeof(oplora_cuda_plan));
-    check(op, "table", table, ScalarType::Byte, table.numel(), place);
-    check(op, "workspace", workspace, ScalarType::Byte, workspace.numel(), place);
-    oplora_cuda_plan planned;
-    std::memcpy(&planned, plan.const_data_ptr(), sizeof planned);
+    const oplora_cuda_plan planned = read_plan(op, kind, needs, place, plan, table, workspace);
     on_device(op, place, [&](void *stream) { return call(&planned, table.const_data_ptr(), stream); });
 }
 
@@ -319,49 +421,54 @@ const int *veto_of(const char *op, const std::optional<Tensor> &veto, const Tens
 }
 
 void cuda_exact_measure_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
-    launch("cuda_exact_measure_", plan, table, workspace, CUDA_CALL(oplora_cuda_exact_measure));
+    launch("cuda_exact_measure_", Kind::exact, Needs::gradients, plan, table, workspace,
+           CUDA_CALL(oplora_cuda_exact_measure));
 }
 
 void cuda_exact_step_(const Tensor &plan, const Tensor &table, const Tensor &workspace, std::optional<Tensor> veto,
                       bool measured) {
     const char *const op = "cuda_exact_step_";
     const int *const vetoed = veto_of(op, veto, table);
-    launch(op, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+    launch(op, Kind::exact, Needs::gradients, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
         return CUDA_CALL(oplora_cuda_exact_step)(planned, on_table, measured, vetoed, stream);
     });
 }
 
 void cuda_exact_generate_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
-    launch("cuda_exact_generate_", plan, table, workspace, CUDA_CALL(oplora_cuda_exact_generate));
+    launch("cuda_exact_generate_", Kind::exact, Needs::nothing, plan, table, workspace,
+           CUDA_CALL(oplora_cuda_exact_generate));
 }
 
 void cuda_lean_start_(const Tensor &plan, const Tensor &table, const Tensor &workspace, double latent_std) {
-    launch("cuda_lean_start_", plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
-        return CUDA_CALL(oplora_cuda_lean_start)(planned, on_table, latent_std, stream);
-    });
+    launch("cuda_lean_start_", Kind::lean, Needs::nothing, plan, table, workspace,
+           [&](auto *planned, auto *on_table, void *stream) {
+               return CUDA_CALL(oplora_cuda_lean_start)(planned, on_table, latent_std, stream);
+           });
 }
 
 void cuda_lean_measure_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
-    launch("cuda_lean_measure_", plan, table, workspace, CUDA_CALL(oplora_cuda_lean_measure));
+    launch("cuda_lean_measure_", Kind::lean, Needs::gradients, plan, table, workspace,
+           CUDA_CALL(oplora_cuda_lean_measure));
 }
 
 void cuda_lean_step_(const Tensor &plan, const Tensor &table, const Tensor &workspace, std::optional<Tensor> veto,
                      bool measured) {
     const char *const op = "cuda_lean_step_";
     const int *const vetoed = veto_of(op, veto, table);
-    launch(op, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+    launch(op, Kind::lean, Needs::gradients, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
         return CUDA_CALL(oplora_cuda_lean_step)(planned, on_table, measured, vetoed, stream);
     });
 }
 
 void cuda_rate_measure_(const Tensor &plan, const Tensor &table, const Tensor &workspace) {
-    launch("cuda_rate_measure_", plan, table, workspace, CUDA_CALL(oplora_cuda_rate_measure));
+    launch("cuda_rate_measure_", Kind::rate, Needs::gradients, plan, table, workspace,
+           CUDA_CALL(oplora_cuda_rate_measure));
 }
 
 void cuda_rate_step_(const Tensor &plan, const Tensor &table, const Tensor &workspace, std::optional<Tensor> veto) {
     const char *const op = "cuda_rate_step_";
     const int *const vetoed = veto_of(op, veto, table);
-    launch(op, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
+    launch(op, Kind::rate, Needs::gradients, plan, table, workspace, [&](auto *planned, auto *on_table, void *stream) {
         return CUDA_CALL(oplora_cuda_rate_step)(planned, on_table, vetoed, stream);
     });
 }
@@ -381,6 +488,13 @@ void find_rate_(const Tensor &found, const Tensor &heard, const std::optional<Te
 
 } // namespace
 
+// What a plan's tensors are is known to whoever made it, and to nobody who looks at a call: a launch reads and writes the
+// factors, the state, the numbers, the verdict and the report at addresses that the table holds, and gets none of them as
+// an argument. A schema can only tell what of its arguments is written, the workspace. Handing all of them over would box
+// a tensor a factor at every step, and would be no more true: functionalization replaces a tensor that is written by
+// another at another address, which no plan knows. So these ops are not for graphs that are reordered. No fake and no
+// autograd is registered for them, so that torch.compile breaks its graph at each and runs it where it stands in the
+// program, torch.export and fullgraph refuse it, and functionalization, which would have to copy what is written, too.
 STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
     m.def("cuda_exact_plan(Tensor parameters, Tensor exp_avg, Tensor exp_avg_sq, Tensor decay, Tensor moving, "
           "Tensor?[] factors, Tensor?[] rounded, Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor adamw, "
@@ -420,6 +534,20 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CUDA, m) {
     m.impl("find_rate_", TORCH_BOX(&find_rate_));
     STEP_IMPLEMENTATIONS(m);
 }
+
+// Of a view that negates or conjugates lazily torch hands over a copy, which is gone when the op returns: a plan would keep
+// its address.
+void refuse_lazy_views(StableIValue *, uint64_t, uint64_t) {
+    STD_TORCH_CHECK(false,
+                    "oplora: a plan keeps its tensors' addresses, and one of them is a lazily negated or conjugated "
+                    "view; pass resolve_neg() or resolve_conj() of it");
+}
+#define REFUSE_LAZY_VIEWS(m) \
+    m.impl("cuda_exact_plan", &refuse_lazy_views); \
+    m.impl("cuda_lean_plan", &refuse_lazy_views); \
+    m.impl("cuda_rate_plan", &refuse_lazy_views)
+STABLE_TORCH_LIBRARY_IMPL(oplora, Negative, m) { REFUSE_LAZY_VIEWS(m); }
+STABLE_TORCH_LIBRARY_IMPL(oplora, Conjugate, m) { REFUSE_LAZY_VIEWS(m); }
 
 // for a library that executes kernels on the CPU; any other refuses CPU tensors
 STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) { STEP_IMPLEMENTATIONS(m); }

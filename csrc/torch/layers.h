@@ -82,6 +82,15 @@ struct Place {
     bool holds(const Tensor &t) const { return on_cuda ? t.is_cuda() && t.get_device_index() == device : t.is_cpu(); }
 };
 
+// Whether all elements of a contiguous tensor lie in its storage, which somebody may have shrunk (FSDP frees what is
+// sharded so).
+inline bool lies_in_storage(const Tensor &t) {
+    const int64_t size = static_cast<int64_t>(t.element_size());
+    int64_t offset, bytes;
+    if (aoti_torch_get_storage_offset(t.get(), &offset) || aoti_torch_get_storage_size(t.get(), &bytes)) return false;
+    return offset >= 0 && offset <= bytes / size && t.numel() <= bytes / size - offset;
+}
+
 inline void check(const char *op, const char *name, const Tensor &t, ScalarType dtype, int64_t numel,
                   Place place = {}) {
     STD_TORCH_CHECK(place.holds(t), "oplora::", op, ": ", name, " must be a ",
@@ -89,6 +98,7 @@ inline void check(const char *op, const char *name, const Tensor &t, ScalarType 
     STD_TORCH_CHECK(t.scalar_type() == dtype, "oplora::", op, ": ", name, " has another dtype than expected");
     STD_TORCH_CHECK(t.is_contiguous(), "oplora::", op, ": ", name, " must be contiguous");
     STD_TORCH_CHECK(t.numel() == numel, "oplora::", op, ": ", name, " has ", t.numel(), " elements, expected ", numel);
+    STD_TORCH_CHECK(lies_in_storage(t), "oplora::", op, ": ", name, " has no memory for its elements");
 }
 
 template <class T> const T *in(const Tensor &t) { return static_cast<const T *>(t.const_data_ptr()); }
@@ -121,6 +131,7 @@ inline Sizes generator_sizes(const char *op, const Tensor &z, const Tensor &W1, 
     check(op, "z", z, dtype, Z, place);
     check(op, "W1", W1, dtype, H * Z, place);
     check(op, "c1", c1, dtype, H, place);
+    STD_TORCH_CHECK(lies_in_storage(W2), "oplora::", op, ": W2 has no memory for its elements"); // no gaps in it either
     return {H, Z, N, columns ? OPLORA_COLUMNS : OPLORA_ROWS};
 }
 
@@ -178,25 +189,30 @@ template <class T, class Layer> struct Layers {
     const char *op;
     Place place;
 
-    // `n_factors` is the column of sizes with a layer's number of factors
-    Layers(const char *op, Place place, const Table &sizes, int n_factors)
-        : layers(static_cast<size_t>(sizes.count)), op(op), place(place) {
-        int64_t sum = 0;
-        for (size_t i = 0; i < layers.size(); i++) {
-            layers[i].n_factors = sizes[i][n_factors];
-            STD_TORCH_CHECK(layers[i].n_factors >= 1 && layers[i].n_factors < (int64_t{1} << 32), "oplora::", op,
-                            ": a layer needs a factor");
-            sum += layers[i].n_factors;
+    // `n_factors` is the column of sizes with a layer's number of factors. What sizes say is held against the tensors
+    // before memory is taken for it: rows of each factor, and with them N, are the tensors'.
+    Layers(const char *op, Place place, const Table &sizes, int n_factors, const Tensors &tensors)
+        : op(op), place(place) {
+        int64_t left = static_cast<int64_t>(tensors.size());
+        for (int64_t i = 0; i < sizes.count; i++) {
+            const int64_t n = sizes[static_cast<size_t>(i)][n_factors];
+            STD_TORCH_CHECK(n >= 1 && n <= left, "oplora::", op, ": layer ", i, " has ", n, " factors, expected 1 to ",
+                            left, ", as so many of the ", tensors.size(), " tensors are left");
+            left -= n;
         }
-        factors.resize(static_cast<size_t>(sum));
-        for (size_t i = 0, f = 0; i < layers.size(); f += static_cast<size_t>(layers[i++].n_factors))
+        STD_TORCH_CHECK(left == 0, "oplora::", op, ": ", tensors.size(), " factors, expected ",
+                        static_cast<int64_t>(tensors.size()) - left);
+        layers.resize(static_cast<size_t>(sizes.count));
+        factors.resize(tensors.size());
+        for (size_t i = 0, f = 0; i < layers.size(); f += static_cast<size_t>(layers[i++].n_factors)) {
+            layers[i].n_factors = sizes[i][n_factors];
             layers[i].factors = factors.data() + f;
+        }
     }
 
-    // rows of each factor, and with them N
+  protected:
+    // after H and Z are known
     void set_rows(const Tensors &tensors) {
-        STD_TORCH_CHECK(tensors.size() == factors.size(), "oplora::", op, ": ", tensors.size(), " factors, expected ",
-                        factors.size());
         size_t f = 0;
         for (auto &layer : layers) {
             layer.N = 0;
@@ -209,6 +225,7 @@ template <class T, class Layer> struct Layers {
         }
     }
 
+  public:
     void set_gradients(const Tensors &grads) {
         STD_TORCH_CHECK(grads.size() == factors.size(), "oplora::", op, ": a gradient a factor is needed");
         for (size_t f = 0; f < factors.size(); f++) {
@@ -219,6 +236,7 @@ template <class T, class Layer> struct Layers {
 
     // bases: none at all, or a base or None a factor
     void set_factors(const Tensors &tensors, const OptionalTensors &bases) {
+        STD_TORCH_CHECK(tensors.size() == factors.size(), "oplora::", op, ": a tensor a factor is needed");
         STD_TORCH_CHECK(bases.empty() || bases.size() == factors.size(), "oplora::", op,
                         ": a base (or None) a factor is needed");
         for (size_t f = 0; f < factors.size(); f++) {
@@ -283,8 +301,9 @@ template <class T> struct ExactLayers : Layers<T, typename core<T>::exact> {
     // H, Z, factors, where the layer begins in the three tensors of its numbers, in `decay`, in `moving`
     enum { SIZES = 6 };
 
-    ExactLayers(const char *op, const Tensor &sizes, Place place = {})
-        : ExactLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
+    // tensors: of every factor one of its rows, a factor or a gradient
+    ExactLayers(const char *op, const Tensor &sizes, const Tensors &tensors, Place place = {})
+        : ExactLayers(op, Table(op, "sizes", sizes, SIZES), tensors, place) {}
 
     void set_parameters(const Tensor &t) {
         set_numbers("parameters", t, [](auto &layer, T *p) { layer.parameters = p; });
@@ -314,10 +333,11 @@ template <class T> struct ExactLayers : Layers<T, typename core<T>::exact> {
   private:
     const Table sizes;
 
-    ExactLayers(const char *op, const Table &sizes, Place place)
-        : Layers<T, typename core<T>::exact>(op, place, sizes, 2), sizes(sizes) {
+    ExactLayers(const char *op, const Table &sizes, const Tensors &tensors, Place place)
+        : Layers<T, typename core<T>::exact>(op, place, sizes, 2, tensors), sizes(sizes) {
         for (size_t i = 0; i < this->layers.size(); i++)
             this->layers[i].H = sizes[i][0], this->layers[i].Z = sizes[i][1];
+        this->set_rows(tensors);
     }
 
     template <class Set> void set_numbers(const char *name, const Tensor &t, Set set) {
@@ -336,8 +356,9 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
     // begin, seed
     enum { SIZES = 11 };
 
-    LeanLayers(const char *op, const Tensor &sizes, Place place = {})
-        : LeanLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
+    // tensors: of every factor one of its rows, a factor or a gradient
+    LeanLayers(const char *op, const Tensor &sizes, const Tensors &tensors, Place place = {})
+        : LeanLayers(op, Table(op, "sizes", sizes, SIZES), tensors, place) {}
 
     void set_state(const Tensor &numbers, const Tensor &moments, const Tensor &scalars) {
         check(this->op, "numbers", numbers, core<T>::dtype, numbers.numel(), this->place);
@@ -381,8 +402,8 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
   private:
     const Table sizes;
 
-    LeanLayers(const char *op, const Table &sizes, Place place)
-        : Layers<T, typename core<T>::lean>(op, place, sizes, 6), sizes(sizes) {
+    LeanLayers(const char *op, const Table &sizes, const Tensors &tensors, Place place)
+        : Layers<T, typename core<T>::lean>(op, place, sizes, 6, tensors), sizes(sizes) {
         for (size_t i = 0; i < this->layers.size(); i++) {
             const int64_t *const n = sizes[i];
             auto &layer = this->layers[i];
@@ -393,6 +414,7 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
             layer.layer = static_cast<uint32_t>(n[5]);
             layer.seed = static_cast<uint64_t>(n[10]);
         }
+        this->set_rows(tensors);
     }
 };
 
@@ -400,8 +422,9 @@ template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
     // factors, where the layer begins in `generated` and `exp_avg_sq`
     enum { SIZES = 2 };
 
-    RateLayers(const char *op, const Tensor &sizes, Place place = {})
-        : RateLayers(op, Table(op, "sizes", sizes, SIZES), place) {}
+    // tensors: of every factor one of its rows, a factor or a gradient
+    RateLayers(const char *op, const Tensor &sizes, const Tensors &tensors, Place place = {})
+        : RateLayers(op, Table(op, "sizes", sizes, SIZES), tensors, place) {}
 
     void set_state(const Tensor &generated, const Tensor &exp_avg_sq) {
         check(this->op, "generated", generated, core<T>::dtype, generated.numel(), this->place);
@@ -445,8 +468,10 @@ template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
   private:
     const Table sizes;
 
-    RateLayers(const char *op, const Table &sizes, Place place)
-        : Layers<T, typename core<T>::rate>(op, place, sizes, 0), sizes(sizes) {}
+    RateLayers(const char *op, const Table &sizes, const Tensors &tensors, Place place)
+        : Layers<T, typename core<T>::rate>(op, place, sizes, 0, tensors), sizes(sizes) {
+        this->set_rows(tensors);
+    }
 };
 
 } // namespace

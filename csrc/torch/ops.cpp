@@ -53,8 +53,7 @@ bool finite(const char *op, oplora_status status) {
 bool exact_measure_(const Tensor &parameters, Tensors grads, const Tensor &sizes, const Tensor &report) {
     return for_dtype("exact_measure_", parameters, [&](auto type) {
         using T = decltype(type);
-        ExactLayers<T> layers("exact_measure_", sizes);
-        layers.set_rows(grads);
+        ExactLayers<T> layers("exact_measure_", sizes, grads);
         layers.set_parameters(parameters);
         layers.set_gradients(grads);
         layers.set_report(report);
@@ -69,8 +68,7 @@ bool exact_step_(const Tensor &parameters, const Tensor &exp_avg, const Tensor &
                  const Tensor &adamw, const Tensor &rates, const Tensor &rows, const Tensor &report, bool measured) {
     return for_dtype("exact_step_", parameters, [&](auto type) {
         using T = decltype(type);
-        ExactLayers<T> layers("exact_step_", sizes);
-        layers.set_rows(factors);
+        ExactLayers<T> layers("exact_step_", sizes, factors);
         layers.set_state(parameters, exp_avg, exp_avg_sq, decay, moving);
         layers.set_factors(factors, bases);
         layers.set_gradients(grads);
@@ -88,8 +86,7 @@ bool exact_step_(const Tensor &parameters, const Tensor &exp_avg, const Tensor &
 void exact_generate_(const Tensor &parameters, Tensors factors, OptionalTensors bases, const Tensor &sizes) {
     for_dtype("exact_generate_", parameters, [&](auto type) {
         using T = decltype(type);
-        ExactLayers<T> layers("exact_generate_", sizes);
-        layers.set_rows(factors);
+        ExactLayers<T> layers("exact_generate_", sizes, factors);
         layers.set_parameters(parameters);
         layers.set_factors(factors, bases);
         const auto memory = layers.scratch();
@@ -102,8 +99,7 @@ void lean_start_(const Tensor &numbers, const Tensor &moments, const Tensor &sca
                  const Tensor &sizes, const Tensor &random, double latent_std) {
     for_dtype("lean_start_", numbers, [&](auto type) {
         using T = decltype(type);
-        LeanLayers<T> layers("lean_start_", sizes);
-        layers.set_rows(factors);
+        LeanLayers<T> layers("lean_start_", sizes, factors);
         layers.set_state(numbers, moments, scalars);
         layers.set_factors(factors, {});
         layers.set_random(random);
@@ -116,8 +112,7 @@ bool lean_measure_(const Tensor &numbers, const Tensor &moments, const Tensor &s
                    const Tensor &sizes, const Tensor &random, const Tensor &report, const Tensor &dh) {
     return for_dtype("lean_measure_", numbers, [&](auto type) {
         using T = decltype(type);
-        LeanLayers<T> layers("lean_measure_", sizes);
-        layers.set_rows(grads);
+        LeanLayers<T> layers("lean_measure_", sizes, grads);
         layers.set_state(numbers, moments, scalars);
         layers.set_random(random);
         layers.set_gradients(grads);
@@ -134,8 +129,7 @@ bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scal
                 const Tensor &rates, const Tensor &rows, const Tensor &report, std::optional<Tensor> dh) {
     return for_dtype("lean_step_", numbers, [&](auto type) {
         using T = decltype(type);
-        LeanLayers<T> layers("lean_step_", sizes);
-        layers.set_rows(factors);
+        LeanLayers<T> layers("lean_step_", sizes, factors);
         layers.set_state(numbers, moments, scalars);
         layers.set_random(random);
         layers.set_factors(factors, bases);
@@ -157,8 +151,7 @@ bool rate_measure_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors fa
                    const Tensor &rows, const Tensor &report) {
     return for_dtype("rate_measure_", generated, [&](auto type) {
         using T = decltype(type);
-        RateLayers<T> layers("rate_measure_", sizes);
-        layers.set_rows(factors);
+        RateLayers<T> layers("rate_measure_", sizes, factors);
         layers.set_state(generated, exp_avg_sq);
         layers.set_factors(factors, {});
         layers.set_gradients(grads);
@@ -176,8 +169,7 @@ bool rate_step_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors facto
                 const Tensor &report, const Tensor &found) {
     return for_dtype("rate_step_", generated, [&](auto type) {
         using T = decltype(type);
-        RateLayers<T> layers("rate_step_", sizes);
-        layers.set_rows(factors);
+        RateLayers<T> layers("rate_step_", sizes, factors);
         layers.set_state(generated, exp_avg_sq);
         layers.set_factors(factors, {});
         layers.set_gradients(grads);

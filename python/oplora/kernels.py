@@ -7,7 +7,7 @@ import torch
 
 from .errors import OPLoRARuntimeError
 
-__all__ = ["has_kernels", "require_kernels", "runs_on_device"]
+__all__ = ["has_kernels", "is_capturing", "require_kernels", "runs_on_device"]
 
 _LIBRARY = Path(__file__).with_name("liboplora_cuda.so")
 
@@ -15,6 +15,11 @@ _LIBRARY = Path(__file__).with_name("liboplora_cuda.so")
 def runs_on_device(device: torch.device) -> bool:
     """Whether factors there are stepped by the CUDA kernels."""
     return device.type == "cuda"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched there now goes into a CUDA graph, and runs at each of its replays."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def has_kernels() -> bool:

@@ -60,6 +60,15 @@ enum cudaMemcpyKind {
 using cudaStream_t = struct CUstream_st *;
 cudaError_t cudaGetLastError();
 const char *cudaGetErrorString(cudaError_t error);
+inline cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int *version) { return cudaDriverGetVersion(version); }
+inline cudaError_t cudaGetDeviceCount(int *count) {
+    *count = 1;
+    return cudaSuccess;
+}
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaMalloc(void **out, size_t bytes) { // filled with NaNs; malloc's, so AddressSanitizer guards it

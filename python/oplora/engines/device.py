@@ -2,6 +2,11 @@
 
 What a step needs of the host lies on the device: AdamW's numbers, the step counts, the verdict on the gradients. A plan
 holds the layers' addresses; it is made anew when one of them changes, as gradients do that were set to None.
+
+A CUDA graph holds addresses, and nobody tells when it is gone. So a plan that was captured is kept as long as the
+engine, with everything that it was made of, and no later step is made with one whose table only a replay fills. Its
+table is where the graph finds the addresses: where a state that was loaded, or an edit, puts other tensors behind the
+layers, the table is written anew.
 """
 
 from collections.abc import Sequence
@@ -11,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import is_capturing
 from .engine import Batch, Engine, LayerState, State
 from .exact import Exact
 from .factors import Factors
@@ -22,16 +28,25 @@ __all__ = ["DeviceEngine"]
 
 @dataclass
 class Plan:
-    """What the launches for a batch take, and the tensors at whose addresses it was made for."""
+    """What the launches for a batch take, and the tensors at whose addresses it was made for.
 
-    key: tuple[Any, ...]
+    key: of the batch, of what the model has (factors, gradients), and of what the engine has (bases, masters).
+    """
+
+    key: tuple[Any, Any, Any]
     plan: Tensor
     table: Tensor
     workspace: Tensor
     report: Tensor
     dh: Tensor | None  # lean state's
     copied: list[tuple[Tensor, Tensor]]  # factors that are not contiguous, and what stands for them
-    kept: list[Any]  # whatever else the device reads
+    factors: list[Tensor | None]
+    rounded: list[Tensor | None]
+    bases: list[Tensor | None]
+    host: Tensor  # what the table was copied from: a captured copy reads it again
+    is_of_capture: bool  # made there: no step has filled its table, replays do
+    batch: Batch | None = None  # of a captured step: the layers,
+    gradients: list[Tensor] | None = None  # and their gradients; other plans must not keep these
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.plan, self.table, self.workspace
@@ -50,6 +65,8 @@ class DeviceEngine(Engine):
         self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._refusals_told = 0
         self._measured: Plan | None = None  # by measure, for the step that follows it
+        self._captured: list[Plan] = []
+        self._captured_is_stale = False  # as how a layer began is another story now
 
     @property
     def casts(self) -> bool:
@@ -59,6 +76,11 @@ class DeviceEngine(Engine):
     def forget(self, layer: LayerState) -> None:
         super().forget(layer)
         self.plan = None  # it holds how the layer began
+        self._captured_is_stale = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has other addresses, and was never captured."""
+        return {**self.__dict__, "plan": None, "_measured": None, "_captured": []}
 
     # ---- the verdict ----
 
@@ -95,7 +117,7 @@ class DeviceEngine(Engine):
 
     def measure(self, batch: Batch) -> Tensor:
         self._measured = self._plan_of(batch)
-        self._launch("measure", self._measured)
+        self._launch("measure", batch, self._measured)
         batch.dh = self._measured.dh
         return self._measured.report
 
@@ -109,7 +131,7 @@ class DeviceEngine(Engine):
         State rate's is always measured.
         """
         plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
-        self._launch("step", plan, veto, *(() if isinstance(self.state, Rate) else (measured,)))
+        self._launch("step", batch, plan, veto, *(() if isinstance(self.state, Rate) else (measured,)))
         for factor, stand_in in plan.copied:
             factor.copy_(stand_in)
         self.tell_verdict()
@@ -117,7 +139,9 @@ class DeviceEngine(Engine):
         self.finish(batch, plan.report)
         return plan.report
 
-    def _launch(self, what: str, plan: Plan, *more: Any) -> None:
+    def _launch(self, what: str, batch: Batch, plan: Plan, *more: Any) -> None:
+        if is_capturing(self.device):
+            self._keep(plan, batch)
         for factor, stand_in in plan.copied:
             stand_in.copy_(factor)
         getattr(torch.ops.oplora, f"cuda_{self.state.KIND}_{what}_")(*plan.arguments(), *more)
@@ -129,18 +153,23 @@ class DeviceEngine(Engine):
             batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=self.device)
 
     def _plan_of(self, batch: Batch) -> Plan:
-        masters = [master for state in batch.states for master in state.masters]
-        tensors = [*batch.parameters, *batch.gradients, *batch.bases(), *masters]
-        key = (batch.indices, *(t if t is None else (t.data_ptr(), t.dtype) for t in tensors))
+        tensors = [*batch.parameters, *batch.gradients]
+        key = (batch.indices, _addresses(tensors), self._own_addresses(batch))
+        if is_capturing(self.device):
+            return self._plan_of_capture(key, batch)
+        self.renew_captured()
         if self.plan is None or self.plan.key != key:
-            self.plan = self._make_plan(key, batch, masters)
+            self.plan = self._make_plan(key, batch)
         return self.plan
 
-    def _make_plan(self, key: tuple[Any, ...], batch: Batch, masters: list[Tensor | None]) -> Plan:
+    def _own_addresses(self, batch: Batch) -> tuple[Any, ...]:
+        return _addresses([*batch.bases(), *_masters(batch)])
+
+    def _make_plan(self, key: tuple[Any, Any, Any], batch: Batch) -> Plan:
         factors: list[Tensor | None] = []
         rounded: list[Tensor | None] = []
         copied: list[tuple[Tensor, Tensor]] = []
-        for parameter, master in zip(batch.parameters, masters, strict=True):
+        for parameter, master in zip(batch.parameters, _masters(batch), strict=True):
             factor = parameter.detach()
             if not factor.is_contiguous():
                 copied.append((factor, factor.contiguous()))
@@ -155,13 +184,61 @@ class DeviceEngine(Engine):
         assert batch.report is not None
         plan, table, workspace = self.state.plan(batch, factors, rounded, batch.gradients, self.numbers, self.verdict)
         on_device, host = _upload(table, self.device)
-        # the plan is kept for many steps, and must not keep their gradients
-        kept = [host, batch.bases(), factors, rounded]
-        return Plan(key, plan, on_device, workspace, batch.report, batch.dh, copied, kept)
+        of_capture = is_capturing(self.device)
+        report, dh, bases = batch.report, batch.dh, batch.bases()
+        return Plan(key, plan, on_device, workspace, report, dh, copied, factors, rounded, bases, host, of_capture)
+
+    # ---- captured steps ----
+
+    @property
+    def is_captured(self) -> bool:
+        return bool(self._captured)
+
+    def _plan_of_capture(self, key: tuple[Any, Any, Any], batch: Batch) -> Plan:
+        made = [*([] if self.plan is None else [self.plan]), *self._captured]
+        plan = next((plan for plan in made if plan.key == key), None)
+        if plan is None:
+            return self._make_plan(key, batch)
+        if plan.is_of_capture:  # perhaps of another graph, which need not be replayed before this one
+            plan.table.copy_(plan.host, non_blocking=True)
+        return plan
+
+    def _keep(self, plan: Plan, batch: Batch) -> None:
+        plan.batch, plan.gradients = batch, list(batch.gradients)
+        if all(plan is not known for known in self._captured):
+            self._captured.append(plan)
+
+    def renew_captured(self) -> None:
+        for plan in self._captured:
+            assert plan.batch is not None and plan.gradients is not None
+            batch = Batch(self, plan.batch.indices)
+            own = self._own_addresses(batch)
+            if plan.key[2] == own and not self._captured_is_stale:
+                continue
+            batch.report, batch.dh = plan.report, plan.dh
+            pairs = zip(plan.factors, plan.rounded, _masters(batch), strict=True)
+            plan.factors = [factor if rounded is None else master for factor, rounded, master in pairs]
+            made, table, workspace = self.state.plan(
+                batch, plan.factors, plan.rounded, plan.gradients, self.numbers, self.verdict
+            )
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # a replay under way reads what is let go here
+            plan.host.copy_(table)
+            plan.table.copy_(plan.host)
+            plan.plan, plan.workspace, plan.bases, plan.key = made, workspace, batch.bases(), (*plan.key[:2], own)
+        self._captured_is_stale = False
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return tuple(t if t is None else (t.data_ptr(), t.dtype) for t in tensors)
+
+
+def _masters(batch: Batch) -> list[Tensor | None]:
+    return [master for state in batch.states for master in state.masters]
 
 
 def _upload(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A copy on the device, without waiting, and what it is copied from: a captured copy reads that again."""
+    """A copy on the device, without waiting, and what it is copied from."""
     if device.type == "cuda":
         host = host.pin_memory()
     return torch.empty_like(host, device=device).copy_(host, non_blocking=True), host

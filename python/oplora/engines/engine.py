@@ -127,8 +127,10 @@ class Numbers:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
         self.adamw[:, 0] = self.weight_ratio = weight_ratio
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
+        self._of_layers, self._of_factors = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
         self._groups = torch.zeros(0, 7)
         self._known: list[list[float | None]] = []
+        self._former: list[Tensor] = []  # of other numbers of groups, for CUDA graphs that read them
 
     @property
     def steps(self) -> Tensor:
@@ -143,9 +145,15 @@ class Numbers:
     def assign(self, of_layers: Sequence[int], of_factors: Sequence[int], n_groups: int) -> None:
         """Which group's numbers every layer and every factor has."""
         device = self.rates.device
-        self._of_layers = torch.tensor(of_layers, dtype=torch.int64, device=device)
-        self._of_factors = torch.tensor(of_factors, dtype=torch.int64, device=device)
-        self._groups = torch.zeros(n_groups, 7, dtype=torch.float64, device=device)
+        layers, factors = (torch.tensor(some, dtype=torch.int64, device=device) for some in (of_layers, of_factors))
+        if len(self._known) == n_groups:  # in place, and with the numbers: a captured step may read them before set()
+            self._of_layers.copy_(layers)
+            self._of_factors.copy_(factors)
+        else:
+            if self._known:
+                self._former += [self._of_layers, self._of_factors, self._groups]
+            self._of_layers, self._of_factors = layers, factors
+            self._groups = torch.zeros(n_groups, 7, dtype=torch.float64, device=device)
         self._known = [[None] * 6 for _ in range(n_groups)]
 
     def set(self, groups: Sequence[GroupNumbers]) -> None:
@@ -385,6 +393,14 @@ class Engine(ABC):
         for f in range(self.first_factor[layer.index], self.first_factor[layer.index + 1]):
             self.marks[f] = None
         self.forget_reports()
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph may read what is kept here."""
+        return False
+
+    def renew_captured(self) -> None:  # noqa: B027
+        """Has captured steps go on from what was loaded, or from what others wrote."""
 
     def by_layer(self, of_factors: Sequence[Any]) -> list[list[Any]]:
         return by_layer([state.factors.layer for state in self.states], of_factors)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapters import find, require_pairs
 from ..engines import FOUND, Batch
+from ..kernels import is_capturing
 from .clipping import Clipped, scale_gradients
 from .groups import (
     check_defaults,
@@ -168,6 +169,7 @@ class AdamW(Resumable):
         self._clipped: Clipped | None = None
         self._given: Any = None  # the groups' numbers when they were last checked
         self._steps_until_told = TOLD_AFTER
+        self._captured: list[Tensor] = []  # numbers of groups that CUDA graphs read
         init = chosen.init if init is None else init
         stepper = Stepper(found.layers, recipe, init=init, shard=shard, delta=precondition, elsewhere=elsewhere)
         self._begin(stepper, chosen, hidden_lr_ratio)
@@ -260,6 +262,9 @@ class AdamW(Resumable):
             refuse_numbers(self.param_groups)
             refuse_mixed(self._stepper.layers, self.param_groups)
             self._given = given
+        if self._is_captured():
+            tensors = [v for group in self.param_groups for v in group.values() if isinstance(v, Tensor)]
+            self._captured += [v for v in tensors if all(v is not known for known in self._captured)]
         if self._preset.finds_rate:
             return list(shares_of(self.param_groups))
         return [numbers_of(group, self._preset) for group in self.param_groups]
@@ -308,7 +313,7 @@ class AdamW(Resumable):
         super().zero_grad(set_to_none)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_clipped": None}
+        return {**super().__getstate__(), "_clipped": None, "_captured": []}
 
     # ---- telling ----
 
@@ -327,7 +332,7 @@ class AdamW(Resumable):
         return found if found["steps"] > 0 else None
 
     def _is_captured(self) -> bool:
-        return self._stepper.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return is_capturing(self._stepper.device)
 
     def _count_for_log(self) -> None:
         """A line when the search has had time; steps that are captured in a CUDA graph are not counted, nor replays."""

@@ -119,9 +119,12 @@ class Resumable(torch.optim.Optimizer):
             return
         loaded = {p: value.entry for p, value in state["state"].items() if isinstance(value, Loaded)}
         rest = {p: value for p, value in state["state"].items() if not isinstance(value, Loaded)}
+        if self._stepper.is_captured:
+            rest = {p: _in_place(self.state.get(p, {}), value) for p, value in rest.items()}
         super().__setstate__({**state, "state": defaultdict(dict, rest)})
         for layer in self._stepper.states:
             load_layer(layer, [loaded[p] for p in layer.factors.layer.parameters()])
+        self._stepper.renew_captured()
         self._forget()
         self._complete_groups(self._stepper.listing.now())
         self._publish()
@@ -215,3 +218,15 @@ class Resumable(torch.optim.Optimizer):
         self._is_fresh = self._is_fresh and sum(entry is not None for entry in every) == sum(map(len, tensors))
         self._is_consolidated = False
         return {**saved, "state": state}
+
+
+def _in_place(mine: Any, saved: Any) -> Any:
+    """What was saved of a plainly stepped parameter, in the tensors that a captured step reads and writes."""
+    if not isinstance(mine, dict) or not isinstance(saved, dict):
+        return saved
+    return {name: _written(mine.get(name), value) for name, value in saved.items()}
+
+
+def _written(mine: Any, saved: Any) -> Any:
+    both = isinstance(mine, Tensor) and isinstance(saved, Tensor)
+    return mine.copy_(saved) if both and mine.shape == saved.shape else saved

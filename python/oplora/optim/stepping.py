@@ -54,6 +54,8 @@ class Stepper:
         shards = Shards([sum(tie.sizes) for tie in ties]) if shard else None
         self.shards = None if shards is None or shards.count == 1 else shards
         self._device = ties[0].placed
+        self.engines: list[Engine] = []
+        self._left: list[Engine] = []  # whose generators have moved on, and whose captured steps may still be replayed
         if self.shards is not None:
             ties = [tie for tie in ties if self.shards.owns(tie.position)]
         self._take(self.together(lambda: self._made(ties, init)))
@@ -68,6 +70,7 @@ class Stepper:
         return self.recipe.make(ties)
 
     def _take(self, engines: list[Engine]) -> None:
+        self._left += [engine for engine in self.engines if engine.is_captured]
         self.engines, self._device = engines, engines[0].placed
         self.states = sorted((s for e in engines for s in e.states), key=lambda state: state.factors.position)
         first = [0]
@@ -79,6 +82,15 @@ class Stepper:
     @property
     def is_on_device(self) -> bool:
         return isinstance(self.engines[0], DeviceEngine)
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a step was captured in a CUDA graph."""
+        return any(engine.is_captured for engine in self.engines)
+
+    def renew_captured(self) -> None:
+        for engine in self.engines:
+            engine.renew_captured()
 
     @property
     def finds_rate(self) -> bool:
