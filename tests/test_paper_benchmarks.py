@@ -1,5 +1,6 @@
 """benchmarks/paper: its protocol does what it says, and every experiment runs. Their figures are nobody's test."""
 
+import dataclasses
 import json
 import math
 import re
@@ -611,6 +612,18 @@ def test_untuned_tables_are_of_what_is_there(tmp_path: Path) -> None:
     assert rates == [1e-4, *grid]
     assert losses[0] == 2.0 and losses[rates.index(0.01)] == 2.0  # of the seeds that test
     assert losses[rates.index(0.001)] == pytest.approx(0.009)  # of those that tune
+
+
+def test_controls_rates_have_the_schedules_share_once() -> None:
+    task = dataclasses.replace(untuned.toys()["toy images"][0], warmup=0.0)
+    trial = protocol.Trial("toy images", untuned.CONTROL.name, 1.0, 1, task.steps)
+    training = protocol.Training.of(task, untuned.AUTO, 1.0, 1, "cpu")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda step: task.schedule(step, task.steps))
+    for step, rate in enumerate(untuned.found_rates(trial, task, "cpu")):
+        training.step()
+        found = float(training.optimizer._stepper.found[0])
+        assert rate == pytest.approx(found * task.schedule(step, task.steps), rel=1e-12)
+        scheduler.step()
 
 
 def test_control_steps_at_the_rates_that_were_found() -> None:

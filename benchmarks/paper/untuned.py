@@ -257,12 +257,9 @@ def found_rates(trial: Trial, task: Task, device: str) -> list[float]:
     training = Training.of(task, AUTO, AUTO.lr, trial.seed, device)
     scheduler = LambdaLR(training.optimizer, lambda step: task.schedule(step, trial.steps))
     rates: list[float] = []
-    highest = 0.0
     for _ in range(trial.steps):
-        lr = training.optimizer.param_groups[0]["lr"]
-        highest = max(highest, lr)
         training.step()
-        rates.append(training.optimizer.found_lr * lr / highest)
+        rates.append(training.optimizer.found_lr)
         scheduler.step()
     return rates
 
