@@ -10,7 +10,7 @@
  *     p' = (1 - beta1) v' + beta1 x'
  *
  * m is 1 / t, the plain mean's, and 1 - beta2 from where that is larger. But the gradient of a factor that is not listened
- * to, A's, grows from nothing with the factors that start at zero: up to step EARLY its mean of squares remembers the
+ * to, A's, grows from nothing with the factors that start at zero: up to step 20 its mean of squares remembers the
  * latest quarter of the steps, m = 4 / (t + 3), and from there on forgets nothing more.
  *
  * x, being (p - (1 - beta1) v) / beta1, is not kept: p' = p + c (v - p) - eta (1 - beta1 (1 - c)) u.
@@ -21,6 +21,7 @@
  * in order, so nothing depends on who does a task. */
 #ifndef T
 
+#include "../shared/averages.h"
 #include "../shared/find_rate.h"
 #include "dispatch.h"
 #include "workspace.h"
@@ -33,15 +34,6 @@ enum {
     GRAIN = 16,   /* tasks that a thread is woken for */
     SUMS = OPLORA_RATE_REPORT
 };
-static const double AVERAGED = 8; /* c = (AVERAGED + 1) / (t + AVERAGED) */
-static const double EARLY = 20;   /* steps in which a gradient may grow from nothing */
-
-/* m, the latest square's share of the mean of squares. */
-static double newest(double beta2, double step, int grows) {
-    const double of_grown = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
-    return fmax(1 - beta2, 1 / (grows ? of_grown : step));
-}
-
 static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
 static OPLORA_BODY oplora_status find_rate(double *found, const double *heard, int64_t n_layers) {
@@ -102,8 +94,8 @@ static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) 
 
 static TY(oplora_rate_numbers) TY(numbers_of)(const TY(oplora_rate) *l, const TY(oplora_factor) *factor) {
     const oplora_adamw *const a = &l->adamw;
-    const double step = (double)a->step, m = newest(a->beta2, step, !factor->listens);
-    const double eta = l->rate * factor->lr, c = (AVERAGED + 1) / (step + AVERAGED);
+    const double step = (double)a->step, m = oplora_newest_of_squares(a->beta2, step, !factor->listens);
+    const double eta = l->rate * factor->lr, c = oplora_newest_of_factors(step);
     return (TY(oplora_rate_numbers)){.kept = (T)(1 - m),
                                      .newest = (T)m,
                                      .eps = (T)a->eps,

@@ -11,6 +11,7 @@
  * memory-bound. */
 #include "adamw_rate.h"
 
+#include "../shared/averages.h"
 #include "../shared/find_rate.h"
 #include "tasks.cuh"
 
@@ -20,7 +21,6 @@ namespace {
 
 constexpr int THREADS = 128, SUMS = OPLORA_RATE_REPORT;
 constexpr int TASKS = THREADS / SQUARE_LANES; /* a block of the measurement */
-constexpr double AVERAGED = 8, EARLY = 20;    /* as in the core */
 
 /* For a factor; see oplora_rate_numbers in csrc/core/dispatch.h. */
 struct Numbers {
@@ -43,14 +43,9 @@ using Task = FactorTask<Layer>;
 
 /* ---- begin ---- */
 
-__device__ double newest(double beta2, double step, bool grows) {
-    const double of_grown = step < EARLY ? (step + 3) / 4 : step - EARLY + (EARLY + 3) / 4;
-    return fmax(1 - beta2, 1 / (grows ? of_grown : step));
-}
-
 __device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, double weight_decay, bool grows) {
-    const double step = static_cast<double>(a.step + 1), m = newest(a.beta2, step, grows);
-    const double eta = rate * lr, c = (AVERAGED + 1) / (step + AVERAGED);
+    const double step = static_cast<double>(a.step + 1), m = oplora_newest_of_squares(a.beta2, step, grows);
+    const double eta = rate * lr, c = oplora_newest_of_factors(step);
     return {static_cast<float>(1 - m),
             static_cast<float>(m),
             static_cast<float>(a.eps),

@@ -3,11 +3,7 @@
 #ifndef OPLORA_FIND_RATE_H
 #define OPLORA_FIND_RATE_H
 
-#ifdef __CUDACC__
-#define OPLORA_SHARED static __host__ __device__ inline
-#else
-#define OPLORA_SHARED static inline
-#endif
+#include "shared.h"
 
 /* As the tensor `found` of OPLORA_FOUND numbers. signal, scale and recent are means that forget half at every step; pace is
  * the search's, in the logarithm of the rate; turned is the step at which the signal was first above 0, or 0. */
