@@ -17,6 +17,7 @@ from typing import Any
 
 import harness
 import torch
+from bench_step import trainable
 from harness import Row
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -60,10 +61,6 @@ LLAMA = Size("LLaMA, 1.2 billion", 2048, 5632, 22, 32000, 4, 1024)
 QUICK = Size("toy", 64, 96, 2, 128, 2, 16)
 
 Make = Callable[[nn.Module], Any]
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def eight_bits(model: nn.Module) -> Any:
