@@ -25,7 +25,7 @@ class Search:
         self.recent = (self.recent + recent) / 2
         if last * self.signal < 0:
             self.pace /= 2
-        aim = (1 - 60 / max(self.steps, 60)) / 3
+        aim = 0.4 * (1 - 200 / max(self.steps, 200))
         slope = 2 * (self.signal / self.scale - aim) if self.scale > 0 else 0.0
         slope = min(1.0, max(-1.0, slope))
         if slope > 0 > self.recent:

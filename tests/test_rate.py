@@ -43,7 +43,7 @@ def test_trajectory_is_the_definitions_by_autograd() -> None:
     model, twin = make_model(torch.float64), make_model(torch.float64)
     optimizer = oplora.AdamW(model)
     oracle = Oracle(adapted(twin), ["lora_B" in name for name, p in twin.named_parameters() if p.requires_grad])
-    for x, y in batches(120, torch.float64):
+    for x, y in batches(300, torch.float64):
         for some in (model, twin):
             some.zero_grad()
             (some(x) - y).square().mean().backward()

@@ -154,13 +154,13 @@ static void test_rate_does_not_fall_while_the_latest_steps_lead_down(void) {
     CHECK(f.rate == 1e-2);
 }
 
-static void test_aim_of_a_long_run_is_a_third_of_the_scale(void) {
+static void test_aim_of_a_long_run_is_four_tenths_of_the_scale(void) {
     for (int i = -1; i <= 1; i++) {
         oplora_found early = found(1e-2), late = found(1e-2);
-        early.steps = 60, late.steps = 120; /* half of the aim is there at 120 */
+        early.steps = 200, late.steps = 400; /* half of the aim is there at 400 */
         find(&early, i * 1e-4, 1, 1);
-        find(&late, i * 1e-4 + 1e-2 / 6, 1, 1);
-        const double falls = 2 * i * 1e-2 * (i < 0 ? 0.7 : 2.0 / 60), of_late = i < 0 ? 1 : 0.5;
+        find(&late, i * 1e-4 + 0.2e-2, 1, 1);
+        const double falls = 2 * i * 1e-2 * (i < 0 ? 0.7 : 2.0 / 200), of_late = i < 0 ? 1 : 0.5;
         CHECK(fabs(log(early.rate / 1e-2) + falls) < 1e-14);
         CHECK(fabs(log(late.rate / 1e-2) + falls * of_late) < 1e-14);
     }
@@ -199,7 +199,7 @@ int main(void) {
     test_rate_grows_while_the_signal_is_below_zero();
     test_turn_halves_the_pace_and_is_remembered();
     test_rate_does_not_fall_while_the_latest_steps_lead_down();
-    test_aim_of_a_long_run_is_a_third_of_the_scale();
+    test_aim_of_a_long_run_is_four_tenths_of_the_scale();
     test_arguments_of_find();
     test_threads();
     printf("digest %016llx on %s\n", (unsigned long long)digest, oplora_isa());
