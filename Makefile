@@ -100,13 +100,19 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build/c/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
+# $(1): a build of the core and its tests; $(2): its flags. doubles.c includes other sources.
+define C_BUILD
+build/$(1)/core/%.o: csrc/core/%.c $$(HEADERS)
+	@mkdir -p $$(@D)
+	$$(CC) $$(C_FLAGS) $(2) -c $$< -o $$@
 
-build/asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(SANITIZE) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
+build/$(1)/core/doubles.o: $$(CORE)
+
+build/$(1)/%: tests/c/%.c $$(wildcard tests/c/*.h) $$(CORE:csrc/core/%.c=build/$(1)/core/%.o) $$(HEADERS)
+	$$(CC) $$(C_FLAGS) $(2) -Icsrc/core -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
+endef
+$(eval $(call C_BUILD,c,))
+$(eval $(call C_BUILD,asan,$(SANITIZE)))
 
 # every C test on every instruction set of this processor, and the same digest of all results on each
 test-c: $(C_TESTS:%=build/c/%)
@@ -133,14 +139,10 @@ build/cuda/$(1)/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_c
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) -c $$< -o $$@
 
 build/cuda/$(1)/test_%: tests/cuda/test_%.cpp build/cuda/$(1)/cuda_on_cpu.o $(KERNELS:%=build/cuda/$(1)/%.cu.o) \
-    $(CORE:csrc/core/%.c=build/cuda/core/%.o)
+    $(CORE:csrc/core/%.c=build/c/core/%.o)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) $$< $$(filter %.o,$$^) -lm -ldl -o $$@
 endef
 $(foreach build,$(CUDA_BUILDS),$(eval $(call CUDA_BUILD,$(build))))
-
-build/cuda/core/%.o: csrc/core/%.c $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) -c $< -o $@
 
 # the kernels as a library that executes them on the CPU, with which pytest tests oplora.AdamW's way to a GPU
 build/cuda/liboplora_cuda_on_cpu.so: $(wildcard csrc/cuda/* csrc/core/* csrc/shared/*) tests/cuda/on_cpu.cpp \
