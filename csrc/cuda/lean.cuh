@@ -1,0 +1,109 @@
+/* What the rooms of adamw_lean.cu share, as csrc/core/lean.h: the layers as kernels see them. */
+#ifndef OPLORA_LEAN_CUH
+#define OPLORA_LEAN_CUH
+
+#include "adamw_lean.h"
+#include "lowrank.cuh"
+#include "model.cuh"
+#include "random.cuh"
+
+namespace lean {
+
+constexpr int LANES = 16, GROUPS = 8, THREADS = LANES * GROUPS;
+constexpr int64_t BLOCK = 512, PART = 4096, MOST_PARTS = 64; /* as in the core */
+static_assert(PART == GROUPS * BLOCK, "a block of threads takes a chunk");
+constexpr int RANK = OPLORA_MOST_RANK, BASIS = MOST;
+constexpr int SUB = 128, ROWS = SUB / LANES; /* rows that a group, and that a thread, has in registers */
+constexpr int SQUARE_CHUNKS = 16;            /* chunks a block of the squares */
+enum { WANTS_DH = 1, WANTS_GRAM = 2 };       /* as in the core */
+constexpr int COLLECT_THREADS = MOST_PARTS;  /* one thread a part */
+constexpr double LEAST_EPS = 1e-30;
+
+using Lowrank = lowrank<THREADS>;
+
+/* The numbers of a step for the rows of a map; see lean_numbers in csrc/core/dispatch.h. */
+struct Numbers {
+    float beta1_rest, beta2, beta2_rest, second, eps, eps_row, inverse_root;
+    uint32_t key, round_key[RANK];
+    float weight[BASIS], rotate_U[RANK][BASIS], rotate_A[RANK][RANK + 1];
+};
+
+/* What a factor's rows have of their own: c's keep and rate, and how much of the map's largest keep and rate theirs are; the
+ * second pass' numbers with these in them. */
+struct Share {
+    double kappa, rho;
+    float keep, rate, weight[BASIS], rotate_U[RANK][BASIS];
+};
+
+struct Rows {
+    int64_t rows;
+    int d, k;
+    float *U;
+    uint16_t *A, *m, *S, *R;
+    Numbers *numbers;
+    Share *shares; /* of factors; the hidden map has one */
+    int64_t n_shares;
+};
+
+struct Map {
+    Rows rows;
+    int64_t inputs;
+    float *Q, *B, *r;
+    double *scale, *mean;                         /* s, and the mean of R */
+    double *steps;                                /* scratch: keep, rate, beta1, keep of s */
+    double *K, *col, *Q_next, *directions, *sums; /* scratch */
+};
+
+struct Layer {
+    int64_t H, Z, N;
+    uint64_t seed;
+    uint32_t layer;
+    oplora_start_kind start;
+    Map outer, hidden;
+    float *pre, *z, *z_avg, *z_avg_sq;
+    float *h, *h_next, *d, *z_next, *change; /* scratch */
+    double *dh, *report, *squares, *part_sums;
+    double *corrections; /* scratch: 1 - beta1^step, 1 - beta2^step */
+    oplora_adamw *adamw;
+    const double *rates; /* (factors, 2) */
+    double bound, w1_bound;
+    int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
+};
+
+using Table = Model<Layer>;
+
+struct Chunk {
+    const Factor *factor;
+    const Share *share;
+    int64_t range, row, entry, rows;
+};
+
+__host__ __device__ inline int64_t chunks_of(int64_t rows) { return (rows + PART - 1) / PART; }
+__host__ __device__ inline int basis_size(int d, int k) { return d + k + 1; }
+__host__ __device__ inline int sums_size(int d, int k) { return basis_size(d, k) * basis_size(d, k) + d; }
+__device__ inline int64_t part_size(const Layer &l) { return sums_size(l.outer.rows.d, l.outer.rows.k) + l.H; }
+__device__ inline int64_t part_begin(const Layer &l, int64_t part) { return l.chunks * part / l.parts; }
+
+__device__ inline Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {
+    int64_t range = 0, row = 0;
+    const Factor *factor = t.factors + l.first_factor;
+    for (; chunk >= chunks_of(factor->rows); factor++) {
+        chunk -= chunks_of(factor->rows);
+        row += factor->rows;
+        range += factor->random != 0;
+    }
+    const int64_t left = factor->rows - chunk * PART;
+    const Share *const share = l.outer.rows.shares + (factor - (t.factors + l.first_factor));
+    return {factor, share, range, row + chunk * PART, chunk * PART, left < PART ? left : PART};
+}
+
+__device__ inline oplora_stream w2_stream(const Layer &l, int64_t range) {
+    const uint32_t tensor = l.start == OPLORA_UNIFORM ? OPLORA_W2_TENSOR : OPLORA_SIGN_TENSOR;
+    return {l.seed, l.layer, tensor + OPLORA_RANGE_TENSORS * static_cast<uint32_t>(range)};
+}
+
+__device__ inline oplora_stream w1_stream(const Layer &l) { return {l.seed, l.layer, OPLORA_W1_TENSOR}; }
+
+} // namespace lean
+
+#endif

@@ -1,0 +1,249 @@
+/* lean_solve: what lies between the two passes of adamw_lean.cu, as csrc/core/lean_solve.c: the averages that no single row
+ * is needed for, the truncations, and what the second pass multiplies the basis with. By all THREADS threads of a block. */
+#ifndef OPLORA_LEAN_SOLVE_CUH
+#define OPLORA_LEAN_SOLVE_CUH
+
+#include "lean_rows.cuh"
+
+#include <math.h>
+
+namespace lean {
+
+/* Sums in order by one thread, as the core's plain loops. */
+__device__ inline double square(const float *x, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += static_cast<double>(x[i]) * x[i];
+    return sum;
+}
+
+/* This step's rounding keys; map is 0 for W2, 1 for W1. */
+__device__ inline void rounding_key(const Layer &l, uint32_t map, uint32_t key[3]) {
+    const oplora_stream s = {l.seed, l.layer, OPLORA_ROUNDING};
+    const uint4 words = philox(s, static_cast<uint64_t>(l.adamw->step + 1), map);
+    key[0] = words.x, key[1] = words.y, key[2] = words.z;
+}
+
+/* What prepare_map and step_hidden say to each other through shared memory. */
+struct Small {
+    Lowrank::Shared lowrank;
+    double gram[MOST * MOST], all[MOST * MOST], change[MOST][MOST];
+    double rotate_A[MOST * RANK], rotate_W[MOST * RANK];
+    double now[RANK], next[RANK], number[4];
+};
+
+/* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
+__device__ inline void prepare_map(const Map &map, const float *x, double square_g, const oplora_adamw &a,
+                                   const uint32_t key[3], const double corrections[2], double number[4]) {
+    const int t = static_cast<int>(threadIdx.x);
+    if (t == 0) {
+        const double mean_x = square(x, map.inputs) / static_cast<double>(map.inputs);
+        const double most = oplora_most_gradient_f32;
+        const double fresh = (1 - a.beta2) * mean_x * fmin(square_g / static_cast<double>(map.rows.rows), most * most);
+        *map.mean = a.beta2 * *map.mean + fresh;
+        number[0] = mean_x;
+        number[1] = *map.mean > 0 ? fresh / *map.mean : 0;
+    }
+    __syncthreads();
+    const double mean_x = number[0], turn = number[1];
+    for (int64_t j = t; j < map.inputs; j += THREADS) {
+        const double part = turn > 0 ? static_cast<double>(x[j]) * x[j] / mean_x : 0;
+        map.r[j] = static_cast<float>(map.r[j] + turn * (part - map.r[j]));
+        const double c = map.r[j] > 0 ? sqrt(static_cast<double>(map.r[j])) : 0;
+        map.K[j] = c; /* scratch until solve_map fills it */
+        map.col[j] = c > 0 ? 1 / c : 0;
+    }
+    __syncthreads();
+    if (t == 0) {
+        double root = 0;
+        int64_t live = 0;
+        for (int64_t j = 0; j < map.inputs; j++) {
+            root += map.K[j];
+            live += map.K[j] > 0;
+        }
+        map.steps[2] = a.beta1;
+        Numbers &numbers = *map.rows.numbers;
+        numbers.beta1_rest = static_cast<float>(1 - a.beta1);
+        numbers.beta2 = static_cast<float>(a.beta2);
+        numbers.beta2_rest = static_cast<float>(1 - a.beta2);
+        numbers.second = static_cast<float>((1 - a.beta2) * mean_x);
+        numbers.eps = static_cast<float>(fmax(a.eps, LEAST_EPS));
+        numbers.eps_row = static_cast<float>(fmax(live ? a.eps * static_cast<double>(live) / root : a.eps, LEAST_EPS));
+        numbers.inverse_root = static_cast<float>(1 / sqrt(corrections[1]));
+        numbers.key = key[0];
+        numbers.round_key[0] = key[0] ^ 0x9E3779B9u;
+        for (int i = 1; i < map.rows.k; i++) numbers.round_key[i] = key[1] + static_cast<uint32_t>(i) * key[2];
+    }
+    __syncthreads();
+}
+
+/* The largest of the factors' rates and keeps, which are the map's, each factor's share of them, and the keep of the first
+ * random one, which is W0's; as in the core. */
+__device__ inline void find_rates(const Table &t, const Layer &l) {
+    const Map &map = l.outer;
+    const double corrected1 = l.corrections[0];
+    double lr = 0, keep = 0, start_keep = 0;
+    bool random = false;
+    for (int64_t f = 0; f < l.n_factors; f++) {
+        const double own_lr = l.rates[2 * f], own_keep = 1 - own_lr * l.rates[2 * f + 1];
+        if (fabs(own_lr) > fabs(lr)) lr = own_lr;
+        if (fabs(own_keep) > fabs(keep)) keep = own_keep;
+        if (!random && t.factors[l.first_factor + f].random) {
+            random = true;
+            start_keep = own_keep;
+        }
+    }
+    map.steps[0] = keep;
+    map.steps[1] = lr * l.adamw->weight_ratio / corrected1;
+    map.steps[3] = random ? start_keep : keep;
+    for (int64_t f = 0; f < l.n_factors; f++) {
+        const double own_lr = l.rates[2 * f], own_keep = 1 - own_lr * l.rates[2 * f + 1];
+        Share &share = map.rows.shares[f];
+        share.kappa = keep != 0 ? own_keep / keep : 1;
+        share.rho = lr != 0 ? own_lr / lr : 1;
+        share.keep = static_cast<float>(own_keep);
+        share.rate = static_cast<float>(own_lr / corrected1);
+    }
+}
+
+/* ---- between the passes ---- */
+
+/* After all sums and with the next input: the truncations, and what the second pass multiplies the basis with. */
+__device__ inline void solve_map(const Map &map, const float *x, Small &s, double dropped[2]) {
+    const Rows &r = map.rows;
+    const int d = r.d, k = r.k, p = basis_size(d, k), t = static_cast<int>(threadIdx.x);
+    const int64_t n = map.inputs;
+    const double keep = map.steps[0], rate = map.steps[1], beta1 = map.steps[2];
+    for (int e = t; e < p * p; e += THREADS) {
+        const int i = e / p, j = e % p;
+        s.all[e] = map.sums[i >= j ? e : j * p + i];
+        s.change[i][j] = i == j && i < d;
+    }
+    __syncthreads();
+
+#pragma unroll 1
+    for (int stage = 0; stage < 2; stage++) {
+        if (stage == 0) { /* the first moment: [A, g] K in the step's scale */
+            for (int e = t; e < (k + 1) * (k + 1); e += THREADS)
+                s.gram[e] = s.all[(d + e / (k + 1)) * p + d + e % (k + 1)];
+            for (int64_t j = t; j < n; j += THREADS) {
+                for (int i = 0; i < k; i++) map.K[i * n + j] = beta1 * map.B[i * n + j] * map.col[j];
+                map.K[k * n + j] = (1 - beta1) * x[j] * map.col[j];
+            }
+        } else { /* W: [U, row A'] with A' = [A, g] rotate_A; the same for the whole basis: change (p, d + k) */
+            for (int64_t j = t; j < n; j += THREADS)
+                for (int i = 0; i < k; i++)
+                    map.B[i * n + j] = static_cast<float>(map.col[j] > 0 ? map.directions[i * n + j] / map.col[j] : 0);
+            for (int e = t; e < (k + 1) * k; e += THREADS) s.change[d + e / k][d + e % k] = s.rotate_A[e];
+            __syncthreads();
+            for (int e = t; e < (d + k) * (d + k); e += THREADS) {
+                const int i = e / (d + k), j = e % (d + k);
+                double sum = 0;
+                for (int a = 0; a < p; a++)
+                    for (int b = 0; b < p; b++) sum += s.change[a][i] * s.all[a * p + b] * s.change[b][j];
+                s.gram[e] = sum;
+            }
+            for (int64_t j = t; j < n; j += THREADS) {
+                for (int i = 0; i < d; i++) map.K[i * n + j] = keep * map.Q[i * n + j];
+                for (int i = 0; i < k; i++) map.K[(d + i) * n + j] = -rate * map.directions[i * n + j];
+            }
+        }
+        if (stage == 1 && rate == 0 && keep == 1) { /* nothing moves, not even by rounding */
+            for (int e = t; e < (d + k) * d; e += THREADS) s.rotate_W[e] = e / d == e % d;
+            for (int64_t j = t; j < d * n; j += THREADS) map.Q_next[j] = map.Q[j];
+            dropped[stage] = 0;
+        } else
+            dropped[stage] = Lowrank::truncate(s.lowrank, s.gram, stage ? d + k : k + 1, map.K, n, stage ? d : k,
+                                               stage ? s.rotate_W : s.rotate_A, stage ? map.Q_next : map.directions);
+        __syncthreads();
+    }
+
+    Numbers &numbers = *r.numbers;
+    for (int e = t; e < k * (k + 1); e += THREADS)
+        numbers.rotate_A[e / (k + 1)][e % (k + 1)] = static_cast<float>(s.rotate_A[(e % (k + 1)) * k + e / (k + 1)]);
+    for (int e = t; e < d * p; e += THREADS) {
+        const int i = e / p, a = e % p;
+        double sum = 0;
+        for (int b = 0; b < d + k; b++) sum += s.change[a][b] * s.rotate_W[b * d + i];
+        numbers.rotate_U[i][a] = static_cast<float>(sum);
+    }
+    __syncthreads();
+}
+
+/* The output's share of the basis: U' Q'^T x' - keep U Q^T x. Then Q' takes Q's place. */
+__device__ inline void finish_map(const Map &map, const float *x, const float *x_next, Small &s) {
+    const Rows &r = map.rows;
+    const int t = static_cast<int>(threadIdx.x), d = r.d;
+    const int64_t n = map.inputs;
+    if (t < 2 * d) { /* sums in order: one thread each */
+        const int i = t % d;
+        double sum = 0;
+        if (t < d) {
+            for (int64_t j = 0; j < n; j++) sum += static_cast<double>(map.Q[i * n + j]) * x[j];
+            s.now[i] = sum;
+        } else {
+            for (int64_t j = 0; j < n; j++)
+                sum += static_cast<double>(static_cast<float>(map.Q_next[i * n + j])) * x_next[j];
+            s.next[i] = sum;
+        }
+    }
+    __syncthreads();
+    for (int64_t j = t; j < d * n; j += THREADS) map.Q[j] = static_cast<float>(map.Q_next[j]);
+    Numbers &numbers = *r.numbers;
+    if (t < basis_size(d, r.k)) {
+        double weight = 0;
+        for (int i = 0; i < d; i++) {
+            weight += numbers.rotate_U[i][t] * s.next[i];
+            if (i == t) weight -= map.steps[0] * s.now[i];
+        }
+        numbers.weight[t] = static_cast<float>(weight);
+    }
+    __syncthreads();
+    const int p = basis_size(d, r.k);
+    for (int64_t e = t; e < r.n_shares * (d + 1) * p; e += THREADS) {
+        Share &share = r.shares[e / ((d + 1) * p)];
+        const int i = static_cast<int>(e / p % (d + 1)), a = static_cast<int>(e % p);
+        const float scale = static_cast<float>(scale_of(share, a, d));
+        if (i < d)
+            share.rotate_U[i][a] = numbers.rotate_U[i][a] * scale;
+        else
+            share.weight[a] = numbers.weight[a] * scale;
+    }
+    __syncthreads();
+}
+
+/* dh = s W0^T g + Q (U^T g) where the unit is on, from the sums of all parts. */
+__device__ inline void find_dh(const Layer &l) {
+    const Rows &r = l.outer.rows;
+    const int own = sums_size(r.d, r.k), p = basis_size(r.d, r.k);
+    const double *const along = l.outer.sums + p * p;
+    for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
+        double sum = *l.outer.scale * l.bound * l.outer.sums[own + j];
+        for (int i = 0; i < r.d; i++) sum += static_cast<double>(l.outer.Q[i * l.H + j]) * along[i];
+        l.dh[j] = l.h[j] != 0 ? sum : 0;
+    }
+    __syncthreads();
+}
+
+/* W2's map: what W0 adds to the factors. */
+__device__ inline void finish_outer(const Layer &l) {
+    const Map &map = l.outer;
+    const double keep = map.steps[3], bound = l.bound * keep * *map.scale;
+    for (int64_t j = threadIdx.x; j < l.H; j += THREADS)
+        l.change[j] = static_cast<float>(bound * (static_cast<double>(l.h_next[j]) - l.h[j]));
+    __syncthreads();
+    if (threadIdx.x == 0) *map.scale *= keep;
+}
+
+__device__ inline void add_parts(const Layer &l) {
+    const int64_t size = part_size(l);
+    for (int64_t i = threadIdx.x; i < size; i += THREADS) {
+        double sum = 0;
+        for (int64_t part = 0; part < l.parts; part++) sum += l.part_sums[part * size + i];
+        l.outer.sums[i] = sum;
+    }
+    __syncthreads();
+}
+
+} // namespace lean
+
+#endif
