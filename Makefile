@@ -37,7 +37,7 @@ KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/*.cu))
 CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
 CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
 CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
-    -Icsrc/cuda -Icsrc/core -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
+    -Icsrc/cuda -Icsrc/core -Icsrc/shared -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
 # what each of the three builds compiles kernels with, and everything else
 KERNEL_values := -O2
 KERNEL_address := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -109,7 +109,7 @@ build/$(1)/core/%.o: csrc/core/%.c $$(HEADERS)
 build/$(1)/core/doubles.o: $$(CORE)
 
 build/$(1)/%: tests/c/%.c $$(wildcard tests/c/*.h) $$(CORE:csrc/core/%.c=build/$(1)/core/%.o) $$(HEADERS)
-	$$(CC) $$(C_FLAGS) $(2) -Icsrc/core -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
+	$$(CC) $$(C_FLAGS) $(2) -Icsrc/core -Icsrc/shared -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
 endef
 $(eval $(call C_BUILD,c,))
 $(eval $(call C_BUILD,asan,$(SANITIZE)))

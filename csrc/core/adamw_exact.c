@@ -24,16 +24,16 @@
 
 enum { EXACT_SMALL_BYTES = 8 << 20 }; /* of W2: a layer up to this size is one thread's work */
 
-/* AdamW's numbers for a factor's rows of W2 and of c2. */
+/* AdamW's constants for a factor's rows of W2 and of c2. */
 typedef struct {
-    TY(adamw_numbers) outer, bias;
+    TY(oplora_adamw_constants) outer, bias;
 } TY(exact_rates);
 
 /* What one layer needs during a call. */
 typedef struct {
     const TY(oplora_exact) *layer;
-    TY(adamw_numbers) hidden; /* for z, W1, c1 */
-    TY(exact_rates) *rates;   /* (factors) */
+    TY(oplora_adamw_constants) hidden; /* for z, W1, c1 */
+    TY(exact_rates) *rates;            /* (factors) */
     T *W2, *c2, *W1, *c1, *z;
     T *h, *h_next, *d, *dz, *ones;
     double *latent;  /* dz in double */
@@ -60,27 +60,16 @@ typedef struct TY(exact_job) {
     void (*each_layer)(const struct TY(exact_job) *, TY(exact_plan) *); /* and with layers */
 } TY(exact_job);
 
-/* For a tensor that moves at the rate lr and shrinks by decay a step. corrected1 = 1 - beta1^t, corrected2 likewise. */
-static TY(adamw_numbers)
-    TY(exact_numbers_of)(const oplora_adamw *a, double corrected1, double corrected2, double lr, double decay) {
-    return (TY(adamw_numbers)){.beta1_rest = (T)(1 - a->beta1),
-                               .beta2 = (T)a->beta2,
-                               .beta2_rest = (T)(1 - a->beta2),
-                               .keep = (T)(1 - decay),
-                               .rate = (T)(lr / corrected1),
-                               .eps = (T)a->eps,
-                               .inverse_root = (T)(1 / sqrt(corrected2))};
-}
-
 static void TY(exact_set_rates)(TY(exact_plan) *p) {
     const TY(oplora_exact) *const l = p->layer;
     const oplora_adamw *const a = &l->adamw;
     const double corrected1 = 1 - pow(a->beta1, (double)a->step), corrected2 = 1 - pow(a->beta2, (double)a->step);
-    p->hidden = TY(exact_numbers_of)(a, corrected1, corrected2, a->hidden_lr, a->hidden_lr * a->weight_decay);
+    p->hidden = TY(oplora_adamw_constants_of)(a, corrected1, corrected2, a->hidden_lr, a->hidden_lr * a->weight_decay);
     for (int64_t f = 0; f < l->n_factors; f++) {
         const double lr = l->factors[f].lr, decay = lr * l->factors[f].weight_decay;
-        p->rates[f] = (TY(exact_rates)){TY(exact_numbers_of)(a, corrected1, corrected2, lr * a->weight_ratio, decay),
-                                        TY(exact_numbers_of)(a, corrected1, corrected2, lr, decay)};
+        p->rates[f] =
+            (TY(exact_rates)){TY(oplora_adamw_constants_of)(a, corrected1, corrected2, lr * a->weight_ratio, decay),
+                              TY(oplora_adamw_constants_of)(a, corrected1, corrected2, lr, decay)};
     }
 }
 

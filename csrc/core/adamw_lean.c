@@ -195,11 +195,11 @@ static OPLORA_BODY oplora_status TY(lean_start)(const TY(oplora_lean) *l, double
     OPLORA_RETURN_IF(!(latent_std >= 0 && latent_std < INFINITY), OPLORA_EVALUE);
     for (int64_t f = 0; f < l->n_factors; f++) OPLORA_RETURN_IF(!l->factors[f].out, OPLORA_ENULL);
     const TY(lean_plan) p = TY(oplora_lean_plan_of)(l);
-    const oplora_stream s = TY(oplora_lean_w1_stream)(l);
+    const oplora_stream s = oplora_stream_of(l->seed, l->layer, OPLORA_W1_TENSOR);
     const double w1_bound = oplora_start_bound(OPLORA_UNIFORM, l->Z);
     l->scalars[0] = l->scalars[2] = 1;
     l->scalars[1] = l->scalars[3] = 0;
-    TY(oplora_start_latent)(l->seed, l->layer, l->Z, latent_std, p.z);
+    for (int64_t i = 0; i < l->Z; i++) p.z[i] = (T)oplora_latent_entry(l->seed, l->layer, i, latent_std);
     /* h lies in the place of r until v is made; both start at zero */
     T *const x = p.outer.r;
     for (int64_t j = 0; j < l->H; j++) {

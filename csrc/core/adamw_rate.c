@@ -19,7 +19,6 @@
  * <g, v - start>, <g, u> and <g, v - p>, from which the caller finds the rate. The second reads g and moves p, v and s:
  * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of TASK_ROWS rows of one factor; sums over tasks run
  * in order, so nothing depends on who does a task. */
-#include "../shared/averages.h"
 #include "dispatch.h"
 #include "number.h"
 #include "tasks.h"
@@ -35,9 +34,9 @@ enum {
 
 typedef struct TY(rate_job) {
     const TY(oplora_rate) *layers;
-    oplora_span *spans;               /* n_spans, and one behind the last */
-    TY(oplora_rate_numbers) *numbers; /* of every span */
-    double *partial;                  /* (tasks, RATE_SUMS) */
+    oplora_span *spans;                   /* n_spans, and one behind the last */
+    TY(oplora_rate_constants) *constants; /* of every span */
+    double *partial;                      /* (tasks, RATE_SUMS) */
     int64_t n_spans, tasks;
     void (*each_task)(const struct TY(rate_job) *, int64_t span, int64_t task);
 } TY(rate_job);
@@ -64,34 +63,25 @@ static oplora_status TY(rate_check)(const TY(oplora_rate) *layers, int64_t n_lay
     return OPLORA_OK;
 }
 
-static TY(oplora_rate_numbers) TY(rate_numbers_of)(const TY(oplora_rate) *l, const TY(oplora_factor) *factor) {
-    const oplora_adamw *const a = &l->adamw;
-    const double step = (double)a->step, m = oplora_newest_of_squares(a->beta2, step, !factor->listens);
-    const double eta = l->rate * factor->lr, c = oplora_newest_of_factors(step);
-    return (TY(oplora_rate_numbers)){.kept = (T)(1 - m),
-                                     .newest = (T)m,
-                                     .eps = (T)a->eps,
-                                     .weight_decay = (T)factor->weight_decay,
-                                     .rate = (T)eta,
-                                     .average = (T)c,
-                                     .rate_of_average = (T)(eta * (1 - a->beta1 * (1 - c)))};
-}
-
 /* Lays the job out in the workspace; the same walk counts its bytes. */
 static TY(rate_job) TY(rate_plan)(const TY(oplora_rate) *layers, int64_t n_layers, arena *a) {
     TY(rate_job) job = {.layers = layers};
     for (int64_t i = 0; i < n_layers; i++) job.n_spans += layers[i].n_factors;
     job.spans = take(a, job.n_spans + 1, sizeof(oplora_span));
-    job.numbers = take(a, job.n_spans, sizeof(TY(oplora_rate_numbers)));
+    job.constants = take(a, job.n_spans, sizeof(TY(oplora_rate_constants)));
     int64_t s = 0;
-    for (int64_t i = 0; i < n_layers; i++)
-        for (int64_t f = 0, row = 0; f < layers[i].n_factors; row += layers[i].factors[f++].rows, s++) {
+    for (int64_t i = 0; i < n_layers; i++) {
+        const TY(oplora_rate) *const l = &layers[i];
+        for (int64_t f = 0, row = 0; f < l->n_factors; row += l->factors[f++].rows, s++) {
+            const TY(oplora_factor) *const factor = &l->factors[f];
             if (a->memory) {
                 job.spans[s] = (oplora_span){job.tasks, i, f, row};
-                job.numbers[s] = TY(rate_numbers_of)(&layers[i], &layers[i].factors[f]);
+                job.constants[s] = TY(oplora_rate_constants_of)(&l->adamw, l->adamw.step, l->rate, factor->lr,
+                                                                factor->weight_decay, !factor->listens);
             }
-            job.tasks += tasks_in(layers[i].factors[f].rows);
+            job.tasks += tasks_in(factor->rows);
         }
+    }
     if (a->memory) job.spans[s].first_task = job.tasks;
     job.partial = take(a, job.tasks, RATE_SUMS * sizeof(double));
     return job;
@@ -126,7 +116,7 @@ static void TY(rate_measure_task)(const TY(rate_job) *job, int64_t s, int64_t ta
     sums[2] = of_v;
     sums[4] = of_v - k->dot_double(g, factor->out + at, n);
     if (factor->base) sums[2] -= k->dot_double(g, factor->base + at, n);
-    k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->numbers[s], u);
+    k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->constants[s], u);
     sums[3] = k->dot_double(g, u, n);
 }
 
@@ -165,7 +155,7 @@ static void TY(rate_update_task)(const TY(rate_job) *job, int64_t s, int64_t tas
     T room[TASK_ROWS];
     const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, l->report[0], room);
     TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, g, n,
-                                       &job->numbers[s]);
+                                       &job->constants[s]);
 }
 
 /* ---- entry points ---- */

@@ -26,7 +26,7 @@ typedef struct {
     int d, k;
     T *U;
     TY(oplora_moment) *A, *m, *S, *R;
-    TY(lean_numbers) numbers;
+    TY(oplora_lean_constants) constants;
     uint32_t round_key[RANK];
     T weight[BASIS], rotate_U[RANK][BASIS], rotate_A[RANK][RANK + 1]; /* second pass: of the basis, and of [A, g] */
 } TY(lean_rows);
@@ -49,8 +49,9 @@ typedef struct {
 
 /* What the second pass multiplies a factor's rows with. */
 typedef struct {
-    TY(lean_numbers) numbers;
+    TY(oplora_lean_constants) constants;
     T weight[BASIS], rotate_U[RANK][BASIS];
+    TY(oplora_lean_turn21) defaults; /* the same at d = 2, k = 1 */
 } TY(lean_turn);
 
 typedef struct {
@@ -116,9 +117,8 @@ void TY(oplora_lean_update_part)(const TY(lean_plan) *p, int64_t part);
 
 double TY(oplora_lean_square)(const T *x, int64_t n);
 double TY(oplora_lean_keep_of)(const TY(oplora_factor) *f);
-void TY(oplora_lean_rounding_key)(const TY(oplora_lean) *l, uint32_t map, uint32_t key[4]);
 void TY(oplora_lean_prepare_map)(TY(lean_map) *map, const T *x, double square_g, const oplora_adamw *a,
-                                 double corrected2, const uint32_t key[4]);
+                                 double corrected2, oplora_words key);
 void TY(oplora_lean_solve_map)(TY(lean_map) *map, const T *x);
 void TY(oplora_lean_finish_map)(TY(lean_map) *map, const T *x, const T *x_next);
 void TY(oplora_lean_begin_layer)(TY(lean_plan) *p);
@@ -129,7 +129,6 @@ void TY(oplora_lean_solve_layer)(TY(lean_plan) *p);
 
 /* ---- lean_hidden.c ---- */
 
-oplora_stream TY(oplora_lean_w1_stream)(const TY(oplora_lean) *l);
 void TY(oplora_lean_find_hidden)(const TY(lean_plan) *p, T *h);
 void TY(oplora_lean_report_hidden)(TY(lean_plan) *p);
 void TY(oplora_lean_step_hidden)(TY(lean_plan) *p);

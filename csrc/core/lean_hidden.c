@@ -3,10 +3,6 @@
 
 #include <string.h>
 
-oplora_stream TY(oplora_lean_w1_stream)(const TY(oplora_lean) *l) {
-    return (oplora_stream){l->seed, l->layer, OPLORA_W1_TENSOR};
-}
-
 void TY(oplora_lean_find_hidden)(const TY(lean_plan) *p, T *h) {
     for (int64_t j = 0; j < p->layer->H; j++) h[j] = p->pre[j] > 0 ? p->pre[j] : 0;
 }
@@ -15,7 +11,7 @@ void TY(oplora_lean_find_hidden)(const TY(lean_plan) *p, T *h) {
 void TY(oplora_lean_report_hidden)(TY(lean_plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
-    const oplora_stream s = TY(oplora_lean_w1_stream)(l);
+    const oplora_stream s = oplora_stream_of(l->seed, l->layer, OPLORA_W1_TENSOR);
     const TY(lean_rows) *const r = &p->hidden.rows;
     const double bound = oplora_start_bound(OPLORA_UNIFORM, l->Z) * *p->hidden.scale;
     double along[RANK] = {0}, d2 = 0, dz2 = 0;
@@ -44,30 +40,25 @@ void TY(oplora_lean_step_hidden)(TY(lean_plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const oplora_adamw *const a = &l->adamw;
-    const oplora_stream s = TY(oplora_lean_w1_stream)(l);
+    const oplora_stream s = oplora_stream_of(l->seed, l->layer, OPLORA_W1_TENSOR);
     TY(lean_map) *const map = &p->hidden;
-    uint32_t key[4];
     TY(oplora_lean_report_hidden)(p);
-    TY(oplora_lean_rounding_key)(l, 1, key);
     map->keep = map->start_keep = 1 - a->hidden_lr * a->weight_decay;
     map->rate = a->hidden_lr / p->corrected1;
     const TY(lean_share) share = {map->keep, map->rate, 1, 1};
     TY(lean_turn) turn;
-    TY(oplora_lean_prepare_map)(map, p->z, TY(oplora_lean_square)(p->d, l->H), a, p->corrected2, key);
+    TY(oplora_lean_prepare_map)(map, p->z, TY(oplora_lean_square)(p->d, l->H), a, p->corrected2,
+                                oplora_rounding_key(l->seed, l->layer, a->step, 1));
     memset(map->sums, 0, (size_t)TY(lean_sums_size)(&map->rows) * sizeof(double));
     for (int64_t j = 0; j < l->H; j += BLOCK)
         TY(oplora_lean_reduce_block)(&map->rows, &share, p->d + j, j, l->H - j < BLOCK ? l->H - j : BLOCK, map->sums);
     TY(oplora_lean_solve_map)(map, p->z);
 
-    const TY(adamw_numbers) numbers = {.beta1_rest = (T)(1 - a->beta1),
-                                       .beta2 = (T)a->beta2,
-                                       .beta2_rest = (T)(1 - a->beta2),
-                                       .keep = (T)map->keep,
-                                       .rate = (T)map->rate,
-                                       .eps = map->rows.numbers.eps,
-                                       .inverse_root = map->rows.numbers.inverse_root};
+    TY(oplora_adamw_constants) constants =
+        TY(oplora_adamw_constants_of)(a, p->corrected1, p->corrected2, a->hidden_lr, a->hidden_lr * a->weight_decay);
+    constants.eps = map->rows.constants.eps;
     memcpy(p->z_next, p->z, (size_t)l->Z * sizeof(T));
-    kernels->adamw(p->z_next, p->z_avg, p->z_avg_sq, p->change, 1, 0, NULL, l->Z, &numbers);
+    kernels->adamw(p->z_next, p->z_avg, p->z_avg_sq, p->change, 1, 0, NULL, l->Z, &constants);
     TY(oplora_lean_finish_map)(map, p->z, p->z_next);
     const double bound = oplora_start_bound(OPLORA_UNIFORM, l->Z) * map->start_keep * *map->scale;
     for (int64_t i = 0; i < l->Z; i++) p->change[i] = (T)(bound * ((double)p->z_next[i] - p->z[i]));

@@ -27,11 +27,11 @@ void TY(oplora_lean_reduce_block)(const TY(lean_rows) *r, const TY(lean_share) *
     const T *basis[BASIS];
     double sum[BASIS];
     if (d == 2 && k == 1) {
-        kernels->lean_reduce21(r->A + first, r->R + first, r->U + first, r->U + r->rows + first, g, n, &r->numbers,
+        kernels->lean_reduce21(r->A + first, r->R + first, r->U + first, r->U + r->rows + first, g, n, &r->constants,
                                share->kappa, share->rho, sums);
         return;
     }
-    kernels->lean_scale(r->R + first, g, n, &r->numbers, row, scaled_g);
+    kernels->lean_scale(r->R + first, g, n, &r->constants, row, scaled_g);
     for (int i = 0; i < d; i++) basis[i] = r->U + i * r->rows + first;
     for (int i = 0; i < k; i++) {
         kernels->lean_widen(r->A + i * r->rows + first, row, n, wide, scaled_A[i]);
@@ -47,14 +47,20 @@ void TY(oplora_lean_reduce_block)(const TY(lean_rows) *r, const TY(lean_share) *
 }
 
 void TY(oplora_lean_turn_of)(const TY(lean_rows) *r, const TY(lean_share) *share, TY(lean_turn) *turn) {
-    turn->numbers = r->numbers;
-    turn->numbers.keep = (T)share->keep;
-    turn->numbers.rate = (T)share->rate;
+    turn->constants = r->constants;
+    turn->constants.keep = (T)share->keep;
+    turn->constants.rate = (T)share->rate;
     for (int a = 0; a < TY(lean_basis_size)(r); a++) {
         const T scale = (T)TY(lean_scale_of)(share, a, r->d);
         turn->weight[a] = r->weight[a] * scale;
         for (int i = 0; i < r->d; i++) turn->rotate_U[i][a] = r->rotate_U[i][a] * scale;
     }
+    if (r->d != 2 || r->k != 1) return;
+    turn->defaults.constants = turn->constants;
+    memcpy(turn->defaults.weight, turn->weight, sizeof turn->defaults.weight);
+    memcpy(turn->defaults.u0, turn->rotate_U[0], sizeof turn->defaults.u0);
+    memcpy(turn->defaults.u1, turn->rotate_U[1], sizeof turn->defaults.u1);
+    memcpy(turn->defaults.A, r->rotate_A[0], sizeof turn->defaults.A);
 }
 
 /* Second pass over the rows [first, first + n). */
@@ -67,11 +73,10 @@ void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *t
     if (d == 2 && k == 1) {
         T *const U = r->U + first;
         kernels->lean_update21(U, U + r->rows, r->A + first, r->m + first, r->S + first, r->R + first, g, base, first,
-                               n, &turn->numbers, turn->weight, turn->rotate_U[0], turn->rotate_U[1], r->rotate_A[0],
-                               out);
+                               n, &turn->defaults, out);
         return;
     }
-    kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, first, n, &turn->numbers, row, scaled_g,
+    kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, first, n, &turn->constants, row, scaled_g,
                          out);
     for (int i = 0; i < d; i++) basis[i] = r->U + i * r->rows + first;
     for (int i = 0; i < k; i++) {

@@ -15,7 +15,7 @@ double TY(oplora_lean_square)(const T *x, int64_t n) {
 
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
 void TY(oplora_lean_prepare_map)(TY(lean_map) *map, const T *x, double square_g, const oplora_adamw *a,
-                                 double corrected2, const uint32_t key[4]) {
+                                 double corrected2, oplora_words key) {
     const double mean_x = TY(oplora_lean_square)(x, map->inputs) / (double)map->inputs, most = TY(oplora_most_gradient);
     const double fresh = (1 - a->beta2) * mean_x * fmin(square_g / (double)map->rows.rows, most * most);
     *map->mean = a->beta2 * *map->mean + fresh;
@@ -31,17 +31,18 @@ void TY(oplora_lean_prepare_map)(TY(lean_map) *map, const T *x, double square_g,
         live += c > 0;
     }
     map->beta1 = a->beta1;
-    map->rows.numbers = (TY(lean_numbers)){.beta1_rest = (T)(1 - a->beta1),
-                                           .beta2 = (T)a->beta2,
-                                           .beta2_rest = (T)(1 - a->beta2),
-                                           .second = (T)((1 - a->beta2) * mean_x),
-                                           .eps = (T)fmax(a->eps, LEAST_EPS),
-                                           .eps_row = (T)fmax(live ? a->eps * (double)live / root : a->eps, LEAST_EPS),
-                                           .inverse_root = (T)(1 / sqrt(corrected2)),
-                                           .key = key[0]};
+    map->rows.constants =
+        (TY(oplora_lean_constants)){.beta1_rest = (T)(1 - a->beta1),
+                                    .beta2 = (T)a->beta2,
+                                    .beta2_rest = (T)(1 - a->beta2),
+                                    .second = (T)((1 - a->beta2) * mean_x),
+                                    .eps = (T)fmax(a->eps, LEAST_EPS),
+                                    .eps_row = (T)fmax(live ? a->eps * (double)live / root : a->eps, LEAST_EPS),
+                                    .inverse_root = (T)(1 / sqrt(corrected2)),
+                                    .key = key.a};
     /* the first column of A has the bits that R leaves of lean_second's other hash */
-    map->rows.round_key[0] = key[0] ^ 0x9E3779B9u;
-    for (int i = 1; i < map->rows.k; i++) map->rows.round_key[i] = key[1] + (uint32_t)i * key[2];
+    map->rows.round_key[0] = oplora_other_key(key.a);
+    for (int i = 1; i < map->rows.k; i++) map->rows.round_key[i] = key.b + (uint32_t)i * key.c;
 }
 
 /* After all sums and with the next input: the truncations, and what the second pass multiplies the basis with. */
@@ -149,23 +150,14 @@ static void TY(lean_find_rates)(TY(lean_plan) *p) {
 
 /* ---- one layer ---- */
 
-/* Of this step's rounding noise; map is 0 for W2, 1 for W1. */
-void TY(oplora_lean_rounding_key)(const TY(oplora_lean) *l, uint32_t map, uint32_t key[4]) {
-    const uint64_t step = (uint64_t)l->adamw.step;
-    oplora_philox4x32_10(
-        (const uint32_t[]){(uint32_t)step, (uint32_t)(step >> 32) | OPLORA_ROUNDING << 24, map, l->layer},
-        (const uint32_t[]){(uint32_t)l->seed, (uint32_t)(l->seed >> 32)}, key);
-}
-
 void TY(oplora_lean_begin_layer)(TY(lean_plan) *p) {
     const TY(oplora_lean) *const l = p->layer;
-    uint32_t key[4];
     TY(oplora_lean_find_hidden)(p, p->h);
     memset(p->outer.sums, 0, (size_t)TY(lean_part_size)(l) * sizeof(double));
     if (!(p->wants & WANTS_GRAM)) return;
-    TY(oplora_lean_rounding_key)(l, 0, key);
     TY(lean_find_rates)(p);
-    TY(oplora_lean_prepare_map)(&p->outer, p->h, l->report[0], &l->adamw, p->corrected2, key);
+    TY(oplora_lean_prepare_map)(&p->outer, p->h, l->report[0], &l->adamw, p->corrected2,
+                                oplora_rounding_key(l->seed, l->layer, l->adamw.step, 0));
 }
 
 void TY(oplora_lean_add_part)(TY(lean_plan) *p, const double *sums) {

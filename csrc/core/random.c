@@ -15,36 +15,15 @@
  *               counter 16 b + l; the number u means (2 u + 1 - 65536) 2^-16, an odd multiple of 2^-16 in (-1, 1)
  *     sign      a word a row for 32 columns: row 64 b + 16 w + l is word w of counter 16 b + l; a set bit is a minus
  *     normal    z: four words a counter, two normals a pair of words */
-#include "random.h"
-
-#include <math.h>
-#include <string.h>
-
-static inline void philox_round(uint32_t c[4], uint32_t k0, uint32_t k1) {
-    const uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-    const uint32_t c1 = c[1], c3 = c[3];
-    c[0] = (uint32_t)(b >> 32) ^ c1 ^ k0;
-    c[1] = (uint32_t)b;
-    c[2] = (uint32_t)(a >> 32) ^ c3 ^ k1;
-    c[3] = (uint32_t)a;
-}
-
-static inline void philox(uint32_t c[4], uint32_t k0, uint32_t k1) {
-    for (int round = 0; round < 10; round++)
-        philox_round(c, k0 + (uint32_t)round * 0x9E3779B9u, k1 + (uint32_t)round * 0xBB67AE85u);
-}
+#include "../shared/random.h"
 
 void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
-    memmove(out, counter, 4 * sizeof *out);
-    philox(out, key[0], key[1]);
+    const oplora_words w =
+        oplora_philox((oplora_words){counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
+    out[0] = w.a, out[1] = w.b, out[2] = w.c, out[3] = w.d;
 }
 
 /* What the kernels' numbers are multiplied with: U(-1/sqrt(n), 1/sqrt(n)), and signs of the same variance. */
 double oplora_start_bound(oplora_start_kind kind, int64_t fan_in) {
     return kind == OPLORA_UNIFORM ? OPLORA_UNIFORM_UNIT / sqrt((double)fan_in) : 1 / sqrt(3 * (double)fan_in);
-}
-
-oplora_stream oplora_w2_stream(uint64_t seed, uint32_t layer, oplora_start_kind kind, int64_t range) {
-    const uint32_t tensor = kind == OPLORA_UNIFORM ? OPLORA_W2_TENSOR : OPLORA_SIGN_TENSOR;
-    return (oplora_stream){seed, layer, tensor + OPLORA_RANGE_TENSORS * (uint32_t)range};
 }

@@ -6,25 +6,6 @@
 
 enum { START_ROWS = 16384 }; /* rows of W2 that one task fills */
 
-/* Two words to two normals (Box and Muller). In double, so that float and double starts agree. */
-static void normal_pair(const uint32_t word[2], double out[2]) {
-    const double radius = sqrt(-2 * log((word[0] + 0.5) * 0x1p-32)), angle = 0x1.921fb54442d18p+2 * (word[1] * 0x1p-32);
-    out[0] = radius * cos(angle);
-    out[1] = radius * sin(angle);
-}
-
-/* entries of z, N(0, deviation^2) */
-void TY(oplora_start_latent)(uint64_t seed, uint32_t layer, int64_t Z, double deviation, T *z) {
-    for (int64_t i = 0; i < Z; i += 4) {
-        uint32_t word[4] = {(uint32_t)(i / 4), (uint32_t)(i / 4 >> 32) | OPLORA_Z_TENSOR << 24, 0, layer};
-        double normal[4];
-        oplora_philox4x32_10(word, (const uint32_t[]){(uint32_t)seed, (uint32_t)(seed >> 32)}, word);
-        normal_pair(word, normal);
-        normal_pair(word + 2, normal + 2);
-        for (int64_t k = 0; k < 4 && i + k < Z; k++) z[i + k] = (T)(deviation * normal[k]);
-    }
-}
-
 typedef struct {
     T *W2;
     int64_t H, N;
@@ -72,10 +53,10 @@ static OPLORA_BODY oplora_status TY(start)(T *parameters, int64_t H, int64_t Z, 
         OPLORA_FORWARD(oplora_parallel(par, tasks, 1, TY(start_rows), &job));
     }
     T *const W1 = parameters + H * N + N, *const z = W1 + H * Z + H;
-    const oplora_stream w1 = {seed, layer, OPLORA_W1_TENSOR};
+    const oplora_stream w1 = oplora_stream_of(seed, layer, OPLORA_W1_TENSOR);
     const T bound = (T)oplora_start_bound(OPLORA_UNIFORM, Z);
     for (int64_t j = 0; j < H; j++) kernels->uniform_axpy(&w1, (uint32_t)j, 0, bound, W1 + j * Z, Z);
-    TY(oplora_start_latent)(seed, layer, Z, latent_std, z);
+    for (int64_t i = 0; i < Z; i++) z[i] = (T)oplora_latent_entry(seed, layer, i, latent_std);
     return OPLORA_OK;
 }
 

@@ -23,14 +23,12 @@ constexpr int THREADS = 128, LANES = 16, GROUPS = THREADS / LANES; /* of dot in 
 constexpr int UNITS = THREADS / HIDDEN_LANES;
 static_assert(HIDDEN_LANES == SQUARE_LANES, "units, and tasks of the squares, a block");
 
-/* AdamW's numbers for a tensor; see adamw_numbers in csrc/core/dispatch.h. */
-struct Numbers {
-    float beta1_rest, beta2, beta2_rest, keep, rate, eps, inverse_root;
-};
+/* AdamW's constants for a tensor. */
+using Constants = oplora_adamw_constants_f32;
 
 /* For a factor's rows of W2 and of c2. */
 struct Rates {
-    Numbers outer, bias;
+    Constants outer, bias;
 };
 
 struct Layer {
@@ -43,7 +41,7 @@ struct Layer {
     const double *rates;        /* (factors, 2) */
     float *h, *h_next, *d, *dz; /* scratch: (H) three times, (Z) */
     double *latent, *partial;   /* scratch: (Z); (tasks, H + 2): dh, ||g||^2, how many are not finite */
-    Numbers *hidden;            /* scratch: for z, W1, c1 */
+    Constants *hidden;          /* scratch: for z, W1, c1 */
     Rates *of_factors;          /* scratch: (factors) */
     int64_t first_factor, n_factors, tasks;
 };
@@ -77,13 +75,6 @@ __global__ void __launch_bounds__(THREADS) squares_kernel(Table t) {
     find_squares(g, n, to, lanes, bad);
 }
 
-__device__ Numbers numbers_of(const oplora_adamw &a, double lr, double decay, double corrected1, double corrected2) {
-    return {static_cast<float>(1 - a.beta1),         static_cast<float>(a.beta2),
-            static_cast<float>(1 - a.beta2),         static_cast<float>(1 - decay),
-            static_cast<float>(lr / corrected1),     static_cast<float>(a.eps),
-            static_cast<float>(1 / sqrt(corrected2))};
-}
-
 /* A layer's sums in the order of tasks. With `measured` they are in the report already. */
 __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
     const Layer &l = t.layers[blockIdx.x];
@@ -101,10 +92,11 @@ __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
         const double corrected1 = 1 - pow(a.beta1, step), corrected2 = 1 - pow(a.beta2, step);
         for (int64_t f = 0; f < l.n_factors; f++) {
             const double lr = l.rates[2 * f], decay = lr * l.rates[2 * f + 1];
-            l.of_factors[f] = {numbers_of(a, lr * a.weight_ratio, decay, corrected1, corrected2),
-                               numbers_of(a, lr, decay, corrected1, corrected2)};
+            l.of_factors[f] = {oplora_adamw_constants_of_f32(&a, corrected1, corrected2, lr * a.weight_ratio, decay),
+                               oplora_adamw_constants_of_f32(&a, corrected1, corrected2, lr, decay)};
         }
-        *l.hidden = numbers_of(a, a.hidden_lr, a.hidden_lr * a.weight_decay, corrected1, corrected2);
+        *l.hidden =
+            oplora_adamw_constants_of_f32(&a, corrected1, corrected2, a.hidden_lr, a.hidden_lr * a.weight_decay);
     }
 }
 
@@ -197,16 +189,12 @@ __device__ void report_hidden(const Layer &l, double *sums) {
     if (t == 0) l.report[2] = sums[2] + sums[0] * (sums[1] + 1);
 }
 
-/* torch.optim.AdamW on one entry whose gradient is x, bounded; adamw in csrc/core/kernels.h. Returns its next value. */
-__device__ float adamw(const Numbers &a, float x, float p, float &m, float &s) {
-    const float gradient = bounded(x);
-    m = m + a.beta1_rest * (gradient - m);
-    s = a.beta2 * s + a.beta2_rest * (gradient * gradient);
-    return a.keep * p - a.rate * m / (sqrtf(s) * a.inverse_root + a.eps);
-}
-
 __device__ void adamw_at(const Layer &l, int64_t at, float gradient) {
-    l.parameters[at] = adamw(*l.hidden, gradient, l.parameters[at], l.exp_avg[at], l.exp_avg_sq[at]);
+    const oplora_adamw_entry_f32 next =
+        oplora_adamw_step_f32(*l.hidden, gradient, l.parameters[at], l.exp_avg[at], l.exp_avg_sq[at]);
+    l.exp_avg[at] = next.m;
+    l.exp_avg_sq[at] = next.s;
+    l.parameters[at] = next.p;
 }
 
 /* AdamW on z, W1 and c1 from the report's d, and the next h. */
@@ -214,10 +202,10 @@ __device__ void step_hidden(const Layer &l, int measured, double *lanes) {
     const double *const d = l.report + 3 + l.H;
     const int64_t W1 = W1_of(l) - l.parameters, c1 = c1_of(l) - l.parameters, z = z_of(l) - l.parameters;
     if (measured) find_latent(l);
-    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) l.dz[i] = narrowed(l.latent[i]);
+    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) l.dz[i] = oplora_narrowed_f32(l.latent[i]);
     for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
         l.h[j] = static_cast<float>(l.report[3 + j]);
-        l.d[j] = narrowed(d[j]);
+        l.d[j] = oplora_narrowed_f32(d[j]);
     }
     __syncthreads();
     for (int64_t e = threadIdx.x; e < l.H * l.Z; e += THREADS)
@@ -262,14 +250,16 @@ template <int COUNT> __device__ void write_factor(const Task &task, int64_t n, c
 
 /* AdamW on COUNT entries of a column whose gradient is h g; v += h_next times what they become. */
 template <int COUNT>
-__device__ void update_entries(const Layer &l, const Numbers &a, int64_t index, const Some<COUNT> &g, float h,
+__device__ void update_entries(const Layer &l, const Constants &a, int64_t index, const Some<COUNT> &g, float h,
                                float h_next, Some<COUNT> &v) {
     Some<COUNT> p = at<COUNT>(l.parameters + index), m = at<COUNT>(l.exp_avg + index);
     Some<COUNT> s = at<COUNT>(l.exp_avg_sq + index);
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
-        p.value[k] = adamw(a, h * g.value[k], p.value[k], m.value[k], s.value[k]);
-        if (h_next != 0) v.value[k] += h_next * p.value[k];
+        const oplora_adamw_entry_f32 next =
+            oplora_adamw_step_f32(a, h * g.value[k], p.value[k], m.value[k], s.value[k]);
+        p.value[k] = next.p, m.value[k] = next.m, s.value[k] = next.s;
+        if (h_next != 0) v.value[k] += h_next * next.p;
     }
     at<COUNT>(l.exp_avg + index) = m;
     at<COUNT>(l.exp_avg_sq + index) = s;
@@ -278,7 +268,7 @@ __device__ void update_entries(const Layer &l, const Numbers &a, int64_t index, 
 
 template <int COUNT> __device__ void update_rows(const Task &task) {
     const Layer &l = *task.layer;
-    const Numbers outer = l.of_factors[task.index].outer, bias = l.of_factors[task.index].bias;
+    const Constants outer = l.of_factors[task.index].outer, bias = l.of_factors[task.index].bias;
     const double *const decay = l.decay + task.index * l.H;
     for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
         const Some<COUNT> g = gradient_at<COUNT>(*task.factor, task.offset + n);
@@ -371,7 +361,7 @@ Layer plan_layer(const oplora_exact_f32 &l, arena *a) {
     layer.dz = static_cast<float *>(take(a, l.Z, sizeof(float)));
     layer.latent = static_cast<double *>(take(a, l.Z, sizeof(double)));
     layer.partial = static_cast<double *>(take(a, layer.tasks * (l.H + 2), sizeof(double)));
-    layer.hidden = static_cast<Numbers *>(take(a, 1, sizeof(Numbers)));
+    layer.hidden = static_cast<Constants *>(take(a, 1, sizeof(Constants)));
     layer.of_factors = static_cast<Rates *>(take(a, l.n_factors, sizeof(Rates)));
     return layer;
 }

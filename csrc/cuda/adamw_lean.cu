@@ -75,10 +75,9 @@ __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
     const Layer &l = t.layers[blockIdx.x];
     find_hidden(l, l.h);
     if (!(wants & WANTS_GRAM)) return;
-    uint32_t key[3];
     if (threadIdx.x == 0) find_rates(t, l);
-    rounding_key(l, 0, key);
-    prepare_map(l.outer, l.h, l.report[0], *l.adamw, key, l.corrections, number);
+    prepare_map(l.outer, l.h, l.report[0], *l.adamw, oplora_rounding_key(l.seed, l.layer, l.adamw->step + 1, 0),
+                l.corrections, number);
 }
 
 /* ---- reduce ---- */
@@ -164,7 +163,8 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) update_ke
 __global__ void __launch_bounds__(THREADS) start_kernel(Table t, double latent_std) {
     SHARED_ARRAY(Tile, tile, 1);
     const Layer &l = t.layers[blockIdx.x];
-    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) l.z[i] = latent_entry(l.seed, l.layer, i, latent_std);
+    for (int64_t i = threadIdx.x; i < l.Z; i += THREADS)
+        l.z[i] = static_cast<float>(oplora_latent_entry(l.seed, l.layer, i, latent_std));
     __syncthreads();
     for_w1_dots(l, l.z, tile[0], [&](int64_t j, double sum) {
         l.pre[j] = static_cast<float>(l.w1_bound * sum);

@@ -21,18 +21,21 @@ constexpr double LEAST_EPS = 1e-30;
 
 using Lowrank = lowrank<THREADS>;
 
-/* The numbers of a step for the rows of a map; see lean_numbers in csrc/core/dispatch.h. */
-struct Numbers {
-    float beta1_rest, beta2, beta2_rest, second, eps, eps_row, inverse_root;
-    uint32_t key, round_key[RANK];
+/* One step of a map's rows: its constants, without a factor's own keep and rate, and once it is solved what the second pass
+ * multiplies the basis with, and [A, g]. */
+struct MapStep {
+    oplora_lean_constants_f32 constants;
+    uint32_t round_key[RANK];
     float weight[BASIS], rotate_U[RANK][BASIS], rotate_A[RANK][RANK + 1];
 };
 
-/* What a factor's rows have of their own: c's keep and rate, and how much of the map's largest keep and rate theirs are; the
- * second pass' numbers with these in them. */
+/* What a factor's rows have of their own: how much of the map's largest keep and rate theirs are, and their step with this in
+ * it. At the default ranks that is `defaults`, which kernels hold in registers. */
 struct Share {
     double kappa, rho;
-    float keep, rate, weight[BASIS], rotate_U[RANK][BASIS];
+    oplora_lean_constants_f32 constants;
+    float weight[BASIS], rotate_U[RANK][BASIS];
+    oplora_lean_turn21_f32 defaults;
 };
 
 struct Rows {
@@ -40,7 +43,7 @@ struct Rows {
     int d, k;
     float *U;
     uint16_t *A, *m, *S, *R;
-    Numbers *numbers;
+    MapStep *step;
     Share *shares; /* of factors; the hidden map has one */
     int64_t n_shares;
 };
@@ -98,11 +101,11 @@ __device__ inline Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) 
 }
 
 __device__ inline oplora_stream w2_stream(const Layer &l, int64_t range) {
-    const uint32_t tensor = l.start == OPLORA_UNIFORM ? OPLORA_W2_TENSOR : OPLORA_SIGN_TENSOR;
-    return {l.seed, l.layer, tensor + OPLORA_RANGE_TENSORS * static_cast<uint32_t>(range)};
+    return oplora_w2_stream(l.seed, l.layer, l.start, range);
 }
-
-__device__ inline oplora_stream w1_stream(const Layer &l) { return {l.seed, l.layer, OPLORA_W1_TENSOR}; }
+__device__ inline oplora_stream w1_stream(const Layer &l) {
+    return oplora_stream_of(l.seed, l.layer, OPLORA_W1_TENSOR);
+}
 
 } // namespace lean
 

@@ -17,7 +17,7 @@ __device__ inline void report_hidden(const Layer &l, Small &s) {
     const Rows &r = l.hidden.rows;
     const double bound = l.w1_bound * *l.hidden.scale;
     const int t = static_cast<int>(threadIdx.x);
-    for (int64_t j = t; j < l.H; j += THREADS) l.d[j] = narrowed(l.dh[j]);
+    for (int64_t j = t; j < l.H; j += THREADS) l.d[j] = oplora_narrowed_f32(l.dh[j]);
     if (t < r.d) { /* sums in order: one thread each */
         double along = 0;
         for (int64_t j = 0; j < l.H; j++)
@@ -39,8 +39,9 @@ __device__ inline void report_hidden(const Layer &l, Small &s) {
         float dz[ROWS] = {};
         for (int64_t j = 0; j < l.H; j++) {
             if (l.dh[j] == 0) continue;
-            const float coefficient = narrowed(bound * l.dh[j]);
-            const uint4 eight = philox(stream, static_cast<uint64_t>(first / 8 + lane()), static_cast<uint32_t>(j));
+            const float coefficient = oplora_narrowed_f32(bound * l.dh[j]);
+            const oplora_words eight =
+                oplora_stream_words(stream, static_cast<uint64_t>(first / 8 + lane()), static_cast<uint32_t>(j));
 #pragma unroll
             for (int q = 0; q < ROWS; q++) dz[q] += coefficient * uniform_of(eight, q);
         }
@@ -50,7 +51,7 @@ __device__ inline void report_hidden(const Layer &l, Small &s) {
             if (i >= l.Z) continue;
             double sum = dz[q];
             for (int a = 0; a < r.d; a++) sum += static_cast<double>(l.hidden.Q[a * l.Z + i]) * s.now[a];
-            l.change[i] = narrowed(sum);
+            l.change[i] = oplora_narrowed_f32(sum);
             l.hidden.K[i] = sum * sum; /* scratch until prepare_map fills it */
         }
     }
@@ -68,7 +69,8 @@ __device__ inline void w1_dot(const Layer &l, int64_t j, const float *x, float *
     const oplora_stream s = w1_stream(l);
     float sum = 0;
     for (int64_t first = 0; first < l.Z && j < l.H; first += SUB) {
-        const uint4 eight = philox(s, static_cast<uint64_t>(first / 8 + lane()), static_cast<uint32_t>(j));
+        const oplora_words eight =
+            oplora_stream_words(s, static_cast<uint64_t>(first / 8 + lane()), static_cast<uint32_t>(j));
 #pragma unroll
         for (int q = 0; q < ROWS; q++) {
             const int64_t i = first + q * LANES + lane();
@@ -98,20 +100,18 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
     const oplora_adamw &a = *l.adamw;
     const Map &map = l.hidden;
     const int t = static_cast<int>(threadIdx.x);
-    uint32_t key[3];
     report_hidden(l, s);
-    rounding_key(l, 1, key);
     if (t == 0) {
         Share &share = *map.rows.shares;
         s.number[2] = square(l.d, l.H);
         map.steps[0] = map.steps[3] = 1 - a.hidden_lr * a.weight_decay;
         map.steps[1] = a.hidden_lr / l.corrections[0];
         share.kappa = share.rho = 1;
-        share.keep = static_cast<float>(map.steps[0]);
-        share.rate = static_cast<float>(map.steps[1]);
+        share.constants.keep = static_cast<float>(map.steps[0]);
+        share.constants.rate = static_cast<float>(map.steps[1]);
     }
     __syncthreads();
-    prepare_map(map, l.z, s.number[2], a, key, l.corrections, s.number);
+    prepare_map(map, l.z, s.number[2], a, oplora_rounding_key(l.seed, l.layer, a.step + 1, 1), l.corrections, s.number);
     for (int i = t; i < sums_size(map.rows.d, map.rows.k); i += THREADS) map.sums[i] = 0;
     __syncthreads();
     for (int64_t j = 0; j < l.H; j += PART)
@@ -119,17 +119,17 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
                                tile, map.sums);
 }
 
-/* AdamW on z, from l.change: adamw in csrc/core/kernels.h. */
+/* AdamW on z, from l.change. */
 __device__ inline void step_latent(const Layer &l) {
-    const Numbers &numbers = *l.hidden.rows.numbers;
-    const Share &share = *l.hidden.rows.shares;
+    const oplora_lean_constants_f32 &c = l.hidden.rows.step->constants;
+    const oplora_lean_constants_f32 &own = l.hidden.rows.shares->constants;
+    const oplora_adamw_constants_f32 a = {c.beta1_rest, c.beta2, c.beta2_rest,  own.keep,
+                                          own.rate,     c.eps,   c.inverse_root};
     for (int64_t i = threadIdx.x; i < l.Z; i += THREADS) {
-        const float gradient = l.change[i];
-        const float m_next = l.z_avg[i] + numbers.beta1_rest * (gradient - l.z_avg[i]);
-        const float s_next = numbers.beta2 * l.z_avg_sq[i] + numbers.beta2_rest * (gradient * gradient);
-        l.z_next[i] = share.keep * l.z[i] - share.rate * m_next / (sqrtf(s_next) * numbers.inverse_root + numbers.eps);
-        l.z_avg[i] = m_next;
-        l.z_avg_sq[i] = s_next;
+        const oplora_adamw_entry_f32 next = oplora_adamw_step_f32(a, l.change[i], l.z[i], l.z_avg[i], l.z_avg_sq[i]);
+        l.z_next[i] = next.p;
+        l.z_avg[i] = next.m;
+        l.z_avg_sq[i] = next.s;
     }
     __syncthreads();
 }

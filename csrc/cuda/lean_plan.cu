@@ -25,7 +25,7 @@ void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
     to->part_sums = doubles(to->parts * sums);
     for (Map *map : {&to->outer, &to->hidden}) {
         const int64_t inputs = map == &to->outer ? l.H : l.Z;
-        map->rows.numbers = static_cast<Numbers *>(take(a, 1, sizeof(Numbers)));
+        map->rows.step = static_cast<MapStep *>(take(a, 1, sizeof(MapStep)));
         map->rows.n_shares = map == &to->outer ? l.n_factors : 1;
         map->rows.shares = static_cast<Share *>(take(a, map->rows.n_shares, sizeof(Share)));
         map->steps = doubles(4);

@@ -43,35 +43,19 @@ __device__ inline int blocks_in(int64_t rows) { return static_cast<int>((rows + 
 /* The rows of this thread in a chunk of n rows: i-th of BLOCK / LANES. */
 __device__ inline int64_t row_of(int i) { return group() * BLOCK + i * LANES + lane(); }
 
-/* row = 1 / (sqrt of the second moment's next row factor + eps); see lean_scale in csrc/core/kernels.h. */
-__device__ inline float next_R(const Numbers &a, float R, float g) {
-    return a.beta2 * R + (a.second > 0 ? a.second * (g * g) : 0.f);
-}
-__device__ inline float row_scale(const Numbers &a, float r) { return 1.f / (sqrtf(r) * a.inverse_root + a.eps_row); }
-
-/* What a thread reads of one row. */
-template <int D, int K> struct Row {
-    float u[D], g;
-    uint16_t A[K], R;
-
-    __device__ void load(const Rows &r, float gradient, int64_t at, bool valid) {
-        g = gradient;
-        R = valid ? r.R[at] : uint16_t{0};
-#pragma unroll
-        for (int c = 0; c < D; c++) u[c] = valid && c < r.d ? r.U[c * r.rows + at] : 0.f;
-#pragma unroll
-        for (int c = 0; c < K; c++) A[c] = valid && c < r.k ? r.A[c * r.rows + at] : uint16_t{0};
-    }
-
-    /* [U, row A, row g] with the slots of ranks that are not used left zero */
-    __device__ void basis(const Numbers &a, float row, float out[D + K + 1]) const {
-#pragma unroll
-        for (int c = 0; c < D; c++) out[c] = u[c];
-#pragma unroll
-        for (int c = 0; c < K; c++) out[D + c] = row * get_moment(A[c]);
-        out[D + K] = a.second > 0 ? row * g : 0.f;
-    }
+/* What a thread reads of one row in the first pass, at the default ranks: d = 2, k = 1. */
+struct Row21 {
+    float u0, u1, g;
+    uint16_t A, R;
 };
+__device__ inline Row21 load_row(const Rows &r, float g, int64_t at, bool valid) {
+    return {valid ? r.U[at] : 0.f, valid ? r.U[r.rows + at] : 0.f, g, valid ? r.A[at] : uint16_t{0},
+            valid ? r.R[at] : uint16_t{0}};
+}
+
+__device__ inline float scale_at(const oplora_lean_constants_f32 &a, uint16_t R, float g) {
+    return oplora_lean_scale_f32(a, oplora_lean_next_R_f32(a, oplora_get_f32(R), g * g));
+}
 
 /* Of vector a of the basis, d of which are U's. */
 __device__ inline double scale_of(const Share &share, int a, int d) { return a < d ? share.kappa : share.rho; }
@@ -100,31 +84,32 @@ __device__ inline double scale_of_pair(const Share &share, int index, int p, int
 __device__ inline void reduce_defaults(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n,
                                        Tile &tile, double *sums) {
     constexpr int SUMS = 12, BATCH = 4; /* of rows whose loads are under way together */
-    const Numbers &a = *r.numbers;
+    const oplora_lean_constants_f32 a = r.step->constants;
     float s[SUMS] = {};
 #pragma unroll 1
     for (int begin = 0; begin < BLOCK / LANES; begin += BATCH) {
-        Row<2, 1> rows[BATCH];
+        Row21 rows[BATCH];
         float x[BATCH];
         g.load_bounded(row_of(begin), LANES, n, x);
 #pragma unroll
-        for (int i = 0; i < BATCH; i++) rows[i].load(r, x[i], first + row_of(begin + i), row_of(begin + i) < n);
+        for (int i = 0; i < BATCH; i++) rows[i] = load_row(r, x[i], first + row_of(begin + i), row_of(begin + i) < n);
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            float c[4];
-            rows[i].basis(a, row_scale(a, next_R(a, get_moment(rows[i].R), rows[i].g)), c);
-            s[0] += c[0] * c[0];
-            s[1] += c[0] * c[1];
-            s[2] += c[1] * c[1];
-            s[3] += c[0] * c[2];
-            s[4] += c[1] * c[2];
-            s[5] += c[2] * c[2];
-            s[6] += c[0] * c[3];
-            s[7] += c[1] * c[3];
-            s[8] += c[2] * c[3];
-            s[9] += c[3] * c[3];
-            s[10] += c[0] * rows[i].g;
-            s[11] += c[1] * rows[i].g;
+            const Row21 row = rows[i];
+            const float scale = scale_at(a, row.R, row.g), scaled_A = scale * oplora_get_f32(row.A);
+            const float scaled_g = oplora_lean_scaled_f32(a, scale, row.g);
+            s[0] += row.u0 * row.u0;
+            s[1] += row.u0 * row.u1;
+            s[2] += row.u1 * row.u1;
+            s[3] += row.u0 * scaled_A;
+            s[4] += row.u1 * scaled_A;
+            s[5] += scaled_A * scaled_A;
+            s[6] += row.u0 * scaled_g;
+            s[7] += row.u1 * scaled_g;
+            s[8] += scaled_A * scaled_g;
+            s[9] += scaled_g * scaled_g;
+            s[10] += row.u0 * row.g;
+            s[11] += row.u1 * row.g;
         }
     }
 #pragma unroll
@@ -139,19 +124,19 @@ __device__ inline void reduce_defaults(const Rows &r, const Share &share, const 
 }
 
 /* The same at any ranks, a pair of columns after the other: rows are read again for each. Column p stands for g. */
-__device__ inline float basis_at(const Rows &r, const Numbers &a, const Gradient &g, int column, int64_t at,
-                                 int64_t i) {
+__device__ inline float basis_at(const Rows &r, const oplora_lean_constants_f32 &a, const Gradient &g, int column,
+                                 int64_t at, int64_t i) {
     const int p = basis_size(r.d, r.k);
     if (column < r.d) return r.U[column * r.rows + at];
     if (column == p) return g[i];
-    const float row = row_scale(a, next_R(a, get_moment(r.R[at]), g[i]));
-    if (column < r.d + r.k) return row * get_moment(r.A[(column - r.d) * r.rows + at]);
-    return a.second > 0 ? row * g[i] : 0.f;
+    const float scale = scale_at(a, r.R[at], g[i]);
+    if (column < r.d + r.k) return scale * oplora_get_f32(r.A[(column - r.d) * r.rows + at]);
+    return oplora_lean_scaled_f32(a, scale, g[i]);
 }
 
 __device__ inline void reduce_pairs(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n,
                                     int begin, int end, Tile &tile, double *sums) {
-    const Numbers &a = *r.numbers;
+    const oplora_lean_constants_f32 a = r.step->constants;
     const int p = basis_size(r.d, r.k);
     for (int base = begin; base < end; base += LANES) {
         const int count = end - base < LANES ? end - base : LANES;
@@ -200,14 +185,14 @@ __device__ inline void random_reduce(const Layer &l, const Chunk &chunk, Tile &t
 #pragma unroll 1
         for (int half = 0; half < 2; half++) {
             const uint64_t first = begin + static_cast<uint64_t>(half * HALF * LANES);
-            uint4 words[HALF / 4];
+            oplora_words words[HALF / 4];
             float g[HALF];
             gradient.load_bounded(row_of(half * HALF), LANES, chunk.rows, g);
             if (!uniform) {
 #pragma unroll
                 for (int b = 0; b < HALF / 4; b++)
-                    words[b] = philox(s, first / 4 + static_cast<uint64_t>(b * LANES + lane()),
-                                      static_cast<uint32_t>(base / 32));
+                    words[b] = oplora_stream_words(s, first / 4 + static_cast<uint64_t>(b * LANES + lane()),
+                                                   static_cast<uint32_t>(base / 32));
             }
             for (int c = 0; c < count; c++) {
                 float sum = half ? tile.lanes[group()][c][lane()] : 0.f;
@@ -216,8 +201,8 @@ __device__ inline void random_reduce(const Layer &l, const Chunk &chunk, Tile &t
                 } else if (uniform) {
 #pragma unroll
                     for (int b = 0; b < HALF / ROWS; b++) {
-                        const uint4 eight = philox(s, first / 8 + static_cast<uint64_t>(b * LANES + lane()),
-                                                   static_cast<uint32_t>(base + c));
+                        const oplora_words eight = oplora_stream_words(
+                            s, first / 8 + static_cast<uint64_t>(b * LANES + lane()), static_cast<uint32_t>(base + c));
 #pragma unroll
                         for (int q = 0; q < ROWS; q++) sum += uniform_of(eight, q) * g[b * ROWS + q];
                     }
@@ -242,7 +227,8 @@ __device__ inline void random_update(const Layer &l, const oplora_stream &s, con
         for (int64_t j = 0; j < l.H; j++) {
             const float some = x[j];
             if (some == 0) continue;
-            const uint4 eight = philox(s, entry / 8 + static_cast<uint64_t>(lane()), static_cast<uint32_t>(j));
+            const oplora_words eight =
+                oplora_stream_words(s, entry / 8 + static_cast<uint64_t>(lane()), static_cast<uint32_t>(j));
 #pragma unroll
             for (int q = 0; q < ROWS; q++) out[q] += some * uniform_of(eight, q);
         }
@@ -250,11 +236,11 @@ __device__ inline void random_update(const Layer &l, const oplora_stream &s, con
     }
     for (int64_t base = 0; base < l.H; base += 32) {
         const int count = l.H - base < 32 ? static_cast<int>(l.H - base) : 32;
-        uint4 words[ROWS / 4];
+        oplora_words words[ROWS / 4];
 #pragma unroll
         for (int b = 0; b < ROWS / 4; b++)
-            words[b] =
-                philox(s, entry / 4 + static_cast<uint64_t>(b * LANES + lane()), static_cast<uint32_t>(base / 32));
+            words[b] = oplora_stream_words(s, entry / 4 + static_cast<uint64_t>(b * LANES + lane()),
+                                           static_cast<uint32_t>(base / 32));
         for (int c = 0; c < count; c++) {
             const float some = x[base + c];
             if (some == 0) continue;
@@ -264,55 +250,42 @@ __device__ inline void random_update(const Layer &l, const oplora_stream &s, con
     }
 }
 
-/* One row's step: the bias's AdamW on `out`, its moments, R, A and U; lean_update21 in csrc/core/kernels.h. */
-template <int D, int K>
-__device__ float update_row(const Rows &r, const Numbers &a, const Share &share, const Row<D, K> &old, float m_old,
-                            float S_old, float out, float kept_part, int64_t at) {
-    constexpr bool all = D == 2 && K == 1; /* every slot is used */
-    const uint32_t noise = noise_of(static_cast<uint32_t>(at), a.key);
-    const uint32_t other_noise = noise_of(static_cast<uint32_t>(at), a.round_key[0]);
-    const float x = old.g, square = x * x, beta1 = 1 - a.beta1_rest;
-    const float m_next = beta1 * m_old + a.beta1_rest * x;
-    const float s_next = a.beta2 * S_old + a.beta2_rest * square;
-    const float r_next = next_R(a, get_moment(old.R), x);
-    const float step = share.rate * m_next / (sqrtf(s_next) * a.inverse_root + a.eps);
-    float basis[D + K + 1];
-    old.basis(a, row_scale(a, r_next), basis);
-    float value = out - (1 - share.keep) * kept_part - step;
+/* One row's step at any ranks: all of it but the output, which it returns. `grown` is the output beyond its base. */
+__device__ inline float update_row(const Rows &r, const MapStep &step, const Share &share, float g, float out,
+                                   float grown, int64_t at) {
+    const oplora_lean_constants_f32 a = share.constants;
+    const oplora_lean_bias_f32 next = oplora_lean_bias_step_f32(a, g, oplora_get_f32(r.m[at]), oplora_get_f32(r.S[at]),
+                                                                oplora_get_f32(r.R[at]), out, grown);
+    const float scale = oplora_lean_scale_f32(a, next.R), scaled_g = oplora_lean_scaled_f32(a, scale, g);
+    float u[RANK], A[RANK], value = next.out;
 #pragma unroll
-    for (int c = 0; c < D; c++)
-        if (all || c < r.d) value += share.weight[c] * basis[c];
+    for (int c = 0; c < RANK; c++) u[c] = c < r.d ? r.U[c * r.rows + at] : 0.f;
 #pragma unroll
-    for (int c = 0; c < K; c++)
-        if (all || c < r.k) value += share.weight[r.d + c] * basis[D + c];
-    value += share.weight[r.d + r.k] * basis[D + K];
+    for (int c = 0; c < RANK; c++) A[c] = c < r.k ? oplora_get_f32(r.A[c * r.rows + at]) : 0.f;
+    const auto combined = [&](float sum, const float *weight) {
 #pragma unroll
-    for (int i = 0; i < D; i++) {
-        if (!all && i >= r.d) continue;
-        float turned = all ? share.rotate_U[i][0] * basis[0] : 0.f;
+        for (int c = 0; c < RANK; c++)
+            if (c < r.d) sum += weight[c] * u[c];
 #pragma unroll
-        for (int c = all; c < D; c++)
-            if (all || c < r.d) turned += share.rotate_U[i][c] * basis[c];
+        for (int c = 0; c < RANK; c++)
+            if (c < r.k) sum += weight[r.d + c] * (scale * A[c]);
+        return sum + weight[r.d + r.k] * scaled_g;
+    };
+    value = combined(value, share.weight);
+    for (int i = 0; i < r.d; i++) r.U[i * r.rows + at] = combined(0.f, share.rotate_U[i]);
+    const uint32_t row = static_cast<uint32_t>(at), noise = oplora_noise(row, a.key);
+    const uint32_t other_noise = oplora_noise(row, step.round_key[0]);
+    for (int i = 0; i < r.k; i++) {
+        float turned = 0.f;
 #pragma unroll
-        for (int c = 0; c < K; c++)
-            if (all || c < r.k) turned += share.rotate_U[i][r.d + c] * basis[D + c];
-        turned += share.rotate_U[i][r.d + r.k] * basis[D + K];
-        r.U[i * r.rows + at] = turned;
+        for (int c = 0; c < RANK; c++)
+            if (c < r.k) turned += step.rotate_A[i][c] * A[c];
+        turned += step.rotate_A[i][r.k] * g;
+        r.A[i * r.rows + at] = oplora_put_f32(turned, i ? oplora_noise(row, step.round_key[i]) : other_noise >> 16);
     }
-#pragma unroll
-    for (int i = 0; i < K; i++) {
-        if (!all && i >= r.k) continue;
-        float turned = all ? a.rotate_A[i][0] * get_moment(old.A[0]) : 0.f;
-#pragma unroll
-        for (int c = all; c < K; c++)
-            if (all || c < r.k) turned += a.rotate_A[i][c] * get_moment(old.A[c]);
-        turned += a.rotate_A[i][r.k] * x;
-        const uint32_t bits = i ? noise_of(static_cast<uint32_t>(at), a.round_key[i]) : other_noise >> 16;
-        r.A[i * r.rows + at] = put_moment(turned, bits);
-    }
-    r.m[at] = put_moment(m_next, noise);
-    r.S[at] = put_moment(s_next, noise >> 16);
-    r.R[at] = put_moment(r_next, other_noise);
+    r.m[at] = oplora_put_f32(next.m, noise);
+    r.S[at] = oplora_put_f32(next.S, noise >> 16);
+    r.R[at] = oplora_put_f32(next.R, other_noise);
     return value;
 }
 
@@ -338,45 +311,66 @@ __device__ inline void put(const Output &o, int64_t at, float value) {
     if (o.rounded) o.rounded[at] = to_half(value, o.dtype);
 }
 
+/* The rows of a thread in part `part` of a block, at most ROWS below n, at the default ranks. All that the step needs is
+ * held in registers, and all loads go before the first store. Row 0 is the map's row `first`. */
+__device__ inline void update_defaults(const Rows &r, const oplora_lean_turn21_f32 &turn, const Gradient &g,
+                                       const Output &o, int64_t first, int64_t n, int part, float (&value)[ROWS]) {
+    Row21 old[ROWS];
+    float x[ROWS], m[ROWS], S[ROWS], grown[ROWS];
+    g.load_bounded(row_of(part * ROWS), LANES, n, x);
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        const int64_t at = row_of(part * ROWS + i);
+        const bool valid = at < n;
+        old[i] = load_row(r, x[i], first + at, valid);
+        m[i] = valid ? oplora_get_f32(r.m[first + at]) : 0.f;
+        S[i] = valid ? oplora_get_f32(r.S[first + at]) : 0.f;
+        value[i] = valid ? take(o, at) : 0.f;
+        grown[i] = valid && o.base ? value[i] - o.base[at] : value[i];
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        if (row_of(part * ROWS + i) >= n) continue;
+        const int64_t at = first + row_of(part * ROWS + i);
+        const oplora_lean_bias_f32 bias = {m[i], S[i], oplora_get_f32(old[i].R), value[i]};
+        const oplora_lean_row21_f32 row = {old[i].u0, old[i].u1, oplora_get_f32(old[i].A), bias};
+        const oplora_lean_row21_f32 next = oplora_lean_step21_f32(turn, old[i].g, row, grown[i]);
+        const uint32_t key = turn.constants.key, noise = oplora_noise(static_cast<uint32_t>(at), key);
+        const uint32_t other_noise = oplora_noise(static_cast<uint32_t>(at), oplora_other_key(key));
+        value[i] = next.bias.out;
+        r.U[at] = next.u0;
+        r.U[r.rows + at] = next.u1;
+        r.A[at] = oplora_put_f32(next.A, other_noise >> 16);
+        r.m[at] = oplora_put_f32(next.bias.m, noise);
+        r.S[at] = oplora_put_f32(next.bias.S, noise >> 16);
+        r.R[at] = oplora_put_f32(next.bias.R, other_noise);
+    }
+}
+
 /* The rows first .. first + n of a map, n at most PART, by all threads. With x, what W0 adds to the rows' output too. */
 template <bool DEFAULTS>
-__device__ void update_chunk(const Rows &r, const Share &share, const Gradient &g, const Output &o, int64_t first,
+__device__ void update_chunk(const Rows &rows, const Share &share, const Gradient &g, const Output &o, int64_t first,
                              int64_t n, const Layer &l, const oplora_stream *s, int64_t entry, const float *x) {
-    constexpr int D = DEFAULTS ? 2 : RANK, K = DEFAULTS ? 1 : RANK;
-    const Numbers &a = *r.numbers;
+    const Rows r = rows; /* stores would have it read again for every row */
+    const oplora_lean_turn21_f32 turn = share.defaults;
 #pragma unroll 1
     for (int part = 0; part < BLOCK / SUB; part++) {
         float value[ROWS];
         if (group() * BLOCK + part * SUB >= n) break;
-        if (DEFAULTS) { /* all loads of a thread's rows before its first store */
-            Row<D, K> old[ROWS];
-            float m[ROWS], S[ROWS], kept[ROWS], gradient[ROWS];
-            g.load_bounded(row_of(part * ROWS), LANES, n, gradient);
-#pragma unroll
+        if (DEFAULTS)
+            update_defaults(r, turn, g, o, first, n, part, value);
+        else {
+#pragma unroll 1
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = row_of(part * ROWS + i);
-                const bool valid = at < n;
-                old[i].load(r, gradient[i], first + at, valid);
-                m[i] = valid ? get_moment(r.m[first + at]) : 0.f;
-                S[i] = valid ? get_moment(r.S[first + at]) : 0.f;
-                value[i] = valid ? take(o, at) : 0.f;
-                kept[i] = valid && o.base ? value[i] - o.base[at] : value[i];
+                if (at >= n) break;
+                const float now = take(o, at), grown = o.base ? now - o.base[at] : now;
+                o.out[at] = update_row(r, *r.step, share, g[at], now, grown, first + at);
             }
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = row_of(part * ROWS + i);
-                if (at < n) value[i] = update_row(r, a, share, old[i], m[i], S[i], value[i], kept[i], first + at);
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                const int64_t at = row_of(part * ROWS + i);
-                value[i] = 0;
-                if (at >= n) continue;
-                Row<D, K> old;
-                old.load(r, g[at], first + at, true);
-                const float m = get_moment(r.m[first + at]), S = get_moment(r.S[first + at]), now = take(o, at);
-                value[i] = update_row(r, a, share, old, m, S, now, o.base ? now - o.base[at] : now, first + at);
+                value[i] = at < n ? o.out[at] : 0.f;
             }
         }
         if (x) random_update(l, *s, x, static_cast<uint64_t>(entry + group() * BLOCK + part * SUB), value);

@@ -16,13 +16,6 @@ __device__ inline double square(const float *x, int64_t n) {
     return sum;
 }
 
-/* This step's rounding keys; map is 0 for W2, 1 for W1. */
-__device__ inline void rounding_key(const Layer &l, uint32_t map, uint32_t key[3]) {
-    const oplora_stream s = {l.seed, l.layer, OPLORA_ROUNDING};
-    const uint4 words = philox(s, static_cast<uint64_t>(l.adamw->step + 1), map);
-    key[0] = words.x, key[1] = words.y, key[2] = words.z;
-}
-
 /* What prepare_map and step_hidden say to each other through shared memory. */
 struct Small {
     Lowrank::Shared lowrank;
@@ -33,7 +26,7 @@ struct Small {
 
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
 __device__ inline void prepare_map(const Map &map, const float *x, double square_g, const oplora_adamw &a,
-                                   const uint32_t key[3], const double corrections[2], double number[4]) {
+                                   oplora_words key, const double corrections[2], double number[4]) {
     const int t = static_cast<int>(threadIdx.x);
     if (t == 0) {
         const double mean_x = square(x, map.inputs) / static_cast<double>(map.inputs);
@@ -61,17 +54,19 @@ __device__ inline void prepare_map(const Map &map, const float *x, double square
             live += map.K[j] > 0;
         }
         map.steps[2] = a.beta1;
-        Numbers &numbers = *map.rows.numbers;
-        numbers.beta1_rest = static_cast<float>(1 - a.beta1);
-        numbers.beta2 = static_cast<float>(a.beta2);
-        numbers.beta2_rest = static_cast<float>(1 - a.beta2);
-        numbers.second = static_cast<float>((1 - a.beta2) * mean_x);
-        numbers.eps = static_cast<float>(fmax(a.eps, LEAST_EPS));
-        numbers.eps_row = static_cast<float>(fmax(live ? a.eps * static_cast<double>(live) / root : a.eps, LEAST_EPS));
-        numbers.inverse_root = static_cast<float>(1 / sqrt(corrections[1]));
-        numbers.key = key[0];
-        numbers.round_key[0] = key[0] ^ 0x9E3779B9u;
-        for (int i = 1; i < map.rows.k; i++) numbers.round_key[i] = key[1] + static_cast<uint32_t>(i) * key[2];
+        MapStep &step = *map.rows.step;
+        oplora_lean_constants_f32 c = {};
+        c.beta1_rest = static_cast<float>(1 - a.beta1);
+        c.beta2 = static_cast<float>(a.beta2);
+        c.beta2_rest = static_cast<float>(1 - a.beta2);
+        c.second = static_cast<float>((1 - a.beta2) * mean_x);
+        c.eps = static_cast<float>(fmax(a.eps, LEAST_EPS));
+        c.eps_row = static_cast<float>(fmax(live ? a.eps * static_cast<double>(live) / root : a.eps, LEAST_EPS));
+        c.inverse_root = static_cast<float>(1 / sqrt(corrections[1]));
+        c.key = key.a;
+        step.constants = c;
+        step.round_key[0] = oplora_other_key(key.a);
+        for (int i = 1; i < map.rows.k; i++) step.round_key[i] = key.b + static_cast<uint32_t>(i) * key.c;
     }
     __syncthreads();
 }
@@ -100,8 +95,8 @@ __device__ inline void find_rates(const Table &t, const Layer &l) {
         Share &share = map.rows.shares[f];
         share.kappa = keep != 0 ? own_keep / keep : 1;
         share.rho = lr != 0 ? own_lr / lr : 1;
-        share.keep = static_cast<float>(own_keep);
-        share.rate = static_cast<float>(own_lr / corrected1);
+        share.constants.keep = static_cast<float>(own_keep);
+        share.constants.rate = static_cast<float>(own_lr / corrected1);
     }
 }
 
@@ -157,14 +152,14 @@ __device__ inline void solve_map(const Map &map, const float *x, Small &s, doubl
         __syncthreads();
     }
 
-    Numbers &numbers = *r.numbers;
+    MapStep &step = *r.step;
     for (int e = t; e < k * (k + 1); e += THREADS)
-        numbers.rotate_A[e / (k + 1)][e % (k + 1)] = static_cast<float>(s.rotate_A[(e % (k + 1)) * k + e / (k + 1)]);
+        step.rotate_A[e / (k + 1)][e % (k + 1)] = static_cast<float>(s.rotate_A[(e % (k + 1)) * k + e / (k + 1)]);
     for (int e = t; e < d * p; e += THREADS) {
         const int i = e / p, a = e % p;
         double sum = 0;
         for (int b = 0; b < d + k; b++) sum += s.change[a][b] * s.rotate_W[b * d + i];
-        numbers.rotate_U[i][a] = static_cast<float>(sum);
+        step.rotate_U[i][a] = static_cast<float>(sum);
     }
     __syncthreads();
 }
@@ -188,25 +183,32 @@ __device__ inline void finish_map(const Map &map, const float *x, const float *x
     }
     __syncthreads();
     for (int64_t j = t; j < d * n; j += THREADS) map.Q[j] = static_cast<float>(map.Q_next[j]);
-    Numbers &numbers = *r.numbers;
+    MapStep &step = *r.step;
     if (t < basis_size(d, r.k)) {
         double weight = 0;
         for (int i = 0; i < d; i++) {
-            weight += numbers.rotate_U[i][t] * s.next[i];
+            weight += step.rotate_U[i][t] * s.next[i];
             if (i == t) weight -= map.steps[0] * s.now[i];
         }
-        numbers.weight[t] = static_cast<float>(weight);
+        step.weight[t] = static_cast<float>(weight);
     }
     __syncthreads();
     const int p = basis_size(d, r.k);
+    for (int64_t e = t; e < r.n_shares; e += THREADS) {
+        Share &share = r.shares[e];
+        const float keep = share.constants.keep, rate = share.constants.rate;
+        share.constants = step.constants;
+        share.constants.keep = keep, share.constants.rate = rate;
+        share.defaults.constants = share.constants;
+        for (int i = 0; i < 2; i++) share.defaults.A[i] = step.rotate_A[0][i];
+    }
     for (int64_t e = t; e < r.n_shares * (d + 1) * p; e += THREADS) {
         Share &share = r.shares[e / ((d + 1) * p)];
         const int i = static_cast<int>(e / p % (d + 1)), a = static_cast<int>(e % p);
-        const float scale = static_cast<float>(scale_of(share, a, d));
-        if (i < d)
-            share.rotate_U[i][a] = numbers.rotate_U[i][a] * scale;
-        else
-            share.weight[a] = numbers.weight[a] * scale;
+        const float value = (i < d ? step.rotate_U[i][a] : step.weight[a]) * static_cast<float>(scale_of(share, a, d));
+        (i < d ? share.rotate_U[i] : share.weight)[a] = value;
+        if (d == 2 && r.k == 1)
+            (i == 0 ? share.defaults.u0 : i < d ? share.defaults.u1 : share.defaults.weight)[a] = value;
     }
     __syncthreads();
 }

@@ -64,7 +64,7 @@ template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t
         for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
     }
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) g.value[k] = bounded(g.value[k]);
+    for (int k = 0; k < COUNT; k++) g.value[k] = oplora_bounded_f32(g.value[k]);
     return g;
 }
 

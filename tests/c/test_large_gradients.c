@@ -5,7 +5,7 @@
 #include "check.h"
 #include "core_check.h"
 #include "oplora_core.h"
-#include "workspace.h"
+#include "rows.h"
 
 #include <float.h>
 #include <math.h>

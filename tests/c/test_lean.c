@@ -624,13 +624,15 @@ static TY(oplora_moment) TY(stored)(double value) {
 static void TY(test_row_loops)(int64_t n, int with_base) {
     enum { MOST_ROWS = 512 };
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
-    const TY(lean_numbers) a = {(T)0.1, (T)0.999, (T)1e-3, (T)3e-3, (T)0.98, (T)0.05, (T)1e-8, (T)1e-7, (T)3, 12345};
+    const TY(oplora_lean_constants) a = {(T)0.1,  (T)0.999, (T)1e-3, (T)3e-3, (T)0.98,
+                                         (T)0.05, (T)1e-8,  (T)1e-7, (T)3,    12345};
     TY(oplora_moment) A[2][MOST_ROWS], m[2][MOST_ROWS], S[2][MOST_ROWS], R[2][MOST_ROWS], before[4][MOST_ROWS];
     T U[2][2][MOST_ROWS], g[MOST_ROWS], base[MOST_ROWS], out[2][MOST_ROWS], start[MOST_ROWS];
     T row[MOST_ROWS], scaled[MOST_ROWS], first_row[MOST_ROWS], first_scaled[MOST_ROWS], wide[MOST_ROWS],
         scaled_A[MOST_ROWS], turned[3][MOST_ROWS];
-    const T weight[] = {(T)0.3, (T)-0.2, (T)0.01, (T)0.02}, turn_A[] = {(T)0.9, (T)-0.1};
-    const T turn[2][4] = {{(T)0.8, (T)0.1, (T)-0.02, (T)0.03}, {(T)-0.1, (T)0.7, (T)0.04, (T)0.01}};
+    const TY(oplora_lean_turn21) turn = {a, .weight = {(T)0.3, (T)-0.2, (T)0.01, (T)0.02},
+                                         .u0 = {(T)0.8, (T)0.1, (T)-0.02, (T)0.03},
+                                         .u1 = {(T)-0.1, (T)0.7, (T)0.04, (T)0.01}, .A = {(T)0.9, (T)-0.1}};
     const uint32_t other_key = a.key ^ 0x9E3779B9u;
     for (int64_t i = 0; i < n; i++) {
         g[i] = i % 5 ? (T)noise() : 0;
@@ -661,16 +663,15 @@ static void TY(test_row_loops)(int64_t n, int with_base) {
     const T *const kept = with_base ? base : NULL;
     kernels->lean_second(m[0], S[0], R[0], g, kept, 1000, n, &a, row, scaled, out[0]);
     CHECK(!memcmp(row, first_row, (size_t)n * sizeof(T)) && !memcmp(scaled, first_scaled, (size_t)n * sizeof(T)));
-    kernels->axpy(basis, weight, 4, out[0], n);
+    kernels->axpy(basis, turn.weight, 4, out[0], n);
     for (int k = 0; k < 2; k++) {
         memset(turned[k], 0, sizeof turned[k]);
-        kernels->axpy(basis, turn[k], 4, turned[k], n);
+        kernels->axpy(basis, k ? turn.u1 : turn.u0, 4, turned[k], n);
     }
     memset(turned[2], 0, sizeof turned[2]);
-    kernels->axpy((const T *const[]){wide, g}, turn_A, 2, turned[2], n);
+    kernels->axpy((const T *const[]){wide, g}, turn.A, 2, turned[2], n);
     kernels->lean_round(turned[2], 1000, other_key, 16, n, A[0]);
-    kernels->lean_update21(U[1][0], U[1][1], A[1], m[1], S[1], R[1], g, kept, 1000, n, &a, weight, turn[0], turn[1],
-                           turn_A, out[1]);
+    kernels->lean_update21(U[1][0], U[1][1], A[1], m[1], S[1], R[1], g, kept, 1000, n, &turn, out[1]);
     const size_t bytes = (size_t)n * sizeof(T), narrow = (size_t)n * sizeof(TY(oplora_moment));
     CHECK(!memcmp(out[0], out[1], bytes));
     CHECK(!memcmp(turned[0], U[1][0], bytes) && !memcmp(turned[1], U[1][1], bytes));
@@ -703,8 +704,11 @@ static void TY(test_row_loops)(int64_t n, int with_base) {
 static void TY(test_rows_are_independent)(int64_t n) {
     enum { MOST_ROWS = 513 };
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
-    const TY(lean_numbers) a = {(T)0.1, (T)0.999, (T)1e-3, (T)3e-3, (T)0.98, (T)0.05, (T)1e-8, (T)1e-7, (T)3, 12345};
-    const T turn[] = {(T)0.8, (T)0.1, (T)-0.02, (T)0.03};
+    const TY(oplora_lean_constants) a = {(T)0.1,  (T)0.999, (T)1e-3, (T)3e-3, (T)0.98,
+                                         (T)0.05, (T)1e-8,  (T)1e-7, (T)3,    12345};
+    const TY(oplora_lean_turn21) turn = {a, .weight = {(T)0.8, (T)0.1, (T)-0.02, (T)0.03},
+                                         .u0 = {(T)0.8, (T)0.1, (T)-0.02, (T)0.03},
+                                         .u1 = {(T)0.8, (T)0.1, (T)-0.02, (T)0.03}, .A = {(T)0.8, (T)0.1}};
     TY(oplora_moment) moment[2][4][MOST_ROWS];
     T x[2][6][MOST_ROWS], g[MOST_ROWS]; /* row, scaled, out, U0, U1, a second out */
     for (int64_t i = 0; i <= n; i++) {
@@ -724,8 +728,8 @@ static void TY(test_rows_are_independent)(int64_t n) {
             kernels->lean_widen(A, row, end - at, x[w][5] + at, scaled);
             kernels->lean_second(m, S, R, g + at, NULL, 1000 + at, end - at, &a, row, scaled, out);
             kernels->lean_round(scaled, 1000 + at, 7, 16, end - at, A);
-            kernels->lean_update21(x[w][3] + at, x[w][4] + at, A, m, S, R, g + at, g + at, 1000 + at, end - at, &a,
-                                   turn, turn, turn, turn, out);
+            kernels->lean_update21(x[w][3] + at, x[w][4] + at, A, m, S, R, g + at, g + at, 1000 + at, end - at, &turn,
+                                   out);
         }
     for (int k = 0; k < 4; k++) {
         CHECK(!memcmp(moment[0][k], moment[1][k], (size_t)n * sizeof **moment[0]));
@@ -774,8 +778,8 @@ static void TY(test_rounding_is_unbiased)(void) {
     double sum[5] = {0}, products[3] = {0};
     for (int64_t i = 0; i < COUNT; i++) v[i] = g[i] = (T)(noise() + 1.5);
     for (uint32_t key = 0; key < KEYS; key++) {
-        const TY(lean_numbers) a = {(T)0.125, (T)0.75, (T)0.25, (T)0.5, 1,
-                                    0,        1,       1,       1,      row_noise(key, 1)}; /* exact in float */
+        const TY(oplora_lean_constants) a = {(T)0.125, (T)0.75, (T)0.25, (T)0.5,           1, 0,
+                                             1,        1,       1,       row_noise(key, 1)}; /* exact in float */
         for (int shift = 0; shift <= 16; shift += 16) {
             TY(oplora_dispatch)()->lean_round(v, 0, a.key, shift, COUNT, A);
             for (int64_t i = 0; i < COUNT; i++) sum[shift / 16] += TY(rounding_error)(A[i], v[i]);
