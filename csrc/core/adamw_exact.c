@@ -13,10 +13,11 @@
  * Work is cut into tasks of TASK_ROWS rows of one factor, and sums over tasks run in order, so nothing depends on who does
  * a task. Small layers are stepped whole, one a thread: no barriers, and the second pass finds W2 in the cache. Large
  * layers are stepped one after another, their tasks spread over the threads. */
+#include "../shared/tasks.h"
+
 #include "dispatch.h"
 #include "hidden.h"
 #include "number.h"
-#include "tasks.h"
 #include "workspace.h"
 
 #include <math.h>

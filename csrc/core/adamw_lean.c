@@ -143,7 +143,7 @@ static OPLORA_BODY oplora_status TY(lean_measure)(const TY(oplora_lean) *layers,
     if (n_layers == 0) return OPLORA_OK;
     OPLORA_FORWARD(TY(oplora_lean_prepare)(layers, n_layers, 0, 1, workspace, &job));
     OPLORA_FORWARD(TY(lean_measure_squares)(&job, par));
-    for (int64_t i = 0; i < n_layers; i++) job.plans[i].wants = WANTS_DH;
+    for (int64_t i = 0; i < n_layers; i++) job.plans[i].wants = LEAN_WANTS_DH;
     return TY(lean_for_layers)(&job, 0, par);
 }
 
@@ -160,7 +160,7 @@ static OPLORA_BODY oplora_status TY(lean_step)(const TY(oplora_lean) *layers, in
     if (!measured) OPLORA_FORWARD(TY(lean_measure_squares)(&job, par));
     for (int64_t i = 0; i < n_layers; i++) {
         OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
-        job.plans[i].wants = measured ? WANTS_GRAM : WANTS_GRAM | WANTS_DH;
+        job.plans[i].wants = measured ? LEAN_WANTS_GRAM : LEAN_WANTS_GRAM | LEAN_WANTS_DH;
     }
     return TY(lean_for_layers)(&job, 1, par);
 }
@@ -179,8 +179,8 @@ static void TY(lean_start_chunks)(int64_t begin, int64_t end, void *context) {
     const TY(lean_start_work) *const work = context;
     for (int64_t c = begin; c < end; c++) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(work->layer, c);
-        for (int64_t entry = chunk.entry; entry < chunk.entry + chunk.rows; entry += BLOCK) {
-            const int64_t left = chunk.entry + chunk.rows - entry, n = left < BLOCK ? left : BLOCK;
+        for (int64_t entry = chunk.entry; entry < chunk.entry + chunk.rows; entry += LEAN_BLOCK) {
+            const int64_t left = chunk.entry + chunk.rows - entry, n = left < LEAN_BLOCK ? left : LEAN_BLOCK;
             T *const out = chunk.factor->out + entry;
             memset(out, 0, (size_t)n * sizeof(T));
             if (chunk.factor->random) TY(oplora_lean_random_update)(work->layer, chunk.range, work->x, entry, n, out);

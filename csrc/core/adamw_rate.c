@@ -19,9 +19,9 @@
  * <g, v - start>, <g, u> and <g, v - p>, from which the caller finds the rate. The second reads g and moves p, v and s:
  * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of TASK_ROWS rows of one factor; sums over tasks run
  * in order, so nothing depends on who does a task. */
+#include "../shared/tasks.h"
 #include "dispatch.h"
 #include "number.h"
-#include "tasks.h"
 #include "workspace.h"
 
 #include <math.h>

@@ -3,22 +3,18 @@
 #ifndef OPLORA_LEAN_H
 #define OPLORA_LEAN_H
 
+#include "../shared/lean_layout.h"
+#include "../shared/lean_map.h"
 #include "dispatch.h"
-#include "lowrank.h"
 #include "number.h"
 #include "workspace.h"
 
 enum {
-    BLOCK = 512,          /* rows that are in the first-level cache together; a multiple of what the start asks for */
-    PART = 4096,          /* least rows of a part */
-    MOST_PARTS = 64,      /* of a layer: bounds the scratch */
     SMALL_WORK = 1 << 16, /* rows times (1 + H / 32): a layer up to this is one thread's work, */
     LARGE_WORK = 1 << 21, /* one above this is spread over the threads, and between them one that is much of all */
     RANK = OPLORA_MOST_RANK,
     BASIS = OPLORA_MOST_BASIS
 };
-enum { WANTS_DH = 1, WANTS_GRAM = 2 }; /* a measurement wants the one, a step that was measured the other */
-static const double LEAST_EPS = 1e-30; /* so that a row without any gradient yet divides by something */
 
 /* What the rows of a map need in both passes. */
 typedef struct {
@@ -66,7 +62,7 @@ typedef struct {
     int64_t first_part, parts, chunks;
     double bound;
     int spreads; /* over the threads; who does the work changes no bit */
-    int wants;   /* of the first pass: WANTS_DH, WANTS_GRAM */
+    int wants;   /* of the first pass: LEAN_WANTS_DH, LEAN_WANTS_GRAM */
 } TY(lean_plan);
 
 typedef struct {
@@ -87,16 +83,12 @@ typedef struct {
     double *part_sums; /* of one spread layer */
 } TY(lean_job);
 
-static inline int64_t TY(lean_chunks)(int64_t rows) { return (rows + PART - 1) / PART; }
-static inline int TY(lean_basis_size)(const TY(lean_rows) *r) { return r->d + r->k + 1; }
+static inline int TY(lean_basis_size)(const TY(lean_rows) *r) { return oplora_lean_basis(r->d, r->k); }
 
-static inline int64_t TY(lean_sums_size)(const TY(lean_rows) *r) {
-    return TY(lean_basis_size)(r) * TY(lean_basis_size)(r) + r->d;
-}
+static inline int64_t TY(lean_sums_size)(const TY(lean_rows) *r) { return oplora_lean_sums(r->d, r->k); }
 
 static inline int64_t TY(lean_part_size)(const TY(oplora_lean) *l) {
-    const int64_t p = l->weight_rank + l->moment_rank + 1;
-    return p * p + l->weight_rank + l->H;
+    return oplora_lean_sums((int)l->weight_rank, (int)l->moment_rank) + l->H;
 }
 
 /* ---- lean_rows.c ---- */
@@ -116,7 +108,6 @@ void TY(oplora_lean_update_part)(const TY(lean_plan) *p, int64_t part);
 /* ---- lean_solve.c ---- */
 
 double TY(oplora_lean_square)(const T *x, int64_t n);
-double TY(oplora_lean_keep_of)(const TY(oplora_factor) *f);
 void TY(oplora_lean_prepare_map)(TY(lean_map) *map, const T *x, double square_g, const oplora_adamw *a,
                                  double corrected2, oplora_words key);
 void TY(oplora_lean_solve_map)(TY(lean_map) *map, const T *x);

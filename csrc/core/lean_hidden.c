@@ -50,8 +50,9 @@ void TY(oplora_lean_step_hidden)(TY(lean_plan) *p) {
     TY(oplora_lean_prepare_map)(map, p->z, TY(oplora_lean_square)(p->d, l->H), a, p->corrected2,
                                 oplora_rounding_key(l->seed, l->layer, a->step, 1));
     memset(map->sums, 0, (size_t)TY(lean_sums_size)(&map->rows) * sizeof(double));
-    for (int64_t j = 0; j < l->H; j += BLOCK)
-        TY(oplora_lean_reduce_block)(&map->rows, &share, p->d + j, j, l->H - j < BLOCK ? l->H - j : BLOCK, map->sums);
+    for (int64_t j = 0; j < l->H; j += LEAN_BLOCK)
+        TY(oplora_lean_reduce_block)(&map->rows, &share, p->d + j, j, l->H - j < LEAN_BLOCK ? l->H - j : LEAN_BLOCK,
+                                     map->sums);
     TY(oplora_lean_solve_map)(map, p->z);
 
     TY(oplora_adamw_constants) constants =
@@ -63,9 +64,9 @@ void TY(oplora_lean_step_hidden)(TY(lean_plan) *p) {
     const double bound = oplora_start_bound(OPLORA_UNIFORM, l->Z) * map->start_keep * *map->scale;
     for (int64_t i = 0; i < l->Z; i++) p->change[i] = (T)(bound * ((double)p->z_next[i] - p->z[i]));
     TY(oplora_lean_turn_of)(&map->rows, &share, &turn);
-    for (int64_t j = 0; j < l->H; j += BLOCK)
-        TY(oplora_lean_update_block)(&map->rows, &turn, p->d + j, NULL, j, l->H - j < BLOCK ? l->H - j : BLOCK,
-                                     p->pre + j);
+    for (int64_t j = 0; j < l->H; j += LEAN_BLOCK)
+        TY(oplora_lean_update_block)(&map->rows, &turn, p->d + j, NULL, j,
+                                     l->H - j < LEAN_BLOCK ? l->H - j : LEAN_BLOCK, p->pre + j);
     for (int64_t j = 0; j < l->H; j++) p->pre[j] += (T)kernels->uniform_dot(&s, (uint32_t)j, 0, p->change, l->Z);
     memcpy(p->z, p->z_next, (size_t)l->Z * sizeof(T));
     *map->scale *= map->start_keep;

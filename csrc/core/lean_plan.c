@@ -7,8 +7,8 @@ static double TY(lean_work)(const TY(oplora_lean) *l) { return (double)l->N * (1
 
 static int64_t TY(lean_parts_of)(const TY(oplora_lean) *l) {
     int64_t chunks = 0;
-    for (int64_t f = 0; f < l->n_factors; f++) chunks += TY(lean_chunks)(l->factors[f].rows);
-    return chunks < MOST_PARTS ? chunks : MOST_PARTS;
+    for (int64_t f = 0; f < l->n_factors; f++) chunks += oplora_lean_chunks(l->factors[f].rows);
+    return chunks < LEAN_MOST_PARTS ? chunks : LEAN_MOST_PARTS;
 }
 
 /* Lays a layer's scratch out; the same walk counts its bytes. */
@@ -36,33 +36,21 @@ void TY(oplora_lean_take_scratch)(TY(lean_plan) *p, const TY(oplora_lean) *l, ar
 TY(lean_plan) TY(oplora_lean_plan_of)(const TY(oplora_lean) *l) {
     const int64_t H = l->H, Z = l->Z, N = l->N, d = l->weight_rank, k = l->moment_rank;
     TY(lean_plan) p = {.layer = l, .parts = TY(lean_parts_of)(l), .bound = oplora_start_bound(l->start, H)};
-    for (int64_t f = 0; f < l->n_factors; f++) p.chunks += TY(lean_chunks)(l->factors[f].rows);
-    T *at = l->numbers;
-    TY(oplora_moment) *moment = l->moments;
-#define NEXT(pointer, count) ((pointer) += (count), (pointer) - (count))
-    p.outer = (TY(lean_map)){.inputs = H, .rows = {.rows = N, .d = (int)d, .k = (int)k}};
-    p.hidden = (TY(lean_map)){.inputs = Z, .rows = {.rows = H, .d = (int)d, .k = (int)k}};
-    p.outer.rows.U = NEXT(at, d * N);
-    p.hidden.rows.U = NEXT(at, d * H);
-    p.pre = NEXT(at, H);
-    p.outer.Q = NEXT(at, d * H);
-    p.outer.B = NEXT(at, k * H);
-    p.outer.r = NEXT(at, H);
-    p.hidden.Q = NEXT(at, d * Z);
-    p.hidden.B = NEXT(at, k * Z);
-    p.hidden.r = NEXT(at, Z);
-    p.z = NEXT(at, Z);
-    p.z_avg = NEXT(at, Z);
-    p.z_avg_sq = NEXT(at, Z);
-    p.outer.rows.A = NEXT(moment, k * N);
-    p.outer.rows.m = NEXT(moment, N);
-    p.outer.rows.S = NEXT(moment, N);
-    p.outer.rows.R = NEXT(moment, N);
-    p.hidden.rows.A = NEXT(moment, k * H);
-    p.hidden.rows.m = NEXT(moment, H);
-    p.hidden.rows.S = NEXT(moment, H);
-    p.hidden.rows.R = NEXT(moment, H);
-#undef NEXT
+    for (int64_t f = 0; f < l->n_factors; f++) p.chunks += oplora_lean_chunks(l->factors[f].rows);
+    oplora_lean_layout at;
+    if (!oplora_lean_lay_out(H, Z, N, d, k, &at)) return p; /* sizes are checked before */
+    p.outer = (TY(lean_map)){
+        .inputs = H, .rows = {.rows = N, .d = (int)d, .k = (int)k}, .Q = l->numbers + at.Q, .B = l->numbers + at.B};
+    p.hidden = (TY(lean_map)){
+        .inputs = Z, .rows = {.rows = H, .d = (int)d, .k = (int)k}, .Q = l->numbers + at.Q1, .B = l->numbers + at.B1};
+    p.outer.r = l->numbers + at.r, p.hidden.r = l->numbers + at.r1;
+    p.outer.rows.U = l->numbers + at.U, p.hidden.rows.U = l->numbers + at.U1;
+    p.outer.rows.A = l->moments + at.A, p.hidden.rows.A = l->moments + at.A1;
+    p.outer.rows.m = l->moments + at.m, p.hidden.rows.m = l->moments + at.m1;
+    p.outer.rows.S = l->moments + at.S, p.hidden.rows.S = l->moments + at.S1;
+    p.outer.rows.R = l->moments + at.R, p.hidden.rows.R = l->moments + at.R1;
+    p.pre = l->numbers + at.pre;
+    p.z = l->numbers + at.z, p.z_avg = l->numbers + at.z_avg, p.z_avg_sq = l->numbers + at.z_avg_sq;
     p.outer.scale = l->scalars;
     p.outer.mean = l->scalars + 1;
     p.hidden.scale = l->scalars + 2;
@@ -99,7 +87,9 @@ static oplora_status TY(lean_check_rates)(const TY(oplora_lean) *l) {
     OPLORA_RETURN_IF(!oplora_adamw_is_valid(&l->adamw), OPLORA_EVALUE);
     for (const TY(oplora_factor) *f = l->factors; f < l->factors + l->n_factors; f++) {
         OPLORA_RETURN_IF(!isfinite(f->lr) || !isfinite(f->weight_decay), OPLORA_EVALUE);
-        OPLORA_RETURN_IF(f->random && random && TY(oplora_lean_keep_of)(f) != TY(oplora_lean_keep_of)(random),
+        OPLORA_RETURN_IF(f->random && random &&
+                             oplora_lean_keep(f->lr, f->weight_decay) !=
+                                 oplora_lean_keep(random->lr, random->weight_decay),
                          OPLORA_EVALUE);
         if (f->random) random = f;
     }

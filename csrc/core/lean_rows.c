@@ -18,12 +18,12 @@ static void TY(lean_reduce_along)(const TY(lean_rows) *r, const T *g, int64_t fi
     for (int i = 0; i < r->d; i++) sums[TY(lean_basis_size)(r) * TY(lean_basis_size)(r) + i] += sum[i];
 }
 
-/* First pass over the rows [first, first + n), n at most BLOCK: adds to the sums. */
+/* First pass over the rows [first, first + n), n at most LEAN_BLOCK: adds to the sums. */
 void TY(oplora_lean_reduce_block)(const TY(lean_rows) *r, const TY(lean_share) *share, const T *g, int64_t first,
                                   int64_t n, double *sums) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const int d = r->d, k = r->k, p = TY(lean_basis_size)(r);
-    T row[BLOCK], scaled_g[BLOCK], wide[BLOCK], scaled_A[RANK][BLOCK];
+    T row[LEAN_BLOCK], scaled_g[LEAN_BLOCK], wide[LEAN_BLOCK], scaled_A[RANK][LEAN_BLOCK];
     const T *basis[BASIS];
     double sum[BASIS];
     if (d == 2 && k == 1) {
@@ -68,7 +68,8 @@ void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *t
                                   int64_t first, int64_t n, T *out) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const int d = r->d, k = r->k, p = TY(lean_basis_size)(r);
-    T row[BLOCK], scaled_g[BLOCK], wide[RANK][BLOCK], scaled_A[RANK][BLOCK], turned[RANK][BLOCK];
+    T row[LEAN_BLOCK], scaled_g[LEAN_BLOCK], wide[RANK][LEAN_BLOCK], scaled_A[RANK][LEAN_BLOCK],
+        turned[RANK][LEAN_BLOCK];
     const T *basis[BASIS], *moment[RANK + 1];
     if (d == 2 && k == 1) {
         T *const U = r->U + first;
@@ -101,8 +102,6 @@ void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *t
 
 /* ---- W0: the random rows of W2, a block at a time ---- */
 
-enum { SIGN_GROUP = 32 }; /* units whose signs share a word */
-
 /* For each unit that is on: sums[j] += W0_j^T g over the block, in units of the bound. */
 static void TY(lean_random_reduce)(const TY(lean_plan) *p, int64_t range, const T *g, int64_t entry, int64_t n,
                                    double *sums) {
@@ -114,16 +113,16 @@ static void TY(lean_random_reduce)(const TY(lean_plan) *p, int64_t range, const 
             if (p->h[j] != 0) sums[j] += kernels->uniform_dot(&s, (uint32_t)j, entry, g, n);
         return;
     }
-    for (int64_t group = 0; group * SIGN_GROUP < l->H; group++) {
-        uint32_t words[BLOCK];
-        int bit[SIGN_GROUP], count = 0;
-        double sum[SIGN_GROUP];
-        for (int64_t j = group * SIGN_GROUP; j < l->H && j < (group + 1) * SIGN_GROUP; j++)
-            if (p->h[j] != 0) bit[count++] = (int)(j - group * SIGN_GROUP);
+    for (int64_t group = 0; group * LEAN_SIGN_GROUP < l->H; group++) {
+        uint32_t words[LEAN_BLOCK];
+        int bit[LEAN_SIGN_GROUP], count = 0;
+        double sum[LEAN_SIGN_GROUP];
+        for (int64_t j = group * LEAN_SIGN_GROUP; j < l->H && j < (group + 1) * LEAN_SIGN_GROUP; j++)
+            if (p->h[j] != 0) bit[count++] = (int)(j - group * LEAN_SIGN_GROUP);
         if (!count) continue;
         kernels->sign_words(&s, (uint32_t)group, entry, n, words);
         kernels->sign_dot(words, bit, count, g, n, sum);
-        for (int i = 0; i < count; i++) sums[group * SIGN_GROUP + bit[i]] += sum[i];
+        for (int i = 0; i < count; i++) sums[group * LEAN_SIGN_GROUP + bit[i]] += sum[i];
     }
 }
 
@@ -137,13 +136,13 @@ void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, cons
             if (x[j] != 0) kernels->uniform_axpy(&s, (uint32_t)j, entry, x[j], out, n);
         return;
     }
-    for (int64_t group = 0; group * SIGN_GROUP < l->H; group++) {
-        uint32_t words[BLOCK];
-        int bit[SIGN_GROUP], count = 0;
-        T some[SIGN_GROUP];
-        for (int64_t j = group * SIGN_GROUP; j < l->H && j < (group + 1) * SIGN_GROUP; j++)
+    for (int64_t group = 0; group * LEAN_SIGN_GROUP < l->H; group++) {
+        uint32_t words[LEAN_BLOCK];
+        int bit[LEAN_SIGN_GROUP], count = 0;
+        T some[LEAN_SIGN_GROUP];
+        for (int64_t j = group * LEAN_SIGN_GROUP; j < l->H && j < (group + 1) * LEAN_SIGN_GROUP; j++)
             if (x[j] != 0) {
-                bit[count] = (int)(j - group * SIGN_GROUP);
+                bit[count] = (int)(j - group * LEAN_SIGN_GROUP);
                 some[count++] = x[j];
             }
         if (!count) continue;
@@ -152,18 +151,19 @@ void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, cons
     }
 }
 
-/* ---- parts: runs of PART rows, each of one factor ---- */
+/* ---- parts: chunks that follow each other ---- */
 
 TY(lean_chunk) TY(oplora_lean_chunk_at)(const TY(oplora_lean) *l, int64_t chunk) {
     int64_t range = 0, row = 0;
     const TY(oplora_factor) *factor = l->factors;
-    for (; chunk >= TY(lean_chunks)(factor->rows); factor++) {
-        chunk -= TY(lean_chunks)(factor->rows);
+    for (; chunk >= oplora_lean_chunks(factor->rows); factor++) {
+        chunk -= oplora_lean_chunks(factor->rows);
         row += factor->rows;
         range += factor->random != 0;
     }
-    const int64_t left = factor->rows - chunk * PART;
-    return (TY(lean_chunk)){factor, range, row + chunk * PART, chunk * PART, left < PART ? left : PART};
+    const int64_t left = factor->rows - chunk * LEAN_CHUNK;
+    return (TY(lean_chunk)){factor, range, row + chunk * LEAN_CHUNK, chunk * LEAN_CHUNK,
+                            left < LEAN_CHUNK ? left : LEAN_CHUNK};
 }
 
 static int64_t TY(lean_part_begin)(const TY(lean_plan) *p, int64_t part) { return p->chunks * part / p->parts; }
@@ -186,14 +186,14 @@ void TY(oplora_lean_reduce_part)(const TY(lean_plan) *p, int64_t part, double *s
     for (int64_t c = TY(lean_part_begin)(p, part); c < TY(lean_part_begin)(p, part + 1); c++) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(p->layer, c);
         const TY(lean_share) *const share = &p->shares[chunk.factor - p->layer->factors];
-        for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
-            const int64_t n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
-            T room[BLOCK];
+        for (int64_t at = 0; at < chunk.rows; at += LEAN_BLOCK) {
+            const int64_t n = chunk.rows - at < LEAN_BLOCK ? chunk.rows - at : LEAN_BLOCK;
+            T room[LEAN_BLOCK];
             const T *const g =
                 TY(oplora_bounded_gradient)(chunk.factor->g + chunk.entry + at, n, p->layer->report[0], room);
-            if (p->wants & WANTS_GRAM) TY(oplora_lean_reduce_block)(r, share, g, chunk.row + at, n, sums);
-            if (p->wants == WANTS_DH) TY(lean_reduce_along)(r, g, chunk.row + at, n, sums);
-            if (p->wants & WANTS_DH && chunk.factor->random)
+            if (p->wants & LEAN_WANTS_GRAM) TY(oplora_lean_reduce_block)(r, share, g, chunk.row + at, n, sums);
+            if (p->wants == LEAN_WANTS_DH) TY(lean_reduce_along)(r, g, chunk.row + at, n, sums);
+            if (p->wants & LEAN_WANTS_DH && chunk.factor->random)
                 TY(lean_random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums);
         }
     }
@@ -204,10 +204,10 @@ void TY(oplora_lean_update_part)(const TY(lean_plan) *p, int64_t part) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(p->layer, c);
         TY(lean_turn) turn;
         TY(oplora_lean_turn_of)(&p->outer.rows, &p->shares[chunk.factor - p->layer->factors], &turn);
-        for (int64_t at = 0; at < chunk.rows; at += BLOCK) {
-            const int64_t entry = chunk.entry + at, n = chunk.rows - at < BLOCK ? chunk.rows - at : BLOCK;
+        for (int64_t at = 0; at < chunk.rows; at += LEAN_BLOCK) {
+            const int64_t entry = chunk.entry + at, n = chunk.rows - at < LEAN_BLOCK ? chunk.rows - at : LEAN_BLOCK;
             const TY(oplora_factor) *const f = chunk.factor;
-            T room[BLOCK];
+            T room[LEAN_BLOCK];
             const T *const g = TY(oplora_bounded_gradient)(f->g + entry, n, p->layer->report[0], room);
             TY(oplora_lean_update_block)(&p->outer.rows, &turn, g, f->base ? f->base + entry : NULL, chunk.row + at, n,
                                          f->out + entry);

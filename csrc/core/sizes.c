@@ -1,4 +1,5 @@
 /* sizes: how many numbers a generator and its states have, and whether they can be counted. */
+#include "../shared/lean_layout.h"
 #include "hidden.h"
 #include "oplora_core.h"
 
@@ -24,25 +25,12 @@ int64_t oplora_generate_backward_workspace_bytes(int64_t H, int64_t Z, int64_t N
     return numbers;
 }
 
-static int ranks_are_valid(int64_t d, int64_t k) {
-    return d >= 1 && d <= OPLORA_MOST_RANK && k >= 1 && k <= OPLORA_MOST_RANK;
-}
-
-/* rows * N + other terms, or -1 */
-static int64_t count_of(int64_t H, int64_t Z, int64_t N, int64_t per_row, int64_t per_unit, int64_t per_latent) {
-    int64_t total, part;
-    if (H < 1 || Z < 1 || N < 1 || __builtin_mul_overflow(per_row, N, &total) ||
-        __builtin_mul_overflow(per_unit, H, &part) || __builtin_add_overflow(total, part, &total) ||
-        __builtin_mul_overflow(per_latent, Z, &part) || __builtin_add_overflow(total, part, &total) ||
-        total > INT64_MAX / 64)
-        return -1;
-    return total;
-}
-
 int64_t oplora_lean_numbers(int64_t H, int64_t Z, int64_t N, int64_t d, int64_t k) {
-    return ranks_are_valid(d, k) ? count_of(H, Z, N, d, d + 1 + d + k + 1, d + k + 1 + 3) : -1;
+    oplora_lean_layout layout;
+    return oplora_lean_lay_out(H, Z, N, d, k, &layout) ? layout.numbers : -1;
 }
 
 int64_t oplora_lean_moments(int64_t H, int64_t Z, int64_t N, int64_t d, int64_t k) {
-    return ranks_are_valid(d, k) ? count_of(H, Z, N, k + 3, k + 3, 0) : -1;
+    oplora_lean_layout layout;
+    return oplora_lean_lay_out(H, Z, N, d, k, &layout) ? layout.moments : -1;
 }

@@ -1,5 +1,5 @@
 /* adamw_exact on a GPU. The formulas are in csrc/core/adamw_exact.c, whose bits these kernels give: sums run in the core's
- * lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
+ * lanes and tasks, and nothing is fused. A task is TASK_ROWS rows of one factor.
  *
  *     squares   ||g||^2 and non-finite entries, a task eight lanes     4 bytes a row
  *     collect   their sums, a layer a block; the verdict
@@ -267,7 +267,7 @@ __device__ void update_entries(const Layer &l, const Constants &a, int64_t index
 }
 
 template <int COUNT> __device__ void update_rows(const Task &task) {
-    const Layer &l = *task.layer;
+    const Layer l = *task.layer; /* stores would have it read again for every entry */
     const Constants outer = l.of_factors[task.index].outer, bias = l.of_factors[task.index].bias;
     const double *const decay = l.decay + task.index * l.H;
     for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {

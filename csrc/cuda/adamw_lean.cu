@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
     if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     find_hidden(l, l.h);
-    if (!(wants & WANTS_GRAM)) return;
+    if (!(wants & LEAN_WANTS_GRAM)) return;
     if (threadIdx.x == 0) find_rates(t, l);
     prepare_map(l.outer, l.h, l.report[0], *l.adamw, oplora_rounding_key(l.seed, l.layer, l.adamw->step + 1, 0),
                 l.corrections, number);
@@ -95,9 +95,10 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_ke
     for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const Gradient g = gradient_of(*chunk.factor, chunk.entry);
-        if (wants & WANTS_GRAM) reduce_chunk<DEFAULTS>(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
-        if (wants == WANTS_DH) reduce_along(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
-        if (wants & WANTS_DH && chunk.factor->random) random_reduce(l, chunk, tile[0], sums + sums_size(r.d, r.k));
+        if (wants & LEAN_WANTS_GRAM) reduce_chunk<DEFAULTS>(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
+        if (wants == LEAN_WANTS_DH) reduce_along(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
+        if (wants & LEAN_WANTS_DH && chunk.factor->random)
+            random_reduce(l, chunk, tile[0], sums + oplora_lean_sums(r.d, r.k));
     }
 }
 
@@ -122,7 +123,7 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 1) solve_ker
     }
     const Layer &l = t.layers[blockIdx.x];
     add_parts(l);
-    if (wants & WANTS_DH) find_dh(l);
+    if (wants & LEAN_WANTS_DH) find_dh(l);
     begin_hidden<DEFAULTS>(l, small[0], tile[0]);
 #pragma unroll 1
     for (int which = 0; which < 2; which++) { /* the hidden map, then W2's, which needs the next h */
@@ -226,7 +227,7 @@ int oplora_cuda_lean_measure(const oplora_cuda_plan *plan, const void *table, vo
     const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(first_passes(plan, t, 0, nullptr, WANTS_DH, on));
+    CUDA_FORWARD(first_passes(plan, t, 0, nullptr, LEAN_WANTS_DH, on));
     return cuda_launch(finish_measure_kernel, count_of(plan->n_layers), THREADS, 0, on, t);
 }
 
@@ -234,7 +235,7 @@ int oplora_cuda_lean_step(const oplora_cuda_plan *plan, const void *table, int m
                           void *stream) {
     const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
-    const int wants = measured ? WANTS_GRAM : WANTS_GRAM | WANTS_DH;
+    const int wants = measured ? LEAN_WANTS_GRAM : LEAN_WANTS_GRAM | LEAN_WANTS_DH;
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(first_passes(plan, t, measured, veto, wants, on));
     CUDA_FORWARD(cuda_launch(plan->only_defaults ? solve_kernel<true> : solve_kernel<false>, count_of(plan->n_layers),

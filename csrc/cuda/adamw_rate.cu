@@ -1,5 +1,5 @@
 /* adamw_rate on a GPU. The formulas are in csrc/core/adamw_rate.c, whose bits these kernels give: sums run in the core's
- * lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
+ * lanes and tasks, and nothing is fused. A task is TASK_ROWS rows of one factor.
  *
  *     begin     a step's numbers, a layer a block; in a step also what the reports say of the gradients
  *     measure   a task's sums, a task eight lanes: 4 bytes an entry, and 12 more where it listens
@@ -159,8 +159,8 @@ __device__ bool is_aligned(const Task &task) {
 }
 
 template <int COUNT> __device__ void update_rows(const Task &task) {
-    const Factor &f = *task.factor;
-    const Layer &l = *task.layer;
+    const Factor f = *task.factor; /* stores would have both read again for every entry */
+    const Layer l = *task.layer;
     const Constants a = l.of_factors[task.index];
     for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
         const int64_t entry = task.offset + n;

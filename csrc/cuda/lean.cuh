@@ -2,6 +2,8 @@
 #ifndef OPLORA_LEAN_CUH
 #define OPLORA_LEAN_CUH
 
+#include "../shared/lean_layout.h"
+#include "../shared/lean_map.h"
 #include "adamw_lean.h"
 #include "lowrank.cuh"
 #include "model.cuh"
@@ -10,14 +12,12 @@
 namespace lean {
 
 constexpr int LANES = 16, GROUPS = 8, THREADS = LANES * GROUPS;
-constexpr int64_t BLOCK = 512, PART = 4096, MOST_PARTS = 64; /* as in the core */
-static_assert(PART == GROUPS * BLOCK, "a block of threads takes a chunk");
-constexpr int RANK = OPLORA_MOST_RANK, BASIS = MOST;
+constexpr int64_t BLOCK = LEAN_BLOCK, CHUNK = LEAN_CHUNK, MOST_PARTS = LEAN_MOST_PARTS;
+static_assert(CHUNK == GROUPS * BLOCK, "a block of threads takes a chunk");
+constexpr int RANK = OPLORA_MOST_RANK, BASIS = OPLORA_MOST_BASIS;
 constexpr int SUB = 128, ROWS = SUB / LANES; /* rows that a group, and that a thread, has in registers */
 constexpr int SQUARE_CHUNKS = 16;            /* chunks a block of the squares */
-enum { WANTS_DH = 1, WANTS_GRAM = 2 };       /* as in the core */
 constexpr int COLLECT_THREADS = MOST_PARTS;  /* one thread a part */
-constexpr double LEAST_EPS = 1e-30;
 
 using Lowrank = lowrank<THREADS>;
 
@@ -81,23 +81,20 @@ struct Chunk {
     int64_t range, row, entry, rows;
 };
 
-__host__ __device__ inline int64_t chunks_of(int64_t rows) { return (rows + PART - 1) / PART; }
-__host__ __device__ inline int basis_size(int d, int k) { return d + k + 1; }
-__host__ __device__ inline int sums_size(int d, int k) { return basis_size(d, k) * basis_size(d, k) + d; }
-__device__ inline int64_t part_size(const Layer &l) { return sums_size(l.outer.rows.d, l.outer.rows.k) + l.H; }
+__device__ inline int64_t part_size(const Layer &l) { return oplora_lean_sums(l.outer.rows.d, l.outer.rows.k) + l.H; }
 __device__ inline int64_t part_begin(const Layer &l, int64_t part) { return l.chunks * part / l.parts; }
 
 __device__ inline Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {
     int64_t range = 0, row = 0;
     const Factor *factor = t.factors + l.first_factor;
-    for (; chunk >= chunks_of(factor->rows); factor++) {
-        chunk -= chunks_of(factor->rows);
+    for (; chunk >= oplora_lean_chunks(factor->rows); factor++) {
+        chunk -= oplora_lean_chunks(factor->rows);
         row += factor->rows;
         range += factor->random != 0;
     }
-    const int64_t left = factor->rows - chunk * PART;
+    const int64_t left = factor->rows - chunk * CHUNK;
     const Share *const share = l.outer.rows.shares + (factor - (t.factors + l.first_factor));
-    return {factor, share, range, row + chunk * PART, chunk * PART, left < PART ? left : PART};
+    return {factor, share, range, row + chunk * CHUNK, chunk * CHUNK, left < CHUNK ? left : CHUNK};
 }
 
 __device__ inline oplora_stream w2_stream(const Layer &l, int64_t range) {

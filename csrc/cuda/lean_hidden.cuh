@@ -112,10 +112,10 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
     }
     __syncthreads();
     prepare_map(map, l.z, s.number[2], a, oplora_rounding_key(l.seed, l.layer, a.step + 1, 1), l.corrections, s.number);
-    for (int i = t; i < sums_size(map.rows.d, map.rows.k); i += THREADS) map.sums[i] = 0;
+    for (int i = t; i < oplora_lean_sums(map.rows.d, map.rows.k); i += THREADS) map.sums[i] = 0;
     __syncthreads();
-    for (int64_t j = 0; j < l.H; j += PART)
-        reduce_chunk<DEFAULTS>(map.rows, *map.rows.shares, {l.d + j, OPLORA_F32}, j, l.H - j < PART ? l.H - j : PART,
+    for (int64_t j = 0; j < l.H; j += CHUNK)
+        reduce_chunk<DEFAULTS>(map.rows, *map.rows.shares, {l.d + j, OPLORA_F32}, j, l.H - j < CHUNK ? l.H - j : CHUNK,
                                tile, map.sums);
 }
 
@@ -141,9 +141,9 @@ template <bool DEFAULTS> __device__ void finish_hidden(const Layer &l, Tile &til
     const double bound = l.w1_bound * map.steps[3] * *map.scale;
     for (int64_t i = t; i < l.Z; i += THREADS)
         l.change[i] = static_cast<float>(bound * (static_cast<double>(l.z_next[i]) - l.z[i]));
-    for (int64_t j = 0; j < l.H; j += PART)
+    for (int64_t j = 0; j < l.H; j += CHUNK)
         update_chunk<DEFAULTS>(map.rows, *map.rows.shares, {l.d + j, OPLORA_F32},
-                               {l.pre + j, nullptr, nullptr, OPLORA_F32}, j, l.H - j < PART ? l.H - j : PART, l,
+                               {l.pre + j, nullptr, nullptr, OPLORA_F32}, j, l.H - j < CHUNK ? l.H - j : CHUNK, l,
                                nullptr, 0, nullptr);
     __syncthreads();
     for_w1_dots(l, l.change, tile, [&](int64_t j, double sum) { l.pre[j] += static_cast<float>(sum); });

@@ -9,8 +9,8 @@ namespace {
 
 /* Lays a layer's scratch out; the same walk counts its bytes. */
 void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
-    const int64_t d = l.weight_rank, k = l.moment_rank, p = basis_size(static_cast<int>(d), static_cast<int>(k));
-    const int64_t sums = sums_size(static_cast<int>(d), static_cast<int>(k)) + l.H;
+    const int64_t d = l.weight_rank, k = l.moment_rank, p = oplora_lean_basis(static_cast<int>(d), static_cast<int>(k));
+    const int64_t sums = oplora_lean_sums(static_cast<int>(d), static_cast<int>(k)) + l.H;
     const auto floats = [&](int64_t count) { return static_cast<float *>(take(a, count, sizeof(float))); };
     const auto doubles = [&](int64_t count) { return static_cast<double *>(take(a, count, sizeof(double))); };
     to->h = floats(l.H);
@@ -39,46 +39,30 @@ void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
 
 /* The layer's state, cut as oplora_core.h says. */
 void take_state(const oplora_lean_f32 &l, Layer *to) {
-    const int64_t H = l.H, Z = l.Z, N = l.N, d = l.weight_rank, k = l.moment_rank;
-    float *at = l.numbers;
-    uint16_t *moment = l.moments;
-    const auto next = [&at](int64_t count) { return at += count, at - count; };
-    const auto next_moment = [&moment](int64_t count) { return moment += count, moment - count; };
-    to->outer.inputs = H;
-    to->hidden.inputs = Z;
-    for (Map *map : {&to->outer, &to->hidden}) {
-        map->rows.rows = map == &to->outer ? N : H;
-        map->rows.d = static_cast<int>(d);
-        map->rows.k = static_cast<int>(k);
-    }
-    to->outer.rows.U = next(d * N);
-    to->hidden.rows.U = next(d * H);
-    to->pre = next(H);
-    to->outer.Q = next(d * H);
-    to->outer.B = next(k * H);
-    to->outer.r = next(H);
-    to->hidden.Q = next(d * Z);
-    to->hidden.B = next(k * Z);
-    to->hidden.r = next(Z);
-    to->z = next(Z);
-    to->z_avg = next(Z);
-    to->z_avg_sq = next(Z);
-    for (Map *map : {&to->outer, &to->hidden}) {
-        Rows &rows = map->rows;
-        rows.A = next_moment(k * rows.rows);
-        rows.m = next_moment(rows.rows);
-        rows.S = next_moment(rows.rows);
-        rows.R = next_moment(rows.rows);
-    }
-    to->outer.scale = l.scalars;
-    to->outer.mean = l.scalars + 1;
-    to->hidden.scale = l.scalars + 2;
-    to->hidden.mean = l.scalars + 3;
+    const int d = static_cast<int>(l.weight_rank), k = static_cast<int>(l.moment_rank);
+    oplora_lean_layout at;
+    if (!oplora_lean_lay_out(l.H, l.Z, l.N, d, k, &at)) return; /* sizes are checked before */
+    const auto map = [&](Map *m, int64_t rows, int64_t inputs, int64_t Q, int64_t B, int64_t r, double *scalars) {
+        m->rows.rows = rows, m->rows.d = d, m->rows.k = k;
+        m->inputs = inputs;
+        m->Q = l.numbers + Q, m->B = l.numbers + B, m->r = l.numbers + r;
+        m->scale = scalars, m->mean = scalars + 1;
+    };
+    map(&to->outer, l.N, l.H, at.Q, at.B, at.r, l.scalars);
+    map(&to->hidden, l.H, l.Z, at.Q1, at.B1, at.r1, l.scalars + 2);
+    const auto rows = [&](Rows *r, int64_t U, int64_t A, int64_t m, int64_t S, int64_t R) {
+        r->U = l.numbers + U;
+        r->A = l.moments + A, r->m = l.moments + m, r->S = l.moments + S, r->R = l.moments + R;
+    };
+    rows(&to->outer.rows, at.U, at.A, at.m, at.S, at.R);
+    rows(&to->hidden.rows, at.U1, at.A1, at.m1, at.S1, at.R1);
+    to->pre = l.numbers + at.pre;
+    to->z = l.numbers + at.z, to->z_avg = l.numbers + at.z_avg, to->z_avg_sq = l.numbers + at.z_avg_sq;
 }
 
 int64_t chunks_in(const oplora_lean_f32 &l) {
     int64_t chunks = 0;
-    for (int64_t f = 0; f < l.n_factors; f++) chunks += chunks_of(l.factors[f].rows);
+    for (int64_t f = 0; f < l.n_factors; f++) chunks += oplora_lean_chunks(l.factors[f].rows);
     return chunks;
 }
 

@@ -126,7 +126,7 @@ __device__ inline void reduce_defaults(const Rows &r, const Share &share, const 
 /* The same at any ranks, a pair of columns after the other: rows are read again for each. Column p stands for g. */
 __device__ inline float basis_at(const Rows &r, const oplora_lean_constants_f32 &a, const Gradient &g, int column,
                                  int64_t at, int64_t i) {
-    const int p = basis_size(r.d, r.k);
+    const int p = oplora_lean_basis(r.d, r.k);
     if (column < r.d) return r.U[column * r.rows + at];
     if (column == p) return g[i];
     const float scale = scale_at(a, r.R[at], g[i]);
@@ -137,7 +137,7 @@ __device__ inline float basis_at(const Rows &r, const oplora_lean_constants_f32 
 __device__ inline void reduce_pairs(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n,
                                     int begin, int end, Tile &tile, double *sums) {
     const oplora_lean_constants_f32 a = r.step->constants;
-    const int p = basis_size(r.d, r.k);
+    const int p = oplora_lean_basis(r.d, r.k);
     for (int base = begin; base < end; base += LANES) {
         const int count = end - base < LANES ? end - base : LANES;
         for (int c = 0; c < count; c++) {
@@ -159,7 +159,7 @@ __device__ inline void reduce_pairs(const Rows &r, const Share &share, const Gra
 template <bool DEFAULTS>
 __device__ void reduce_chunk(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n, Tile &tile,
                              double *sums) {
-    const int p = basis_size(r.d, r.k);
+    const int p = oplora_lean_basis(r.d, r.k);
     if (DEFAULTS)
         reduce_defaults(r, share, g, first, n, tile, sums);
     else
@@ -169,7 +169,7 @@ __device__ void reduce_chunk(const Rows &r, const Share &share, const Gradient &
 /* U^T g alone. */
 __device__ inline void reduce_along(const Rows &r, const Share &share, const Gradient &g, int64_t first, int64_t n,
                                     Tile &tile, double *sums) {
-    const int p = basis_size(r.d, r.k);
+    const int p = oplora_lean_basis(r.d, r.k);
     reduce_pairs(r, share, g, first, n, p * (p + 1) / 2, p * (p + 1) / 2 + r.d, tile, sums);
 }
 
@@ -347,7 +347,7 @@ __device__ inline void update_defaults(const Rows &r, const oplora_lean_turn21_f
     }
 }
 
-/* The rows first .. first + n of a map, n at most PART, by all threads. With x, what W0 adds to the rows' output too. */
+/* The rows first .. first + n of a map, n at most CHUNK, by all threads. With x, what W0 adds to the rows' output too. */
 template <bool DEFAULTS>
 __device__ void update_chunk(const Rows &rows, const Share &share, const Gradient &g, const Output &o, int64_t first,
                              int64_t n, const Layer &l, const oplora_stream *s, int64_t entry, const float *x) {

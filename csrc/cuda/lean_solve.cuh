@@ -19,8 +19,9 @@ __device__ inline double square(const float *x, int64_t n) {
 /* What prepare_map and step_hidden say to each other through shared memory. */
 struct Small {
     Lowrank::Shared lowrank;
-    double gram[MOST * MOST], all[MOST * MOST], change[MOST][MOST];
-    double rotate_A[MOST * RANK], rotate_W[MOST * RANK];
+    double gram[BASIS * BASIS], all[BASIS * BASIS];
+    oplora_matrix change;
+    double rotate_A[BASIS * RANK], rotate_W[BASIS * RANK];
     double now[RANK], next[RANK], number[4];
 };
 
@@ -30,8 +31,7 @@ __device__ inline void prepare_map(const Map &map, const float *x, double square
     const int t = static_cast<int>(threadIdx.x);
     if (t == 0) {
         const double mean_x = square(x, map.inputs) / static_cast<double>(map.inputs);
-        const double most = oplora_most_gradient_f32;
-        const double fresh = (1 - a.beta2) * mean_x * fmin(square_g / static_cast<double>(map.rows.rows), most * most);
+        const double fresh = oplora_lean_fresh(a.beta2, mean_x, square_g, map.rows.rows, oplora_most_gradient_f32);
         *map.mean = a.beta2 * *map.mean + fresh;
         number[0] = mean_x;
         number[1] = *map.mean > 0 ? fresh / *map.mean : 0;
@@ -39,8 +39,7 @@ __device__ inline void prepare_map(const Map &map, const float *x, double square
     __syncthreads();
     const double mean_x = number[0], turn = number[1];
     for (int64_t j = t; j < map.inputs; j += THREADS) {
-        const double part = turn > 0 ? static_cast<double>(x[j]) * x[j] / mean_x : 0;
-        map.r[j] = static_cast<float>(map.r[j] + turn * (part - map.r[j]));
+        map.r[j] = oplora_lean_next_r_f32(map.r[j], turn, x[j], mean_x);
         const double c = map.r[j] > 0 ? sqrt(static_cast<double>(map.r[j])) : 0;
         map.K[j] = c; /* scratch until solve_map fills it */
         map.col[j] = c > 0 ? 1 / c : 0;
@@ -55,46 +54,28 @@ __device__ inline void prepare_map(const Map &map, const float *x, double square
         }
         map.steps[2] = a.beta1;
         MapStep &step = *map.rows.step;
-        oplora_lean_constants_f32 c = {};
-        c.beta1_rest = static_cast<float>(1 - a.beta1);
-        c.beta2 = static_cast<float>(a.beta2);
-        c.beta2_rest = static_cast<float>(1 - a.beta2);
-        c.second = static_cast<float>((1 - a.beta2) * mean_x);
-        c.eps = static_cast<float>(fmax(a.eps, LEAST_EPS));
-        c.eps_row = static_cast<float>(fmax(live ? a.eps * static_cast<double>(live) / root : a.eps, LEAST_EPS));
-        c.inverse_root = static_cast<float>(1 / sqrt(corrections[1]));
-        c.key = key.a;
-        step.constants = c;
+        step.constants = oplora_lean_constants_of_f32(&a, mean_x, live, root, corrections[1], key.a);
         step.round_key[0] = oplora_other_key(key.a);
         for (int i = 1; i < map.rows.k; i++) step.round_key[i] = key.b + static_cast<uint32_t>(i) * key.c;
     }
     __syncthreads();
 }
 
-/* The largest of the factors' rates and keeps, which are the map's, each factor's share of them, and the keep of the first
- * random one, which is W0's; as in the core. */
+/* The map's keep and rate, and each factor's share of them. */
 __device__ inline void find_rates(const Table &t, const Layer &l) {
     const Map &map = l.outer;
     const double corrected1 = l.corrections[0];
-    double lr = 0, keep = 0, start_keep = 0;
-    bool random = false;
+    oplora_lean_rates rates = {};
+    for (int64_t f = 0; f < l.n_factors; f++)
+        rates = oplora_lean_rates_with(rates, l.rates[2 * f], l.rates[2 * f + 1], t.factors[l.first_factor + f].random);
+    map.steps[0] = rates.keep;
+    map.steps[1] = rates.lr * l.adamw->weight_ratio / corrected1;
+    map.steps[3] = rates.has_random ? rates.start_keep : rates.keep;
     for (int64_t f = 0; f < l.n_factors; f++) {
-        const double own_lr = l.rates[2 * f], own_keep = 1 - own_lr * l.rates[2 * f + 1];
-        if (fabs(own_lr) > fabs(lr)) lr = own_lr;
-        if (fabs(own_keep) > fabs(keep)) keep = own_keep;
-        if (!random && t.factors[l.first_factor + f].random) {
-            random = true;
-            start_keep = own_keep;
-        }
-    }
-    map.steps[0] = keep;
-    map.steps[1] = lr * l.adamw->weight_ratio / corrected1;
-    map.steps[3] = random ? start_keep : keep;
-    for (int64_t f = 0; f < l.n_factors; f++) {
-        const double own_lr = l.rates[2 * f], own_keep = 1 - own_lr * l.rates[2 * f + 1];
+        const double own_lr = l.rates[2 * f], own_keep = oplora_lean_keep(own_lr, l.rates[2 * f + 1]);
         Share &share = map.rows.shares[f];
-        share.kappa = keep != 0 ? own_keep / keep : 1;
-        share.rho = lr != 0 ? own_lr / lr : 1;
+        share.kappa = oplora_lean_kappa(rates, own_keep);
+        share.rho = oplora_lean_rho(rates, own_lr);
         share.constants.keep = static_cast<float>(own_keep);
         share.constants.rate = static_cast<float>(own_lr / corrected1);
     }
@@ -105,7 +86,7 @@ __device__ inline void find_rates(const Table &t, const Layer &l) {
 /* After all sums and with the next input: the truncations, and what the second pass multiplies the basis with. */
 __device__ inline void solve_map(const Map &map, const float *x, Small &s, double dropped[2]) {
     const Rows &r = map.rows;
-    const int d = r.d, k = r.k, p = basis_size(d, k), t = static_cast<int>(threadIdx.x);
+    const int d = r.d, k = r.k, p = oplora_lean_basis(d, k), t = static_cast<int>(threadIdx.x);
     const int64_t n = map.inputs;
     const double keep = map.steps[0], rate = map.steps[1], beta1 = map.steps[2];
     for (int e = t; e < p * p; e += THREADS) {
@@ -132,10 +113,7 @@ __device__ inline void solve_map(const Map &map, const float *x, Small &s, doubl
             __syncthreads();
             for (int e = t; e < (d + k) * (d + k); e += THREADS) {
                 const int i = e / (d + k), j = e % (d + k);
-                double sum = 0;
-                for (int a = 0; a < p; a++)
-                    for (int b = 0; b < p; b++) sum += s.change[a][i] * s.all[a * p + b] * s.change[b][j];
-                s.gram[e] = sum;
+                s.gram[e] = oplora_lean_changed_entry(s.all, s.change, p, i, j);
             }
             for (int64_t j = t; j < n; j += THREADS) {
                 for (int i = 0; i < d; i++) map.K[i * n + j] = keep * map.Q[i * n + j];
@@ -157,9 +135,7 @@ __device__ inline void solve_map(const Map &map, const float *x, Small &s, doubl
         step.rotate_A[e / (k + 1)][e % (k + 1)] = static_cast<float>(s.rotate_A[(e % (k + 1)) * k + e / (k + 1)]);
     for (int e = t; e < d * p; e += THREADS) {
         const int i = e / p, a = e % p;
-        double sum = 0;
-        for (int b = 0; b < d + k; b++) sum += s.change[a][b] * s.rotate_W[b * d + i];
-        step.rotate_U[i][a] = static_cast<float>(sum);
+        step.rotate_U[i][a] = static_cast<float>(oplora_lean_rotation(s.change, s.rotate_W, d, k, a, i));
     }
     __syncthreads();
 }
@@ -184,7 +160,7 @@ __device__ inline void finish_map(const Map &map, const float *x, const float *x
     __syncthreads();
     for (int64_t j = t; j < d * n; j += THREADS) map.Q[j] = static_cast<float>(map.Q_next[j]);
     MapStep &step = *r.step;
-    if (t < basis_size(d, r.k)) {
+    if (t < oplora_lean_basis(d, r.k)) {
         double weight = 0;
         for (int i = 0; i < d; i++) {
             weight += step.rotate_U[i][t] * s.next[i];
@@ -193,7 +169,7 @@ __device__ inline void finish_map(const Map &map, const float *x, const float *x
         step.weight[t] = static_cast<float>(weight);
     }
     __syncthreads();
-    const int p = basis_size(d, r.k);
+    const int p = oplora_lean_basis(d, r.k);
     for (int64_t e = t; e < r.n_shares; e += THREADS) {
         Share &share = r.shares[e];
         const float keep = share.constants.keep, rate = share.constants.rate;
@@ -216,7 +192,7 @@ __device__ inline void finish_map(const Map &map, const float *x, const float *x
 /* dh = s W0^T g + Q (U^T g) where the unit is on, from the sums of all parts. */
 __device__ inline void find_dh(const Layer &l) {
     const Rows &r = l.outer.rows;
-    const int own = sums_size(r.d, r.k), p = basis_size(r.d, r.k);
+    const int own = oplora_lean_sums(r.d, r.k), p = oplora_lean_basis(r.d, r.k);
     const double *const along = l.outer.sums + p * p;
     for (int64_t j = threadIdx.x; j < l.H; j += THREADS) {
         double sum = *l.outer.scale * l.bound * l.outer.sums[own + j];

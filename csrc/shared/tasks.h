@@ -1,6 +1,8 @@
-/* tasks: how exact state and state rate cut a model's rows into pieces of work, TASK_ROWS rows of one factor. Internal. */
+/* tasks: how exact state and state rate cut a model's rows into pieces of work, TASK_ROWS rows of one factor. */
 #ifndef OPLORA_TASKS_H
 #define OPLORA_TASKS_H
+
+#include "shared.h"
 
 #include <stdint.h>
 
@@ -11,7 +13,7 @@ typedef struct {
     int64_t first_task, layer, factor, row;
 } oplora_span;
 
-static inline int64_t tasks_in(int64_t rows) { return (rows + TASK_ROWS - 1) / TASK_ROWS; }
+OPLORA_SHARED int64_t tasks_in(int64_t rows) { return (rows + TASK_ROWS - 1) / TASK_ROWS; }
 
 /* The span that a task belongs to. */
 static inline int64_t span_of(const oplora_span *spans, int64_t n_spans, int64_t task) {
