@@ -3,7 +3,7 @@
 #   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
-#   make cuda      the CUDA kernels, compiled for every architecture without warnings and spills
+#   make cuda      the CUDA kernels, compiled for every architecture without warnings, spills and needless loads
 #   make gpu       for whoever has a CUDA GPU: the tests on it, compute-sanitizer if it is there, and bench_gpu
 #   make bench     the step benchmark, its figure and the README's table
 #   make format    clang-format and ruff on all sources
@@ -34,6 +34,7 @@ CUDA_INTERFACE := -DOPLORA_CUDA_INTERFACE=$(INTERFACE_HASH)
 
 CXX ?= g++
 KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/*.cu))
+LOADED := $(sort $(shell awk '!/^\#/ && NF { print $$1 }' tests/cuda/loads.txt))
 CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
 CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
 CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
@@ -174,7 +175,14 @@ build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(
 	@! grep -B 2 -E 'bytes stack frame, .*([1-9][0-9]* bytes spill (stores|loads))' $@.log || { echo "$<: spills"; exit 1; }
 	@mv $@.part $@
 
-cuda: $(KERNELS:%=build/nvcc/%.fatbin)
+# no kernel loads more than tests/cuda/loads.txt allows
+build/nvcc/%.loads: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(HEADERS) $(NVCC) $(wildcard tests/cuda/*loads*)
+	@mkdir -p $(@D)
+	$(NVCC) $(filter-out -Xptxas -v,$(NVCC_FLAGS)) -arch=compute_90 -ptx $< -o build/nvcc/$*.ptx
+	$(PYTHON) tests/cuda/count_loads.py build/nvcc/$*.ptx
+	@touch $@
+
+cuda: $(KERNELS:%=build/nvcc/%.fatbin) $(LOADED:%=build/nvcc/%.loads)
 
 # a file to a worker: files share what is slow to make
 pytest: build build/cuda/liboplora_cuda_on_cpu.so
