@@ -62,12 +62,12 @@ static inline void oplora_restore_mode(uint64_t state) {
 typedef struct {
     oplora_range_fn fn;
     void *context;
-} oplora_range;
+} oplora_work;
 
-static inline void oplora_run_range(int64_t begin, int64_t end, void *range) {
-    const oplora_range *const r = (const oplora_range *)range;
+static inline void oplora_run_work(int64_t begin, int64_t end, void *work) {
+    const oplora_work *const w = (const oplora_work *)work;
     const uint64_t mode = oplora_set_mode(OPLORA_FLUSHED);
-    r->fn(begin, end, r->context);
+    w->fn(begin, end, w->context);
     oplora_restore_mode(mode);
 }
 
@@ -75,10 +75,10 @@ static inline void oplora_run_range(int64_t begin, int64_t end, void *range) {
  * it already. */
 static inline oplora_status oplora_parallel(oplora_parallel_fn par, int64_t n, int64_t grain, oplora_range_fn fn,
                                             void *context) {
-    oplora_range range = {fn, context};
+    oplora_work work = {fn, context};
     if (n > 0 && (!par || n <= grain))
         fn(0, n, context);
-    else if (n > 0 && par(0, n, grain, oplora_run_range, &range))
+    else if (n > 0 && par(0, n, grain, oplora_run_work, &work))
         return OPLORA_EPARALLEL;
     return OPLORA_OK;
 }

@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(THREADS) settle_kernel(Table t) {
 /* What measurements and steps begin with. */
 cudaError_t first_passes(const oplora_cuda_plan *plan, const Table &t, int measured, const int *veto,
                          cudaStream_t stream) {
-    const unsigned layers = count_of(plan->n_layers), tasks = count_of(plan->n_parts);
-    const unsigned squares = count_of((plan->n_parts + UNITS - 1) / UNITS);
+    const unsigned layers = grid_of(plan->n_layers), tasks = grid_of(plan->n_parts);
+    const unsigned squares = grid_of((plan->n_parts + UNITS - 1) / UNITS);
     CUDA_FORWARD(begin_verdict(plan, veto, stream));
     if (!measured) CUDA_FORWARD(cuda_launch(squares_kernel, squares, THREADS, 0, stream, t));
     CUDA_FORWARD(cuda_launch(collect_kernel, layers, 32, 0, stream, t, measured));
@@ -171,18 +171,18 @@ int oplora_cuda_exact_measure(const oplora_cuda_plan *plan, const void *table, v
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(first_passes(plan, t, 0, nullptr, on));
-    return cuda_launch(report_kernel, count_of(plan->n_layers), THREADS, 0, on, t, 0, 0);
+    return cuda_launch(report_kernel, grid_of(plan->n_layers), THREADS, 0, on, t, 0, 0);
 }
 
 int oplora_cuda_exact_step(const oplora_cuda_plan *plan, const void *table, int measured, const int *veto,
                            void *stream) {
     const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
-    const unsigned layers = count_of(plan->n_layers);
+    const unsigned layers = grid_of(plan->n_layers);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(first_passes(plan, t, measured, veto, on));
     CUDA_FORWARD(cuda_launch(report_kernel, layers, THREADS, 0, on, t, 1, measured));
-    CUDA_FORWARD(cuda_launch(update_kernel, count_of(plan->n_parts), THREADS, 0, on, t));
+    CUDA_FORWARD(cuda_launch(update_kernel, grid_of(plan->n_parts), THREADS, 0, on, t));
     return cuda_launch(settle_kernel, layers, THREADS, 0, on, t);
 }
 
@@ -191,6 +191,6 @@ int oplora_cuda_exact_generate(const oplora_cuda_plan *plan, const void *table, 
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(begin_verdict(plan, nullptr, on));
-    CUDA_FORWARD(cuda_launch(hidden_kernel, count_of(plan->n_layers), THREADS, 0, on, t));
-    return cuda_launch(generate_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
+    CUDA_FORWARD(cuda_launch(hidden_kernel, grid_of(plan->n_layers), THREADS, 0, on, t));
+    return cuda_launch(generate_kernel, grid_of(plan->n_parts), THREADS, 0, on, t);
 }

@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(THREADS) start_rows_kernel(Table t) {
 /* What measurements and steps begin with. */
 cudaError_t first_passes(const oplora_cuda_plan *plan, const Table &t, int measured, const int *veto, int wants,
                          cudaStream_t stream) {
-    const unsigned layers = count_of(plan->n_layers), parts = count_of(plan->n_parts);
-    const unsigned squares = count_of((plan->n_chunks + SQUARE_CHUNKS - 1) / SQUARE_CHUNKS);
+    const unsigned layers = grid_of(plan->n_layers), parts = grid_of(plan->n_parts);
+    const unsigned squares = grid_of((plan->n_chunks + SQUARE_CHUNKS - 1) / SQUARE_CHUNKS);
     CUDA_FORWARD(begin_verdict(plan, veto, stream));
     if (!measured) CUDA_FORWARD(cuda_launch(squares_kernel, squares, SQUARE_LANES * SQUARE_CHUNKS, 0, stream, t));
     CUDA_FORWARD(cuda_launch(collect_kernel, layers, COLLECT_THREADS, 0, stream, t, measured));
@@ -219,8 +219,8 @@ int oplora_cuda_lean_start(const oplora_cuda_plan *plan, const void *table, doub
     const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
-    CUDA_FORWARD(cuda_launch(start_kernel, count_of(plan->n_layers), THREADS, 0, on, t, latent_std));
-    return cuda_launch(start_rows_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
+    CUDA_FORWARD(cuda_launch(start_kernel, grid_of(plan->n_layers), THREADS, 0, on, t, latent_std));
+    return cuda_launch(start_rows_kernel, grid_of(plan->n_parts), THREADS, 0, on, t);
 }
 
 int oplora_cuda_lean_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {
@@ -228,7 +228,7 @@ int oplora_cuda_lean_measure(const oplora_cuda_plan *plan, const void *table, vo
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(first_passes(plan, t, 0, nullptr, LEAN_WANTS_DH, on));
-    return cuda_launch(finish_measure_kernel, count_of(plan->n_layers), THREADS, 0, on, t);
+    return cuda_launch(finish_measure_kernel, grid_of(plan->n_layers), THREADS, 0, on, t);
 }
 
 int oplora_cuda_lean_step(const oplora_cuda_plan *plan, const void *table, int measured, const int *veto,
@@ -238,8 +238,8 @@ int oplora_cuda_lean_step(const oplora_cuda_plan *plan, const void *table, int m
     const int wants = measured ? LEAN_WANTS_GRAM : LEAN_WANTS_GRAM | LEAN_WANTS_DH;
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(first_passes(plan, t, measured, veto, wants, on));
-    CUDA_FORWARD(cuda_launch(plan->only_defaults ? solve_kernel<true> : solve_kernel<false>, count_of(plan->n_layers),
+    CUDA_FORWARD(cuda_launch(plan->only_defaults ? solve_kernel<true> : solve_kernel<false>, grid_of(plan->n_layers),
                              THREADS, 0, on, t, wants));
-    return cuda_launch(plan->only_defaults ? update_kernel<true> : update_kernel<false>, count_of(plan->n_parts),
+    return cuda_launch(plan->only_defaults ? update_kernel<true> : update_kernel<false>, grid_of(plan->n_parts),
                        THREADS, 0, on, t);
 }

@@ -288,11 +288,11 @@ oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32 *layers, int64_
 int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {
     const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
-    const unsigned layers = count_of(plan->n_layers);
+    const unsigned layers = grid_of(plan->n_layers);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(begin_verdict(plan, nullptr, on));
     CUDA_FORWARD(cuda_launch(begin_kernel, layers, 32, 0, on, t, 0));
-    CUDA_FORWARD(cuda_launch(measure_kernel, count_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
+    CUDA_FORWARD(cuda_launch(measure_kernel, grid_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
     return cuda_launch(report_kernel, layers, 32, 0, on, t);
 }
 
@@ -306,6 +306,6 @@ int oplora_cuda_rate_step(const oplora_cuda_plan *plan, const void *table, const
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(begin_verdict(plan, veto, on));
-    CUDA_FORWARD(cuda_launch(begin_kernel, count_of(plan->n_layers), 32, 0, on, t, 1));
-    return cuda_launch(update_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
+    CUDA_FORWARD(cuda_launch(begin_kernel, grid_of(plan->n_layers), 32, 0, on, t, 1));
+    return cuda_launch(update_kernel, grid_of(plan->n_parts), THREADS, 0, on, t);
 }

@@ -300,7 +300,7 @@ __device__ inline Output output_of(const Factor &f, int64_t entry) {
     return {f.out + entry, f.base ? f.base + entry : nullptr, f.rounded ? f.rounded + entry : nullptr, f.dtype};
 }
 /* What the step goes on from: of 16 bits the value before rounding, unless somebody wrote into the factor itself. */
-__device__ inline float take(const Output &o, int64_t at) {
+__device__ inline float value_at(const Output &o, int64_t at) {
     const float value = o.out[at];
     if (!o.rounded) return value;
     const uint16_t bits = o.rounded[at];
@@ -325,7 +325,7 @@ __device__ inline void update_defaults(const Rows &r, const oplora_lean_turn21_f
         old[i] = load_row(r, x[i], first + at, valid);
         m[i] = valid ? oplora_get_f32(r.m[first + at]) : 0.f;
         S[i] = valid ? oplora_get_f32(r.S[first + at]) : 0.f;
-        value[i] = valid ? take(o, at) : 0.f;
+        value[i] = valid ? value_at(o, at) : 0.f;
         grown[i] = valid && o.base ? value[i] - o.base[at] : value[i];
     }
 #pragma unroll
@@ -364,7 +364,7 @@ __device__ void update_chunk(const Rows &rows, const Share &share, const Gradien
             for (int i = 0; i < ROWS; i++) {
                 const int64_t at = row_of(part * ROWS + i);
                 if (at >= n) break;
-                const float now = take(o, at), grown = o.base ? now - o.base[at] : now;
+                const float now = value_at(o, at), grown = o.base ? now - o.base[at] : now;
                 o.out[at] = update_row(r, *r.step, share, g[at], now, grown, first + at);
             }
 #pragma unroll

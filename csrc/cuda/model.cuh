@@ -174,7 +174,7 @@ template <class Layer> Model<Layer> model_of(const oplora_cuda_plan *plan, const
             plan->verdict};
 }
 
-static inline unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
+static inline unsigned grid_of(int64_t n) { return static_cast<unsigned>(n); }
 
 /* The verdict of a step begins with what is known from elsewhere. */
 static inline cudaError_t begin_verdict(const oplora_cuda_plan *plan, const int *veto, cudaStream_t stream) {
