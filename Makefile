@@ -139,7 +139,7 @@ build/cuda/$(1)/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_c
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) -c $$< -o $$@
 
-build/cuda/$(1)/test_%: tests/cuda/test_%.cpp build/cuda/$(1)/cuda_on_cpu.o $(KERNELS:%=build/cuda/$(1)/%.cu.o) \
+build/cuda/$(1)/test_%: tests/cuda/test_%.cpp $$(wildcard tests/cuda/*.h) build/cuda/$(1)/cuda_on_cpu.o $(KERNELS:%=build/cuda/$(1)/%.cu.o) \
     $(CORE:csrc/core/%.c=build/c/core/%.o)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) $$< $$(filter %.o,$$^) -lm -ldl -o $$@
 endef

@@ -144,7 +144,14 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 1) solve_ker
 
 /* ---- update ---- */
 
-template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) update_kernel(Table t) {
+/* Blocks a multiprocessor, with the most registers that spill nothing. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int UPDATE_BLOCKS = 2;
+#else
+constexpr int UPDATE_BLOCKS = 3;
+#endif
+
+template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS) update_kernel(Table t) {
     if (t.refused()) return;
     const int64_t index = blockIdx.x;
     const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, index)];

@@ -43,18 +43,28 @@ __device__ inline int blocks_in(int64_t rows) { return static_cast<int>((rows + 
 /* The rows of this thread in a chunk of n rows: i-th of BLOCK / LANES. */
 __device__ inline int64_t row_of(int i) { return group() * BLOCK + i * LANES + lane(); }
 
+/* Two moments as they are stored, in one register: a thread has eight rows under way. */
+struct Two {
+    uint32_t bits;
+
+    __device__ float low() const { return oplora_get_f32(static_cast<uint16_t>(bits)); }
+    __device__ float high() const { return oplora_get_f32(static_cast<uint16_t>(bits >> 16)); }
+};
+__device__ inline Two load_two(const uint16_t *low, const uint16_t *high, int64_t at, bool valid) {
+    return {valid ? low[at] | static_cast<uint32_t>(high[at]) << 16 : 0u};
+}
+
 /* What a thread reads of one row in the first pass, at the default ranks: d = 2, k = 1. */
 struct Row21 {
     float u0, u1, g;
-    uint16_t A, R;
+    Two R_A;
 };
 __device__ inline Row21 load_row(const Rows &r, float g, int64_t at, bool valid) {
-    return {valid ? r.U[at] : 0.f, valid ? r.U[r.rows + at] : 0.f, g, valid ? r.A[at] : uint16_t{0},
-            valid ? r.R[at] : uint16_t{0}};
+    return {valid ? r.U[at] : 0.f, valid ? r.U[r.rows + at] : 0.f, g, load_two(r.R, r.A, at, valid)};
 }
 
-__device__ inline float scale_at(const oplora_lean_constants_f32 &a, uint16_t R, float g) {
-    return oplora_lean_scale_f32(a, oplora_lean_next_R_f32(a, oplora_get_f32(R), g * g));
+__device__ inline float scale_at(const oplora_lean_constants_f32 &a, float R, float g) {
+    return oplora_lean_scale_f32(a, oplora_lean_next_R_f32(a, R, g * g));
 }
 
 /* Of vector a of the basis, d of which are U's. */
@@ -96,7 +106,7 @@ __device__ inline void reduce_defaults(const Rows &r, const Share &share, const 
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const Row21 row = rows[i];
-            const float scale = scale_at(a, row.R, row.g), scaled_A = scale * oplora_get_f32(row.A);
+            const float scale = scale_at(a, row.R_A.low(), row.g), scaled_A = scale * row.R_A.high();
             const float scaled_g = oplora_lean_scaled_f32(a, scale, row.g);
             s[0] += row.u0 * row.u0;
             s[1] += row.u0 * row.u1;
@@ -129,7 +139,7 @@ __device__ inline float basis_at(const Rows &r, const oplora_lean_constants_f32 
     const int p = oplora_lean_basis(r.d, r.k);
     if (column < r.d) return r.U[column * r.rows + at];
     if (column == p) return g[i];
-    const float scale = scale_at(a, r.R[at], g[i]);
+    const float scale = scale_at(a, oplora_get_f32(r.R[at]), g[i]);
     if (column < r.d + r.k) return scale * oplora_get_f32(r.A[(column - r.d) * r.rows + at]);
     return oplora_lean_scaled_f32(a, scale, g[i]);
 }
@@ -316,15 +326,15 @@ __device__ inline void put(const Output &o, int64_t at, float value) {
 __device__ inline void update_defaults(const Rows &r, const oplora_lean_turn21_f32 &turn, const Gradient &g,
                                        const Output &o, int64_t first, int64_t n, int part, float (&value)[ROWS]) {
     Row21 old[ROWS];
-    float x[ROWS], m[ROWS], S[ROWS], grown[ROWS];
+    Two m_S[ROWS];
+    float x[ROWS], grown[ROWS];
     g.load_bounded(row_of(part * ROWS), LANES, n, x);
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         const int64_t at = row_of(part * ROWS + i);
         const bool valid = at < n;
         old[i] = load_row(r, x[i], first + at, valid);
-        m[i] = valid ? oplora_get_f32(r.m[first + at]) : 0.f;
-        S[i] = valid ? oplora_get_f32(r.S[first + at]) : 0.f;
+        m_S[i] = load_two(r.m, r.S, first + at, valid);
         value[i] = valid ? value_at(o, at) : 0.f;
         grown[i] = valid && o.base ? value[i] - o.base[at] : value[i];
     }
@@ -332,8 +342,8 @@ __device__ inline void update_defaults(const Rows &r, const oplora_lean_turn21_f
     for (int i = 0; i < ROWS; i++) {
         if (row_of(part * ROWS + i) >= n) continue;
         const int64_t at = first + row_of(part * ROWS + i);
-        const oplora_lean_bias_f32 bias = {m[i], S[i], oplora_get_f32(old[i].R), value[i]};
-        const oplora_lean_row21_f32 row = {old[i].u0, old[i].u1, oplora_get_f32(old[i].A), bias};
+        const oplora_lean_bias_f32 bias = {m_S[i].low(), m_S[i].high(), old[i].R_A.low(), value[i]};
+        const oplora_lean_row21_f32 row = {old[i].u0, old[i].u1, old[i].R_A.high(), bias};
         const oplora_lean_row21_f32 next = oplora_lean_step21_f32(turn, old[i].g, row, grown[i]);
         const uint32_t key = turn.constants.key, noise = oplora_noise(static_cast<uint32_t>(at), key);
         const uint32_t other_noise = oplora_noise(static_cast<uint32_t>(at), oplora_other_key(key));
