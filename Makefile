@@ -2,6 +2,9 @@
 #
 #   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
+#   make tsan      the core on two threads under the thread sanitizer
+#   make ports     the C tests by clang and on AArch64 (cross compiler and qemu-user, some minutes), where these are
+#                  installed: the same digests
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
 #   make cuda      the CUDA kernels, compiled for every architecture without warnings, spills and needless loads
 #   make gpu       for whoever has a CUDA GPU: the tests on it, compute-sanitizer if it is there, and bench_gpu
@@ -26,6 +29,11 @@ CORE := $(wildcard csrc/core/*.c)
 HEADERS := $(wildcard csrc/core/*.h csrc/shared/*.h)
 SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
 C_TESTS := $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
+C_THREADED := $(patsubst tests/c/%.c,%,$(shell grep -l 'splits\[' tests/c/*.c))
+CLANG ?= clang
+AARCH64 ?= aarch64-linux-gnu-gcc
+QEMU ?= $(or $(shell command -v qemu-aarch64),$(shell command -v qemu-aarch64-static))
+PORTS := $(if $(shell command -v $(CLANG)),clang) $(if $(and $(shell command -v $(AARCH64)),$(QEMU)),aarch64)
 
 # as in setup.py: of the headers that liboplora_cuda.so and liboplora_torch.so share
 INTERFACE := csrc/core/oplora_core.h $(filter-out csrc/cuda/device.h,$(sort $(wildcard csrc/cuda/*.h)))
@@ -54,7 +62,7 @@ CUDA_ARCHS ?= 80 86 89 90 100 120
 NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v $(CUDA_INTERFACE)
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
-.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan pytest gpu bench plot clean
+.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan tsan ports pytest gpu bench plot clean
 
 .SECONDARY:
 
@@ -80,7 +88,7 @@ $(VENV)/.smollm2: $(VENV)/.environment
 demo: build $(VENV)/.smollm2
 	$(BIN)/python examples/finetune_llm.py --output runs/demo
 
-test: build lint programs test-c asan test-cuda cuda pytest
+test: build lint programs test-c asan tsan test-cuda cuda pytest
 
 # all that the targets behind it compile, on all cores
 programs: build
@@ -101,19 +109,22 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# $(1): a build of the core and its tests; $(2): its flags. doubles.c includes other sources.
+# $(1): a build of the core and its tests; $(2): its flags; $(3): its compiler. doubles.c includes other sources.
 define C_BUILD
 build/$(1)/core/%.o: csrc/core/%.c $$(HEADERS)
 	@mkdir -p $$(@D)
-	$$(CC) $$(C_FLAGS) $(2) -c $$< -o $$@
+	$(3) $$(C_FLAGS) $(2) -c $$< -o $$@
 
 build/$(1)/core/doubles.o: $$(CORE)
 
 build/$(1)/%: tests/c/%.c $$(wildcard tests/c/*.h) $$(CORE:csrc/core/%.c=build/$(1)/core/%.o) $$(HEADERS)
-	$$(CC) $$(C_FLAGS) $(2) -Icsrc/core -Icsrc/shared -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
+	$(3) $$(C_FLAGS) $(2) -Icsrc/core -Icsrc/shared -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
 endef
-$(eval $(call C_BUILD,c,))
-$(eval $(call C_BUILD,asan,$(SANITIZE)))
+$(eval $(call C_BUILD,c,,$(CC)))
+$(eval $(call C_BUILD,asan,$(SANITIZE),$(CC)))
+$(eval $(call C_BUILD,tsan,-fsanitize=thread,$(CC)))
+$(eval $(call C_BUILD,clang,,$(CLANG)))
+$(eval $(call C_BUILD,aarch64,-static,$(AARCH64)))
 
 # every C test on every instruction set of this processor, and the same digest of all results on each
 test-c: $(C_TESTS:%=build/c/%)
@@ -124,6 +135,21 @@ test-c: $(C_TESTS:%=build/c/%)
 
 asan: $(C_TESTS:%=build/asan/%)
 	@for test in $^; do echo "$$test"; $$test || exit 1; done
+
+# the tests that run the core on two threads, under the thread sanitizer
+tsan: $(C_THREADED:%=build/tsan/%)
+	@for test in $^; do echo "$$test"; $$test || exit 1; done
+
+# the C tests by another compiler and on AArch64, with the digests of build/c; what is not installed is left out, and told
+ports: $(C_TESTS:%=build/c/%) $(foreach port,$(PORTS),$(C_TESTS:%=build/$(port)/%))
+	@for port in $(PORTS); do for test in $(C_TESTS); do \
+	    echo "$$test by $$port"; run=; test $$port = aarch64 && run=$(QEMU); \
+	    OPLORA_ISA=base build/c/$$test > build/c/$$test.base || exit 1; \
+	    $$run build/$$port/$$test > build/$$port/$$test.log || { cat build/$$port/$$test.log; exit 1; }; \
+	    cat build/c/$$test.base build/$$port/$$test.log | grep '^digest' | sed 's/ on .*//' | sort -u | awk 'END { exit NR > 1 }' || \
+	    { echo "$$test: other bits by $$port"; exit 1; }; done; done
+	@test "$(words $(PORTS))" = 2 || echo "left out: $(filter-out $(PORTS),clang aarch64); apt-get install clang" \
+	    "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static, or set CLANG, AARCH64, QEMU"
 
 # $(1): a build. Objects of kernels, of the emulator and of the core, then a program a test.
 define CUDA_BUILD

@@ -12,9 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const oplora_parallel_fn splits[] = {NULL, split_in_sevens, split_backwards};
-enum { SPLITS = sizeof splits / sizeof *splits };
-
 /* Random123's kat_vectors for philox4x32, 10 rounds. */
 static void test_philox_published_vectors(void) {
     static const uint32_t vectors[][10] = {

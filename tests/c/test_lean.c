@@ -16,38 +16,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Two threads at once, one index at a time: scratch that they shared would show. Only where libc itself has threads. */
-#if defined(__APPLE__) || (defined(__GLIBC__) && __GLIBC__ * 100 + __GLIBC_MINOR__ >= 234)
-#include <pthread.h>
-typedef struct {
-    int64_t begin, end;
-    oplora_range_fn fn;
-    void *context;
-    int *here; /* how many threads have begun */
-} half;
-static void *every_second(void *argument) {
-    const half *const work = argument;
-    __atomic_add_fetch(work->here, 1, __ATOMIC_ACQ_REL);
-    while (__atomic_load_n(work->here, __ATOMIC_ACQUIRE) < 2) {
-    }
-    for (int64_t at = work->begin; at < work->end; at += 2) work->fn(at, at + 1, work->context);
-    return NULL;
-}
-static int32_t split_on_threads(int64_t begin, int64_t end, int64_t grain, oplora_range_fn fn, void *context) {
-    (void)grain;
-    int here = 0;
-    half odd = {begin + 1, end, fn, context, &here}, even = {begin, end, fn, context, &here};
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, every_second, &odd)) return 1;
-    every_second(&even);
-    return pthread_join(thread, NULL);
-}
-#else
-#define split_on_threads split_in_sevens
-#endif
-static const oplora_parallel_fn splits[] = {NULL, split_in_sevens, split_backwards, split_on_threads};
-enum { SPLITS = sizeof splits / sizeof *splits };
-
 static void *zeros(int64_t count, size_t size) {
     void *const memory = calloc((size_t)count + 1, size);
     if (!memory) abort();
