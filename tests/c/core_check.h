@@ -6,6 +6,7 @@
 #include "oplora_core.h"
 
 #include <stddef.h>
+#include <stdlib.h>
 #if defined(__APPLE__) || (defined(__GLIBC__) && __GLIBC__ * 100 + __GLIBC_MINOR__ >= 234)
 #include <pthread.h>
 #endif
@@ -21,6 +22,12 @@ static uint32_t noise_state;
 static double noise(void) { /* in (-1, 1), the same on every machine */
     noise_state = noise_state * 1664525u + 1013904223u;
     return ((double)(noise_state >> 8) + 0.5) / (1 << 23) - 1;
+}
+
+static inline void *zeros(int64_t count, size_t size) {
+    void *const memory = calloc(count ? (size_t)count : 1, size);
+    if (!memory) abort();
+    return memory;
 }
 
 /* Ways to split the work: odd ranges; backwards, one at a time; on two threads. */

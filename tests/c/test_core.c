@@ -45,12 +45,6 @@ static void test_every_status_has_a_sentence(void) {
     CHECK(!strcmp(oplora_strerror((oplora_status)99), "unknown status"));
 }
 
-static void *zeros(int64_t count, size_t size) {
-    void *const memory = calloc((size_t)count, size);
-    if (!memory) abort();
-    return memory;
-}
-
 /* ---- the start's numbers one at a time, by random.c's description ---- */
 
 static const uint64_t start_seed = 0xfedcba9876543210u;
