@@ -2,8 +2,11 @@
 #
 #   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
+#   make tsan      the core on two threads under the thread sanitizer
+#   make ports     the C tests by clang and on AArch64 (cross compiler and qemu-user, some minutes), where these are
+#                  installed: the same digests
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
-#   make cuda      the CUDA kernels, compiled for every architecture without warnings and spills
+#   make cuda      the CUDA kernels, compiled for every architecture without warnings, spills and needless loads
 #   make gpu       for whoever has a CUDA GPU: the tests on it, compute-sanitizer if it is there, and bench_gpu
 #   make bench     the step benchmark, its figure and the README's table
 #   make format    clang-format and ruff on all sources
@@ -26,6 +29,11 @@ CORE := $(wildcard csrc/core/*.c)
 HEADERS := $(wildcard csrc/core/*.h csrc/shared/*.h)
 SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
 C_TESTS := $(patsubst tests/c/%.c,%,$(wildcard tests/c/*.c))
+C_THREADED := $(patsubst tests/c/%.c,%,$(shell grep -l 'splits\[' tests/c/*.c))
+CLANG ?= clang
+AARCH64 ?= aarch64-linux-gnu-gcc
+QEMU ?= $(or $(shell command -v qemu-aarch64),$(shell command -v qemu-aarch64-static))
+PORTS := $(if $(shell command -v $(CLANG)),clang) $(if $(and $(shell command -v $(AARCH64)),$(QEMU)),aarch64)
 
 # as in setup.py: of the headers that liboplora_cuda.so and liboplora_torch.so share
 INTERFACE := csrc/core/oplora_core.h $(filter-out csrc/cuda/device.h,$(sort $(wildcard csrc/cuda/*.h)))
@@ -34,10 +42,11 @@ CUDA_INTERFACE := -DOPLORA_CUDA_INTERFACE=$(INTERFACE_HASH)
 
 CXX ?= g++
 KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/*.cu))
+LOADED := $(sort $(shell awk '!/^\#/ && NF { print $$1 }' tests/cuda/loads.txt))
 CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
 CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
 CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
-    -Icsrc/cuda -Icsrc/core -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
+    -Icsrc/cuda -Icsrc/core -Icsrc/shared -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
 # what each of the three builds compiles kernels with, and everything else
 KERNEL_values := -O2
 KERNEL_address := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -53,7 +62,7 @@ CUDA_ARCHS ?= 80 86 89 90 100 120
 NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v $(CUDA_INTERFACE)
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
-.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan pytest gpu bench plot clean
+.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan tsan ports pytest gpu bench plot clean
 
 .SECONDARY:
 
@@ -79,7 +88,7 @@ $(VENV)/.smollm2: $(VENV)/.environment
 demo: build $(VENV)/.smollm2
 	$(BIN)/python examples/finetune_llm.py --output runs/demo
 
-test: build lint programs test-c asan test-cuda cuda pytest
+test: build lint programs test-c asan tsan test-cuda cuda pytest
 
 # all that the targets behind it compile, on all cores
 programs: build
@@ -100,13 +109,22 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build/c/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
+# $(1): a build of the core and its tests; $(2): its flags; $(3): its compiler. doubles.c includes other sources.
+define C_BUILD
+build/$(1)/core/%.o: csrc/core/%.c $$(HEADERS)
+	@mkdir -p $$(@D)
+	$(3) $$(C_FLAGS) $(2) -c $$< -o $$@
 
-build/asan/%: tests/c/%.c $(wildcard tests/c/*.h) $(CORE) $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) $(SANITIZE) -Icsrc/core -Itests/c $< $(CORE) -lm -o $@
+build/$(1)/core/doubles.o: $$(CORE)
+
+build/$(1)/%: tests/c/%.c $$(wildcard tests/c/*.h) $$(CORE:csrc/core/%.c=build/$(1)/core/%.o) $$(HEADERS)
+	$(3) $$(C_FLAGS) $(2) -Icsrc/core -Icsrc/shared -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
+endef
+$(eval $(call C_BUILD,c,,$(CC)))
+$(eval $(call C_BUILD,asan,$(SANITIZE),$(CC)))
+$(eval $(call C_BUILD,tsan,-fsanitize=thread,$(CC)))
+$(eval $(call C_BUILD,clang,,$(CLANG)))
+$(eval $(call C_BUILD,aarch64,-static,$(AARCH64)))
 
 # every C test on every instruction set of this processor, and the same digest of all results on each
 test-c: $(C_TESTS:%=build/c/%)
@@ -117,6 +135,21 @@ test-c: $(C_TESTS:%=build/c/%)
 
 asan: $(C_TESTS:%=build/asan/%)
 	@for test in $^; do echo "$$test"; $$test || exit 1; done
+
+# the tests that run the core on two threads, under the thread sanitizer
+tsan: $(C_THREADED:%=build/tsan/%)
+	@for test in $^; do echo "$$test"; $$test || exit 1; done
+
+# the C tests by another compiler and on AArch64, with the digests of build/c; what is not installed is left out, and told
+ports: $(C_TESTS:%=build/c/%) $(foreach port,$(PORTS),$(C_TESTS:%=build/$(port)/%))
+	@for port in $(PORTS); do for test in $(C_TESTS); do \
+	    echo "$$test by $$port"; run=; test $$port = aarch64 && run=$(QEMU); \
+	    OPLORA_ISA=base build/c/$$test > build/c/$$test.base || exit 1; \
+	    $$run build/$$port/$$test > build/$$port/$$test.log || { cat build/$$port/$$test.log; exit 1; }; \
+	    cat build/c/$$test.base build/$$port/$$test.log | grep '^digest' | sed 's/ on .*//' | sort -u | awk 'END { exit NR > 1 }' || \
+	    { echo "$$test: other bits by $$port"; exit 1; }; done; done
+	@test "$(words $(PORTS))" = 2 || echo "left out: $(filter-out $(PORTS),clang aarch64); apt-get install clang" \
+	    "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user-static, or set CLANG, AARCH64, QEMU"
 
 # $(1): a build. Objects of kernels, of the emulator and of the core, then a program a test.
 define CUDA_BUILD
@@ -132,15 +165,11 @@ build/cuda/$(1)/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_c
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) -c $$< -o $$@
 
-build/cuda/$(1)/test_%: tests/cuda/test_%.cpp build/cuda/$(1)/cuda_on_cpu.o $(KERNELS:%=build/cuda/$(1)/%.cu.o) \
-    $(CORE:csrc/core/%.c=build/cuda/core/%.o)
+build/cuda/$(1)/test_%: tests/cuda/test_%.cpp $$(wildcard tests/cuda/*.h) build/cuda/$(1)/cuda_on_cpu.o $(KERNELS:%=build/cuda/$(1)/%.cu.o) \
+    $(CORE:csrc/core/%.c=build/c/core/%.o)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) $$< $$(filter %.o,$$^) -lm -ldl -o $$@
 endef
 $(foreach build,$(CUDA_BUILDS),$(eval $(call CUDA_BUILD,$(build))))
-
-build/cuda/core/%.o: csrc/core/%.c $(HEADERS)
-	@mkdir -p $(@D)
-	$(CC) $(C_FLAGS) -c $< -o $@
 
 # the kernels as a library that executes them on the CPU, with which pytest tests oplora.AdamW's way to a GPU
 build/cuda/liboplora_cuda_on_cpu.so: $(wildcard csrc/cuda/* csrc/core/* csrc/shared/*) tests/cuda/on_cpu.cpp \
@@ -172,7 +201,14 @@ build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(
 	@! grep -B 2 -E 'bytes stack frame, .*([1-9][0-9]* bytes spill (stores|loads))' $@.log || { echo "$<: spills"; exit 1; }
 	@mv $@.part $@
 
-cuda: $(KERNELS:%=build/nvcc/%.fatbin)
+# no kernel loads more than tests/cuda/loads.txt allows
+build/nvcc/%.loads: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(HEADERS) $(NVCC) $(wildcard tests/cuda/*loads*)
+	@mkdir -p $(@D)
+	$(NVCC) $(filter-out -Xptxas -v,$(NVCC_FLAGS)) -arch=compute_90 -ptx $< -o build/nvcc/$*.ptx
+	$(PYTHON) tests/cuda/count_loads.py build/nvcc/$*.ptx
+	@touch $@
+
+cuda: $(KERNELS:%=build/nvcc/%.fatbin) $(LOADED:%=build/nvcc/%.loads)
 
 # a file to a worker: files share what is slow to make
 pytest: build build/cuda/liboplora_cuda_on_cpu.so

@@ -147,7 +147,7 @@ setup(
     ext_modules=[
         Extension(
             "oplora._core",
-            ["csrc/python/core_module.c"],
+            ["csrc/python/arguments.c", "csrc/python/core_module.c"],
             depends=SOURCES,
             include_dirs=[numpy.get_include()],
             libraries=["m"],

@@ -17,62 +17,33 @@
  *
  * Two passes. The first reads g, and of the factors that are listened to p, v and s: ||g||^2, what is not finite,
  * <g, v - start>, <g, u> and <g, v - p>, from which the caller finds the rate. The second reads g and moves p, v and s:
- * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of CHUNK rows of one factor; sums over tasks run
+ * 28 bytes an entry (float), 4 to 16 in the first. Work is cut into tasks of TASK_ROWS rows of one factor; sums over tasks run
  * in order, so nothing depends on who does a task. */
-#ifndef T
-
-#include "../shared/averages.h"
-#include "../shared/find_rate.h"
+#include "../shared/tasks.h"
 #include "dispatch.h"
+#include "number.h"
 #include "workspace.h"
 
 #include <math.h>
 #include <string.h>
 
 enum {
-    CHUNK = 2048, /* rows of a task: its u stays in the first-level cache */
-    GRAIN = 16,   /* tasks that a thread is woken for */
-    SUMS = OPLORA_RATE_REPORT
+    RATE_GRAIN = 16, /* tasks that a thread is woken for */
+    RATE_SUMS = OPLORA_RATE_REPORT
 };
-static int64_t chunks(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
 
-static OPLORA_BODY oplora_status find_rate(double *found, const double *heard, int64_t n_layers) {
-    OPLORA_RETURN_IF(n_layers < 0, OPLORA_ESIZE);
-    OPLORA_RETURN_IF(!found || (n_layers > 0 && !heard), OPLORA_ENULL);
-    double sums[3] = {0};
-    for (int64_t i = 0; i < 3 * n_layers; i++) sums[i % 3] += heard[i];
-    oplora_found f;
-    memcpy(&f, found, sizeof f);
-    oplora_find(&f, sums[0], sums[1], sums[2]);
-    memcpy(found, &f, sizeof f);
-    return OPLORA_OK;
-}
-
-oplora_status oplora_find_rate(double *found, const double *heard, int64_t n_layers) {
-    OPLORA_IN_MODE(OPLORA_GRADUAL, find_rate(found, heard, n_layers)); /* a GPU's doubles underflow gradually */
-}
-
-#define OPLORA_TEMPLATE "adamw_rate.c"
-#include "each_type.h"
-
-#else
-
-/* A factor's place in the list of tasks. */
-typedef struct {
-    int64_t first_task, layer, factor, row;
-} TY(span);
-
-typedef struct {
+typedef struct TY(rate_job) {
     const TY(oplora_rate) *layers;
-    TY(span) *spans;                  /* n_spans, and one behind the last */
-    TY(oplora_rate_numbers) *numbers; /* of every span */
-    double *partial;                  /* (tasks, SUMS) */
+    oplora_span *spans;                   /* n_spans, and one behind the last */
+    TY(oplora_rate_constants) *constants; /* of every span */
+    double *partial;                      /* (tasks, RATE_SUMS) */
     int64_t n_spans, tasks;
-} TY(job);
+    void (*each_task)(const struct TY(rate_job) *, int64_t span, int64_t task);
+} TY(rate_job);
 
 /* ---- what is where ---- */
 
-static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) {
+static oplora_status TY(rate_check)(const TY(oplora_rate) *layers, int64_t n_layers) {
     OPLORA_RETURN_IF(n_layers < 0, OPLORA_ESIZE);
     OPLORA_RETURN_IF(n_layers > 0 && !layers, OPLORA_ENULL);
     for (const TY(oplora_rate) *l = layers; l < layers + n_layers; l++) {
@@ -92,71 +63,50 @@ static oplora_status TY(check)(const TY(oplora_rate) *layers, int64_t n_layers) 
     return OPLORA_OK;
 }
 
-static TY(oplora_rate_numbers) TY(numbers_of)(const TY(oplora_rate) *l, const TY(oplora_factor) *factor) {
-    const oplora_adamw *const a = &l->adamw;
-    const double step = (double)a->step, m = oplora_newest_of_squares(a->beta2, step, !factor->listens);
-    const double eta = l->rate * factor->lr, c = oplora_newest_of_factors(step);
-    return (TY(oplora_rate_numbers)){.kept = (T)(1 - m),
-                                     .newest = (T)m,
-                                     .eps = (T)a->eps,
-                                     .weight_decay = (T)factor->weight_decay,
-                                     .rate = (T)eta,
-                                     .average = (T)c,
-                                     .rate_of_average = (T)(eta * (1 - a->beta1 * (1 - c)))};
-}
-
 /* Lays the job out in the workspace; the same walk counts its bytes. */
-static TY(job) TY(plan)(const TY(oplora_rate) *layers, int64_t n_layers, arena *a) {
-    TY(job) job = {.layers = layers};
+static TY(rate_job) TY(rate_plan)(const TY(oplora_rate) *layers, int64_t n_layers, arena *a) {
+    TY(rate_job) job = {.layers = layers};
     for (int64_t i = 0; i < n_layers; i++) job.n_spans += layers[i].n_factors;
-    job.spans = take(a, job.n_spans + 1, sizeof(TY(span)));
-    job.numbers = take(a, job.n_spans, sizeof(TY(oplora_rate_numbers)));
+    job.spans = take(a, job.n_spans + 1, sizeof(oplora_span));
+    job.constants = take(a, job.n_spans, sizeof(TY(oplora_rate_constants)));
     int64_t s = 0;
-    for (int64_t i = 0; i < n_layers; i++)
-        for (int64_t f = 0, row = 0; f < layers[i].n_factors; row += layers[i].factors[f++].rows, s++) {
+    for (int64_t i = 0; i < n_layers; i++) {
+        const TY(oplora_rate) *const l = &layers[i];
+        for (int64_t f = 0, row = 0; f < l->n_factors; row += l->factors[f++].rows, s++) {
+            const TY(oplora_factor) *const factor = &l->factors[f];
             if (a->memory) {
-                job.spans[s] = (TY(span)){job.tasks, i, f, row};
-                job.numbers[s] = TY(numbers_of)(&layers[i], &layers[i].factors[f]);
+                job.spans[s] = (oplora_span){job.tasks, i, f, row};
+                job.constants[s] = TY(oplora_rate_constants_of)(&l->adamw, l->adamw.step, l->rate, factor->lr,
+                                                                factor->weight_decay, !factor->listens);
             }
-            job.tasks += chunks(layers[i].factors[f].rows);
+            job.tasks += tasks_in(factor->rows);
         }
+    }
     if (a->memory) job.spans[s].first_task = job.tasks;
-    job.partial = take(a, job.tasks, SUMS * sizeof(double));
+    job.partial = take(a, job.tasks, RATE_SUMS * sizeof(double));
     return job;
 }
 
 int64_t TY(oplora_rate_workspace_bytes)(const TY(oplora_rate) *layers, int64_t n_layers) {
     arena a = {NULL, 0};
-    if (TY(check)(layers, n_layers) != OPLORA_OK) return -1;
-    TY(plan)(layers, n_layers, &a);
+    if (TY(rate_check)(layers, n_layers) != OPLORA_OK) return -1;
+    TY(rate_plan)(layers, n_layers, &a);
     return a.used;
-}
-
-/* The span that a task belongs to. */
-static int64_t TY(find_span)(const TY(job) *job, int64_t task) {
-    int64_t low = 0, high = job->n_spans;
-    while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        if (job->spans[middle].first_task <= task)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
 }
 
 /* ---- the first pass ---- */
 
-static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
+static void TY(rate_measure_task)(const TY(rate_job) *job, int64_t s, int64_t task) {
     const TY(oplora_kernels) *const k = TY(oplora_dispatch)();
-    const TY(span) *const span = &job->spans[s];
+    const oplora_span *const span = &job->spans[s];
     const TY(oplora_rate) *const l = &job->layers[span->layer];
     const TY(oplora_factor) *const factor = &l->factors[span->factor];
-    const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, n = left < CHUNK ? left : CHUNK;
+    const int64_t at = (task - span->first_task) * TASK_ROWS, left = factor->rows - at,
+                  n = left < TASK_ROWS ? left : TASK_ROWS;
     const T *const v = l->generated + span->row + at;
-    double *const sums = job->partial + SUMS * task;
+    double *const sums = job->partial + RATE_SUMS * task;
     int64_t nonfinite;
-    T u[CHUNK], room[CHUNK];
+    T u[TASK_ROWS], room[TASK_ROWS];
     sums[0] = k->square_sum(factor->g + at, n, &nonfinite);
     sums[1] = (double)nonfinite;
     sums[2] = sums[3] = sums[4] = 0;
@@ -166,31 +116,29 @@ static void TY(measure_task)(const TY(job) *job, int64_t s, int64_t task) {
     sums[2] = of_v;
     sums[4] = of_v - k->dot_double(g, factor->out + at, n);
     if (factor->base) sums[2] -= k->dot_double(g, factor->base + at, n);
-    k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->numbers[s], u);
+    k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->constants[s], u);
     sums[3] = k->dot_double(g, u, n);
 }
 
-#define TASK_RANGE(name, call) \
-    static void TY(name)(int64_t begin, int64_t end, void *context) { \
-        const TY(job) *const job = context; \
-        for (int64_t task = begin, s = TY(find_span)(job, begin); task < end; task++) { \
-            while (task >= job->spans[s + 1].first_task) s++; \
-            call(job, s, task); \
-        } \
+/* Tasks as a range for the caller's threads. */
+static void TY(rate_task_range)(int64_t begin, int64_t end, void *context) {
+    const TY(rate_job) *const job = context;
+    for (int64_t task = begin, s = span_of(job->spans, job->n_spans, begin); task < end; task++) {
+        while (task >= job->spans[s + 1].first_task) s++;
+        job->each_task(job, s, task);
     }
-
-TASK_RANGE(measure_tasks, TY(measure_task))
+}
 
 /* Sums of the tasks of every layer, in their order. */
-static int TY(report)(const TY(job) *job) {
+static int TY(rate_report)(const TY(rate_job) *job) {
     int finite = 1;
     for (int64_t s = 0; s < job->n_spans; s++) {
-        const TY(span) *const span = &job->spans[s];
+        const oplora_span *const span = &job->spans[s];
         double *const report = job->layers[span->layer].report;
         if (span->factor == 0)
-            for (int i = 0; i < SUMS; i++) report[i] = 0;
+            for (int i = 0; i < RATE_SUMS; i++) report[i] = 0;
         for (int64_t task = span->first_task; task < job->spans[s + 1].first_task; task++)
-            for (int i = 0; i < SUMS; i++) report[i] += job->partial[SUMS * task + i];
+            for (int i = 0; i < RATE_SUMS; i++) report[i] += job->partial[RATE_SUMS * task + i];
         finite &= report[1] == 0;
     }
     return finite;
@@ -198,57 +146,55 @@ static int TY(report)(const TY(job) *job) {
 
 /* ---- the second ---- */
 
-static void TY(update_task)(const TY(job) *job, int64_t s, int64_t task) {
-    const TY(span) *const span = &job->spans[s];
+static void TY(rate_update_task)(const TY(rate_job) *job, int64_t s, int64_t task) {
+    const oplora_span *const span = &job->spans[s];
     const TY(oplora_rate) *const l = &job->layers[span->layer];
     const TY(oplora_factor) *const factor = &l->factors[span->factor];
-    const int64_t at = (task - span->first_task) * CHUNK, left = factor->rows - at, row = span->row + at;
-    const int64_t n = left < CHUNK ? left : CHUNK;
-    T room[CHUNK];
+    const int64_t at = (task - span->first_task) * TASK_ROWS, left = factor->rows - at, row = span->row + at;
+    const int64_t n = left < TASK_ROWS ? left : TASK_ROWS;
+    T room[TASK_ROWS];
     const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, l->report[0], room);
     TY(oplora_dispatch)()->rate_update(factor->out + at, l->generated + row, l->exp_avg_sq + row, g, n,
-                                       &job->numbers[s]);
+                                       &job->constants[s]);
 }
-
-TASK_RANGE(update_tasks, TY(update_task))
-#undef TASK_RANGE
 
 /* ---- entry points ---- */
 
-static oplora_status TY(prepare)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace, TY(job) *job) {
-    OPLORA_FORWARD(TY(check)(layers, n_layers));
+static oplora_status TY(rate_prepare)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                      TY(rate_job) *job) {
+    OPLORA_FORWARD(TY(rate_check)(layers, n_layers));
     OPLORA_RETURN_IF(n_layers > 0 && !workspace, OPLORA_ENULL);
     arena a = {workspace, 0};
-    *job = TY(plan)(layers, n_layers, &a);
+    *job = TY(rate_plan)(layers, n_layers, &a);
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
-static OPLORA_BODY oplora_status TY(measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
-                                             oplora_parallel_fn par) {
-    TY(job) job;
+static OPLORA_BODY oplora_status TY(rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                                  oplora_parallel_fn par) {
+    TY(rate_job) job;
     if (n_layers == 0) return OPLORA_OK;
-    OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
-    OPLORA_FORWARD(oplora_parallel(par, job.tasks, GRAIN, TY(measure_tasks), &job));
-    return TY(report)(&job) ? OPLORA_OK : OPLORA_ENONFINITE;
+    OPLORA_FORWARD(TY(rate_prepare)(layers, n_layers, workspace, &job));
+    job.each_task = TY(rate_measure_task);
+    OPLORA_FORWARD(oplora_parallel(par, job.tasks, RATE_GRAIN, TY(rate_task_range), &job));
+    return TY(rate_report)(&job) ? OPLORA_OK : OPLORA_ENONFINITE;
 }
 
 oplora_status TY(oplora_rate_measure)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
                                       oplora_parallel_fn par) {
-    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(measure)(layers, n_layers, workspace, par));
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(rate_measure)(layers, n_layers, workspace, par));
 }
 
-static OPLORA_BODY oplora_status TY(step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
-                                          oplora_parallel_fn par) {
-    TY(job) job;
+static OPLORA_BODY oplora_status TY(rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
+                                               oplora_parallel_fn par) {
+    TY(rate_job) job;
     if (n_layers == 0) return OPLORA_OK;
-    OPLORA_FORWARD(TY(prepare)(layers, n_layers, workspace, &job));
+    OPLORA_FORWARD(TY(rate_prepare)(layers, n_layers, workspace, &job));
     for (int64_t i = 0; i < n_layers; i++) OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
-    return oplora_parallel(par, job.tasks, GRAIN, TY(update_tasks), &job);
+    job.each_task = TY(rate_update_task);
+    return oplora_parallel(par, job.tasks, RATE_GRAIN, TY(rate_task_range), &job);
 }
 
 oplora_status TY(oplora_rate_step)(const TY(oplora_rate) *layers, int64_t n_layers, void *workspace,
                                    oplora_parallel_fn par) {
-    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(step)(layers, n_layers, workspace, par));
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(rate_step)(layers, n_layers, workspace, par));
 }
-
-#endif

@@ -4,7 +4,6 @@
  * flag of the machine that built it. NEON belongs to aarch64's baseline: there "base" is the NEON build. */
 #include "dispatch.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,34 +14,6 @@
 #define FN_JOIN_(name, type, isa) name##_##type##_##isa
 #define FN_JOIN(name, type, isa) FN_JOIN_(name, type, isa)
 #define FN(name) FN_JOIN(name, TNAME, ISA)
-/* Moments as lean state keeps them: bfloat16, rounded up with the probability that the dropped bits say, so that a
- * moving average of many small steps stays unbiased; the double twin rounds nothing. */
-static inline __attribute__((always_inline)) float get_f32(oplora_moment_f32 stored) {
-    const uint32_t bits = (uint32_t)stored << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-static inline __attribute__((always_inline)) oplora_moment_f32 put_f32(float value, uint32_t noise) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return (oplora_moment_f32)((bits + (noise & 0xffff)) >> 16);
-}
-static inline __attribute__((always_inline)) double get_f64(double stored) { return stored; }
-static inline __attribute__((always_inline)) double put_f64(double value, uint32_t noise) {
-    (void)noise;
-    return value;
-}
-
-/* Random bits of one row for the rounding: Wellons' lowbias32 hash. */
-static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uint32_t key) {
-    uint32_t x = row ^ key;
-    x = (x ^ x >> 16) * 0x7feb352du;
-    x = (x ^ x >> 15) * 0x846ca68bu;
-    return x ^ x >> 16;
-}
-
-#define SQRT(x) ((T)(sizeof(T) == sizeof(float) ? sqrtf((float)(x)) : (T)sqrt(x)))
 
 /* WIDE is the width of a register in bytes. WIDE_MULTIPLY: the 64-bit products of the low halves of 64-bit lanes, which
  * GCC does not see in (a & low) * b. NEIGHBOURS: the 64-bit lanes, each pair the other way round. */
@@ -59,8 +30,8 @@ static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uin
 #define WIDE_MULTIPLY(a, b) (((a) & 0xffffffffu) * (b))
 #endif
 #define ISA base
-#define OPLORA_TEMPLATE "kernels.h"
-#include "each_type.h"
+#define OPLORA_TEMPLATE "../core/kernels.h"
+#include "../shared/each_type.h"
 #undef ISA
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -79,8 +50,8 @@ static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uin
 #undef WIDE_MULTIPLY
 #define WIDE_MULTIPLY(a, b) ((__typeof__(a))_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #define ISA avx2
-#define OPLORA_TEMPLATE "kernels.h"
-#include "each_type.h"
+#define OPLORA_TEMPLATE "../core/kernels.h"
+#include "../shared/each_type.h"
 #undef ISA
 #ifdef __clang__
 #pragma clang attribute pop
@@ -97,8 +68,8 @@ static inline __attribute__((always_inline)) uint32_t noise_of(uint32_t row, uin
 #undef WIDE_MULTIPLY
 #define WIDE_MULTIPLY(a, b) ((__typeof__(a))_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 #define ISA avx512
-#define OPLORA_TEMPLATE "kernels.h"
-#include "each_type.h"
+#define OPLORA_TEMPLATE "../core/kernels.h"
+#include "../shared/each_type.h"
 #undef ISA
 #ifdef __clang__
 #pragma clang attribute pop

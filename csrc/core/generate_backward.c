@@ -7,29 +7,9 @@
  *
  * Memory-bound: reads W2 once; as columns, only those of units that are on, as d is zero elsewhere. Rows are summed in
  * fixed chunks and the chunks in order, in double: the number of threads does not matter. */
-#ifndef T
-
 #include "dispatch.h"
 #include "hidden.h"
-
-enum { CHUNK = 16384, BLOCK = 2048, GROUP = 64 };
-
-static int64_t chunks(int64_t N) { return (N + CHUNK - 1) / CHUNK; }
-
-/* One row of H partial sums for each chunk, and behind them d (H) and dz (Z). */
-int64_t oplora_generate_backward_workspace_bytes(int64_t H, int64_t Z, int64_t N) {
-    int64_t numbers;
-    if (oplora_size(H, Z, N) < 0 || __builtin_mul_overflow(chunks(N) + 1, H, &numbers) ||
-        __builtin_add_overflow(numbers, Z, &numbers) ||
-        __builtin_mul_overflow(numbers, (int64_t)sizeof(double), &numbers))
-        return -1;
-    return numbers;
-}
-
-#define OPLORA_TEMPLATE "generate_backward.c"
-#include "each_type.h"
-
-#else
+#include "number.h"
 
 typedef struct {
     const T *W2, *g, *h;
@@ -46,17 +26,17 @@ static void TY(backward_rows)(const TY(backward_job) *job, int64_t begin, int64_
 static void TY(backward_columns)(const TY(backward_job) *job, int64_t begin, int64_t end, double *sum) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     for (int64_t j = 0; j < job->H; j++) sum[j] = 0;
-    for (int64_t n = begin; n < end; n += BLOCK) {
-        const int64_t count = end - n < BLOCK ? end - n : BLOCK;
-        const T *column[GROUP];
-        int64_t unit[GROUP], k = 0;
-        double part[GROUP];
+    for (int64_t n = begin; n < end; n += COLUMN_BLOCK) {
+        const int64_t count = end - n < COLUMN_BLOCK ? end - n : COLUMN_BLOCK;
+        const T *column[COLUMN_GROUP];
+        int64_t unit[COLUMN_GROUP], k = 0;
+        double part[COLUMN_GROUP];
         for (int64_t j = 0; j < job->H; j++) {
             if (job->h[j] != 0) {
                 column[k] = job->W2 + j * job->N + n;
                 unit[k++] = j;
             }
-            if (k == GROUP || j == job->H - 1) {
+            if (k == COLUMN_GROUP || j == job->H - 1) {
                 kernels->dot(column, k, job->g + n, count, part);
                 while (k > 0) k--, sum[unit[k]] += part[k];
             }
@@ -72,7 +52,8 @@ typedef struct {
 static void TY(backward_chunks)(int64_t first, int64_t last, void *context) {
     const TY(backward_context) *const c = context;
     for (int64_t chunk = first; chunk < last; chunk++) {
-        const int64_t begin = chunk * CHUNK, end = begin + CHUNK < c->job.N ? begin + CHUNK : c->job.N;
+        const int64_t begin = chunk * BACKWARD_CHUNK,
+                      end = begin + BACKWARD_CHUNK < c->job.N ? begin + BACKWARD_CHUNK : c->job.N;
         double *const sum = c->job.partial + chunk * c->job.H;
         if (c->layout == OPLORA_ROWS)
             TY(backward_rows)(&c->job, begin, end, sum);
@@ -89,12 +70,13 @@ static OPLORA_BODY oplora_status TY(generate_backward)(const T *g, const T *z, c
     OPLORA_RETURN_IF(layout != OPLORA_COLUMNS && layout != OPLORA_ROWS, OPLORA_EVALUE);
     TY(oplora_hidden)(z, W1, c1, H, Z, h);
     TY(backward_context) context = {{W2, g, h, workspace, H, N}, layout};
-    OPLORA_FORWARD(oplora_parallel(par, chunks(N), 1, TY(backward_chunks), &context));
+    OPLORA_FORWARD(oplora_parallel(par, backward_chunks(N), 1, TY(backward_chunks), &context));
 
-    double *const d = context.job.partial + chunks(N) * H, *const latent = d + H;
+    double *const d = context.job.partial + backward_chunks(N) * H, *const latent = d + H;
     for (int64_t j = 0; j < H; j++) {
         d[j] = 0;
-        for (int64_t chunk = 0; h[j] > 0 && chunk < chunks(N); chunk++) d[j] += context.job.partial[chunk * H + j];
+        for (int64_t chunk = 0; h[j] > 0 && chunk < backward_chunks(N); chunk++)
+            d[j] += context.job.partial[chunk * H + j];
         dc1[j] = (T)d[j];
         for (int64_t i = 0; i < Z; i++) dW1[j * Z + i] = (T)(d[j] * z[i]);
     }
@@ -109,5 +91,3 @@ oplora_status TY(oplora_generate_backward)(const T *g, const T *z, const T *W1, 
     OPLORA_IN_MODE(OPLORA_FLUSHED,
                    TY(generate_backward)(g, z, W1, c1, W2, layout, H, Z, N, dz, dW1, dc1, h, workspace, par));
 }
-
-#endif

@@ -2,15 +2,10 @@
  *
  * H Z products, a few thousand: nothing beside the N H of W2. Sums in double for both types, so h is correctly
  * rounded but for the last step, and all operations that need h get the same bits. */
-#ifndef T
-
 #include "hidden.h"
+
 #include "dispatch.h"
-
-#define OPLORA_TEMPLATE "hidden.c"
-#include "each_type.h"
-
-#else
+#include "number.h"
 
 void TY(oplora_hidden)(const T *z, const T *W1, const T *c1, int64_t H, int64_t Z, T *h) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
@@ -28,5 +23,3 @@ void TY(oplora_hidden_latent_gradient)(const double *d, const T *W1, int64_t H, 
         for (int64_t i = 0; i < Z; i++) dz[i] += d[j] * W1[j * Z + i];
     }
 }
-
-#endif

@@ -1,17 +1,20 @@
-/* The hidden layer, shared by every operation on a generator. Internal; see hidden.c. */
-#ifndef T
+/* The hidden layer, shared by every operation on a generator, and how those walk W2's columns. Internal; see hidden.c. */
 #ifndef OPLORA_HIDDEN_H
 #define OPLORA_HIDDEN_H
 
-#include "oplora_core.h"
+#include <stdint.h>
 
-#define OPLORA_TEMPLATE "hidden.h"
-#include "each_type.h"
+enum {
+    COLUMN_BLOCK = 2048,   /* rows of W2 at a time: their part of v or g stays in the first-level cache */
+    COLUMN_GROUP = 64,     /* columns pointed at from the stack at a time */
+    BACKWARD_CHUNK = 16384 /* rows whose sums generate_backward keeps apart */
+};
 
-#endif
-#else
+static inline int64_t backward_chunks(int64_t N) { return (N + BACKWARD_CHUNK - 1) / BACKWARD_CHUNK; }
 
-void TY(oplora_hidden)(const T *z, const T *W1, const T *c1, int64_t H, int64_t Z, T *h);
-void TY(oplora_hidden_latent_gradient)(const double *d, const T *W1, int64_t H, int64_t Z, double *dz);
+void oplora_hidden_f32(const float *z, const float *W1, const float *c1, int64_t H, int64_t Z, float *h);
+void oplora_hidden_f64(const double *z, const double *W1, const double *c1, int64_t H, int64_t Z, double *h);
+void oplora_hidden_latent_gradient_f32(const double *d, const float *W1, int64_t H, int64_t Z, double *dz);
+void oplora_hidden_latent_gradient_f64(const double *d, const double *W1, int64_t H, int64_t Z, double *dz);
 
 #endif

@@ -6,50 +6,11 @@
  * p is at most 17, so everything is small: with X^T X = F^T F the singular vectors of X K are those of F K, whose Gram
  * matrix F K K^T F^T is (p, p). Whatever directions are chosen, rotation = K directions^T is the exact projection, so an
  * error in a Gram matrix makes the choice slightly worse and the result never wrong. */
-#include "lowrank.h"
+#include "../shared/lowrank.h"
+
 #include "dispatch.h"
 
-#include <math.h>
 #include <string.h>
-
-enum { MOST = OPLORA_MOST_BASIS };
-
-/* Eigenvalues of a symmetric matrix, and its eigenvectors as columns; cyclic Jacobi. a is destroyed. */
-static void eigen(double a[MOST][MOST], int p, double value[MOST], double vector[MOST][MOST]) {
-    for (int i = 0; i < p; i++)
-        for (int j = 0; j < p; j++) vector[i][j] = i == j;
-    for (int sweep = 0; sweep < 30; sweep++) {
-        double off = 0, diagonal = 0;
-        for (int i = 0; i < p; i++) {
-            diagonal += a[i][i] * a[i][i];
-            for (int j = 0; j < i; j++) off += a[i][j] * a[i][j];
-        }
-        if (off <= 1e-32 * diagonal) break;
-        for (int i = 0; i < p; i++)
-            for (int j = 0; j < i; j++) {
-                if (a[i][j] == 0) continue;
-                const double theta = (a[i][i] - a[j][j]) / (2 * a[i][j]);
-                const double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1));
-                const double c = 1 / sqrt(t * t + 1), s = t * c;
-                for (int m = 0; m < p; m++) {
-                    const double x = a[m][j], y = a[m][i];
-                    a[m][j] = c * x - s * y;
-                    a[m][i] = s * x + c * y;
-                }
-                for (int m = 0; m < p; m++) {
-                    const double x = a[j][m], y = a[i][m];
-                    a[j][m] = c * x - s * y;
-                    a[i][m] = s * x + c * y;
-                }
-                for (int m = 0; m < p; m++) {
-                    const double x = vector[m][j], y = vector[m][i];
-                    vector[m][j] = c * x - s * y;
-                    vector[m][i] = s * x + c * y;
-                }
-            }
-    }
-    for (int i = 0; i < p; i++) value[i] = a[i][i];
-}
 
 static double dot(const double *a, const double *b, int64_t n) { return oplora_dispatch_f64()->dot_double(a, b, n); }
 
@@ -66,7 +27,7 @@ static int orthonormalise(double *directions, int i, int64_t n) {
             axpy(-dot(row, unit, n), unit, row, n);
         }
     const double length = sqrt(dot(row, row, n));
-    if (!(length > 1e-8 * before)) {
+    if (!oplora_remains(length, before)) {
         memset(row, 0, (size_t)n * sizeof *row);
         return 0;
     }
@@ -78,49 +39,32 @@ static int orthonormalise(double *directions, int i, int64_t n) {
 /* Returns the share of ||X K||^2 that is dropped. gram is (p, p), symmetric. Directions that carry nothing are zero. */
 double oplora_truncate(const double *gram, int p, const double *K, int64_t n, int rank, double *rotation,
                        double *directions) {
-    double scaled[MOST][MOST], value[MOST], vector[MOST][MOST], F[MOST][MOST], KK[MOST][MOST], length[MOST];
-    /* columns of X at length one, so that small ones are not lost beside large ones */
-    for (int i = 0; i < p; i++) length[i] = gram[i * p + i] > 0 ? sqrt(gram[i * p + i]) : 0;
+    oplora_matrix scaled, vector, F, KK;
+    double value[OPLORA_MOST_BASIS], length[OPLORA_MOST_BASIS], kept = 0;
+    int order[OPLORA_MOST_BASIS];
+    for (int i = 0; i < p; i++) length[i] = oplora_length(gram, p, i);
     for (int i = 0; i < p; i++)
-        for (int j = 0; j < p; j++) {
-            const double scale = length[i] * length[j];
-            scaled[i][j] = i == j ? scale > 0 : scale > 0 ? gram[i * p + j] / scale : 0;
-        }
-    eigen(scaled, p, value, vector);
+        for (int j = 0; j < p; j++) scaled[i][j] = oplora_scaled_entry(gram, p, length, i, j);
+    oplora_eigen(scaled, p, value, vector);
     for (int i = 0; i < p; i++)
-        for (int j = 0; j < p; j++) F[i][j] = sqrt(fmax(value[i], 0)) * vector[j][i] * length[j];
+        for (int j = 0; j < p; j++) F[i][j] = oplora_root_entry(value, vector, length, i, j);
     for (int i = 0; i < p; i++)
         for (int j = 0; j <= i; j++) KK[i][j] = KK[j][i] = dot(K + i * n, K + j * n, n);
     for (int i = 0; i < p; i++)
-        for (int j = 0; j < p; j++) {
-            scaled[i][j] = 0;
-            for (int a = 0; a < p; a++)
-                for (int b = 0; b < p; b++) scaled[i][j] += F[i][a] * KK[a][b] * F[j][b];
-        }
-    eigen(scaled, p, value, vector);
+        for (int j = 0; j < p; j++) scaled[i][j] = oplora_product_entry(F, KK, p, i, j);
+    oplora_eigen(scaled, p, value, vector);
 
-    double total = 0, kept = 0;
-    int order[MOST];
-    for (int i = 0; i < p; i++) {
-        int at = i;
-        for (; at > 0 && value[order[at - 1]] < value[i]; at--) order[at] = order[at - 1];
-        order[at] = i;
-        total += fmax(value[i], 0);
-    }
+    const double total = oplora_order(value, p, order);
     memset(directions, 0, (size_t)rank * (size_t)n * sizeof *directions);
     for (int i = 0; i < rank && i < p; i++) {
         const int best = order[i];
-        if (!(value[best] > 1e-14 * value[order[0]])) break;
-        double *const row = directions + i * n;
-        for (int a = 0; a < p; a++) {
-            double weight = 0;
-            for (int m = 0; m < p; m++) weight += vector[m][best] * F[m][a];
-            axpy(weight / sqrt(value[best]), K + a * n, row, n);
-        }
+        if (!oplora_carries(value[best], value[order[0]])) break;
+        for (int a = 0; a < p; a++)
+            axpy(oplora_direction_weight(value[best], vector, F, p, best, a), K + a * n, directions + i * n, n);
         if (!orthonormalise(directions, i, n)) break;
         kept += value[best];
     }
     for (int a = 0; a < p; a++)
         for (int i = 0; i < rank; i++) rotation[a * rank + i] = dot(K + a * n, directions + i * n, n);
-    return total > 0 ? fmax(0, 1 - kept / total) : 0;
+    return oplora_dropped(kept, total);
 }

@@ -13,16 +13,12 @@
  *
  * float16 and bfloat16 are converted in integer arithmetic, without the processor's own instructions: every build
  * rounds alike. Subnormal numbers count, also where the process flushes them to zero: a checkpoint may hold some. */
-#ifndef T
+#include "merge.h"
 
 #include "dispatch.h"
 
 #include <math.h>
 #include <string.h>
-
-/* PACK numbers of `right` (64 KiB of float) and TILE sums lie in the workspace; GROUP rows of `right` are
- * pointed at from the stack at a time. MIN_TILE columns keep the vector unit busy, however large r is. */
-enum { PACK = 16384, TILE = 1024, MIN_TILE = 16, GROUP = 64 };
 
 /* ---- one number at a time: bits in, bits out ---- */
 
@@ -83,22 +79,6 @@ DEFINE_ADD(add_f64, double, double, , )
 DEFINE_ADD(add_f16, float, uint16_t, float_of_float16, float16_of)
 DEFINE_ADD(add_bf16, float, uint16_t, float_of_bfloat16, bfloat16_of)
 
-/* Entry (i, j) of a float matrix at data[i * row + j * column]: A or B, as they are or transposed. */
-typedef struct {
-    const float *data;
-    int64_t row, column;
-} matrix;
-
-typedef struct {
-    unsigned char *W;
-    int64_t rows, columns, r, itemsize;
-    matrix left, right; /* (rows, r) and (r, columns) */
-    double scaling;
-} merge_job;
-
-#define OPLORA_TEMPLATE "merge.c"
-#include "each_type.h"
-
 /* ---- entry points ---- */
 
 static int64_t itemsize_of(oplora_dtype dtype) {
@@ -143,16 +123,16 @@ static OPLORA_BODY oplora_status merge(void *W, oplora_dtype dtype, const float 
     }
     switch (dtype) {
     case OPLORA_F32:
-        merge_f32(&job, add_f32, workspace);
+        oplora_merge_columns_f32(&job, add_f32, workspace);
         break;
     case OPLORA_F16:
-        merge_f32(&job, add_f16, workspace);
+        oplora_merge_columns_f32(&job, add_f16, workspace);
         break;
     case OPLORA_BF16:
-        merge_f32(&job, add_bf16, workspace);
+        oplora_merge_columns_f32(&job, add_bf16, workspace);
         break;
     case OPLORA_F64:
-        merge_f64(&job, add_f64, workspace);
+        oplora_merge_columns_f64(&job, add_f64, workspace);
         break;
     }
     return OPLORA_OK;
@@ -191,63 +171,3 @@ static OPLORA_BODY oplora_status round_to(const float *values, int64_t n, oplora
 oplora_status oplora_round(const float *values, int64_t n, oplora_dtype dtype, void *out) {
     OPLORA_IN_MODE(OPLORA_GRADUAL, round_to(values, n, dtype, out));
 }
-
-#else
-
-/* packed (count, width) = rows [k, k + count) and columns [column, column + width) of `right`. The inner loop
- * goes along the axis that is contiguous in memory. */
-static void TY(pack)(matrix right, int64_t k, int64_t count, int64_t column, int64_t width, T *packed) {
-    const float *const from = right.data + k * right.row + column * right.column;
-    if (right.column == 1) {
-        for (int64_t i = 0; i < count; i++)
-            for (int64_t j = 0; j < width; j++) packed[i * width + j] = from[i * right.row + j];
-    } else {
-        for (int64_t j = 0; j < width; j++)
-            for (int64_t i = 0; i < count; i++) packed[i * width + j] = from[i + j * right.column];
-    }
-}
-
-/* sum += left[row, k : k + count] packed, for packed (count, width). */
-static void TY(add_rows)(const merge_job *job, int64_t row, int64_t k, int64_t count, const T *packed, int64_t width,
-                         T *sum) {
-    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
-    for (int64_t first = 0; first < count; first += GROUP) {
-        const int64_t n = count - first < GROUP ? count - first : GROUP;
-        const float *const left = job->left.data + row * job->left.row + (k + first) * job->left.column;
-        const T *rows[GROUP];
-        T factor[GROUP];
-        for (int64_t i = 0; i < n; i++) {
-            rows[i] = packed + (first + i) * width;
-            factor[i] = left[i * job->left.column];
-        }
-        kernels->axpy(rows, factor, n, sum, width);
-    }
-}
-
-/* Columns [column, column + width) of every row of W. `right` is packed once if its r rows fit, as they do up
- * to r = PACK / MIN_TILE = 1024; above that in pieces, again for each row. */
-static void TY(merge_tile)(const merge_job *job, void (*add)(unsigned char *, const T *, T, int64_t), int64_t column,
-                           int64_t width, T *packed, T *sum) {
-    const int64_t r = job->r, most = PACK / width, piece = r < most ? r : most;
-    for (int64_t row = 0; row < job->rows; row++) {
-        memset(sum, 0, (size_t)width * sizeof *sum);
-        for (int64_t k = 0; k < r; k += piece) {
-            const int64_t count = r - k < piece ? r - k : piece;
-            if (row == 0 || piece < r) TY(pack)(job->right, k, count, column, width, packed);
-            TY(add_rows)(job, row, k, count, packed, width, sum);
-        }
-        add(job->W + (row * job->columns + column) * job->itemsize, sum, (T)job->scaling, width);
-    }
-}
-
-static void TY(merge)(const merge_job *job, void (*add)(unsigned char *, const T *, T, int64_t), void *workspace) {
-    T *const packed = workspace, *const sum = packed + PACK;
-    int64_t tile = job->r < PACK / MIN_TILE ? PACK / job->r : MIN_TILE;
-    if (tile > TILE) tile = TILE;
-    for (int64_t column = 0; column < job->columns; column += tile) {
-        const int64_t left = job->columns - column;
-        TY(merge_tile)(job, add, column, left < tile ? left : tile, packed, sum);
-    }
-}
-
-#endif

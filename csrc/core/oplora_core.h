@@ -56,7 +56,7 @@ const char *oplora_isa(void);
 /* Numbers in one generator: H N + N + H Z + H + Z; -1 if a size is below 1 or the sum passes 2^63 - 1. */
 int64_t oplora_size(int64_t H, int64_t Z, int64_t N);
 
-/* ---- random.c: the seeded start ---- */
+/* ---- start.c: the seeded start ---- */
 
 /* Philox 4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key. */
 void oplora_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);

@@ -1,5 +1,4 @@
-/* What the steps of all states share: pieces of the caller's workspace, the check of AdamW's numbers, and the largest
- * gradient. Internal. */
+/* What the steps of all states share: pieces of the caller's workspace, and the check of AdamW's numbers. Internal. */
 #ifndef OPLORA_WORKSPACE_H
 #define OPLORA_WORKSPACE_H
 
@@ -24,12 +23,6 @@ static inline void *take(arena *a, int64_t count, int64_t size) {
     a->used = bytes;
     return piece;
 }
-
-/* What an entry of a gradient, or of what a step makes of it, counts as at most: its square, and sums of such squares, lie
- * within the range of their type. So no finite gradient makes a second moment infinite, which would stay so for good. The
- * step is no shorter for it, as AdamW divides by the root of that moment. */
-static const float oplora_most_gradient_f32 = 0x1p63f;
-static const double oplora_most_gradient_f64 = 0x1p480;
 
 static inline int oplora_adamw_is_valid(const oplora_adamw *a) {
     return isfinite(a->weight_ratio) && isfinite(a->hidden_lr) && a->beta1 >= 0 && a->beta1 < 1 && a->beta2 >= 0 &&

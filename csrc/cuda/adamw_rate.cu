@@ -1,5 +1,5 @@
 /* adamw_rate on a GPU. The formulas are in csrc/core/adamw_rate.c, whose bits these kernels give: sums run in the core's
- * lanes and tasks, and nothing is fused. A task is CHUNK rows of one factor.
+ * lanes and tasks, and nothing is fused. A task is TASK_ROWS rows of one factor.
  *
  *     begin     a step's numbers, a layer a block; in a step also what the reports say of the gradients
  *     measure   a task's sums, a task eight lanes: 4 bytes an entry, and 12 more where it listens
@@ -11,7 +11,6 @@
  * memory-bound. */
 #include "adamw_rate.h"
 
-#include "../shared/averages.h"
 #include "../shared/find_rate.h"
 #include "tasks.cuh"
 
@@ -22,10 +21,8 @@ namespace {
 constexpr int THREADS = 128, SUMS = OPLORA_RATE_REPORT;
 constexpr int TASKS = THREADS / SQUARE_LANES; /* a block of the measurement */
 
-/* For a factor; see oplora_rate_numbers in csrc/core/dispatch.h. */
-struct Numbers {
-    float kept, newest, eps, weight_decay, rate, average, rate_of_average;
-};
+/* Of a factor in a step. */
+using Constants = oplora_rate_constants_f32;
 
 struct Layer {
     int64_t N;
@@ -34,7 +31,7 @@ struct Layer {
     oplora_adamw *adamw;
     const double *rates, *found; /* (factors, 2); the rate */
     double *partial;             /* scratch: (tasks, SUMS) */
-    Numbers *of_factors;         /* scratch: (factors) */
+    Constants *of_factors;       /* scratch: (factors) */
     int64_t first_factor, n_factors, tasks;
 };
 
@@ -43,30 +40,15 @@ using Task = FactorTask<Layer>;
 
 /* ---- begin ---- */
 
-__device__ Numbers numbers_of(const oplora_adamw &a, double rate, double lr, double weight_decay, bool grows) {
-    const double step = static_cast<double>(a.step + 1), m = oplora_newest_of_squares(a.beta2, step, grows);
-    const double eta = rate * lr, c = oplora_newest_of_factors(step);
-    return {static_cast<float>(1 - m),
-            static_cast<float>(m),
-            static_cast<float>(a.eps),
-            static_cast<float>(weight_decay),
-            static_cast<float>(eta),
-            static_cast<float>(c),
-            static_cast<float>(eta * (1 - a.beta1 * (1 - c)))};
-}
-
 __global__ void __launch_bounds__(32) begin_kernel(Table t, int steps) {
     const Layer &l = t.layers[blockIdx.x];
     for (int64_t f = threadIdx.x; f < l.n_factors; f += 32)
-        l.of_factors[f] =
-            numbers_of(*l.adamw, *l.found, l.rates[2 * f], l.rates[2 * f + 1], !t.factors[l.first_factor + f].listens);
+        l.of_factors[f] = oplora_rate_constants_of_f32(l.adamw, l.adamw->step + 1, *l.found, l.rates[2 * f],
+                                                       l.rates[2 * f + 1], !t.factors[l.first_factor + f].listens);
     if (steps && threadIdx.x == 0 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
 }
 
 /* ---- measure, report ---- */
-
-__device__ float next_s(const Numbers &a, float s, float g) { return a.kept * s + a.newest * (g * g); }
-__device__ float direction(const Numbers &a, float s, float g) { return g / (sqrtf(s) + a.eps); }
 
 /* x[k] = entry first + k SQUARE_LANES, 0 from n on. */
 template <int COUNT> __device__ void load(const float *from, int64_t first, int64_t n, float (&x)[COUNT]) {
@@ -99,7 +81,7 @@ enum { SQUARE, BAD, SIGNAL, SCALE, OF_P, OF_BASE, LANE_SUMS };
 template <bool LISTENS> __device__ void measure_lane(const Task &task, int lane, double (&sums)[LANE_SUMS]) {
     constexpr int BATCH = LISTENS ? 4 : 8;
     const Factor &f = *task.factor;
-    const Numbers a = task.layer->of_factors[task.index];
+    const Constants a = task.layer->of_factors[task.index];
     const Gradient g = gradient_of(f, task.offset);
     for (int64_t i = lane; i < task.count; i += BATCH * SQUARE_LANES) {
         float x[BATCH], p[BATCH], v[BATCH], s[BATCH], base[BATCH];
@@ -116,10 +98,10 @@ template <bool LISTENS> __device__ void measure_lane(const Task &task, int lane,
             sums[SQUARE] += wide * wide;
             sums[BAD] += !(x[k] <= 0x1.fffffep127f && x[k] >= -0x1.fffffep127f);
             if (!LISTENS) continue;
-            const float taken = bounded(x[k]);
+            const float taken = oplora_bounded_f32(x[k]);
             const double gradient = taken;
             sums[SIGNAL] += gradient * v[k];
-            sums[SCALE] += gradient * direction(a, next_s(a, s[k], taken), taken);
+            sums[SCALE] += gradient * oplora_rate_direction_f32(a, oplora_rate_next_s_f32(a, s[k], taken), taken);
             sums[OF_P] += gradient * p[k];
             if (f.base) sums[OF_BASE] += gradient * base[k];
         }
@@ -176,11 +158,10 @@ __device__ bool is_aligned(const Task &task) {
     return bits % 16 == 0 && task.count % 4 == 0;
 }
 
-/* rate_update in csrc/core/kernels.h. */
 template <int COUNT> __device__ void update_rows(const Task &task) {
-    const Factor &f = *task.factor;
-    const Layer &l = *task.layer;
-    const Numbers a = l.of_factors[task.index];
+    const Factor f = *task.factor; /* stores would have both read again for every entry */
+    const Layer l = *task.layer;
+    const Constants a = l.of_factors[task.index];
     for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
         const int64_t entry = task.offset + n;
         const Some<COUNT> g = gradient_at<COUNT>(f, entry);
@@ -193,10 +174,9 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
         }
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
-            s.value[k] = next_s(a, s.value[k], g.value[k]);
-            const float u = direction(a, s.value[k], g.value[k]) + a.weight_decay * p.value[k];
-            p.value[k] = (p.value[k] + a.average * (v.value[k] - p.value[k])) - a.rate_of_average * u;
-            v.value[k] = v.value[k] - a.rate * u;
+            const oplora_rate_entry_f32 next =
+                oplora_rate_entry_step_f32(a, g.value[k], p.value[k], v.value[k], s.value[k]);
+            p.value[k] = next.p, v.value[k] = next.v, s.value[k] = next.s;
         }
         at<COUNT>(l.generated + task.row + n) = v;
         at<COUNT>(l.exp_avg_sq + task.row + n) = s;
@@ -257,7 +237,7 @@ Layer plan_layer(const oplora_rate_f32 &l, arena *a) {
     layer.generated = l.generated, layer.exp_avg_sq = l.exp_avg_sq, layer.report = l.report;
     layer.tasks = tasks_of(l);
     layer.partial = static_cast<double *>(take(a, layer.tasks * SUMS, sizeof(double)));
-    layer.of_factors = static_cast<Numbers *>(take(a, l.n_factors, sizeof(Numbers)));
+    layer.of_factors = static_cast<Constants *>(take(a, l.n_factors, sizeof(Constants)));
     return layer;
 }
 
@@ -308,11 +288,11 @@ oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32 *layers, int64_
 int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {
     const Table t = model_of<Layer>(plan, table);
     const auto on = static_cast<cudaStream_t>(stream);
-    const unsigned layers = count_of(plan->n_layers);
+    const unsigned layers = grid_of(plan->n_layers);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(begin_verdict(plan, nullptr, on));
     CUDA_FORWARD(cuda_launch(begin_kernel, layers, 32, 0, on, t, 0));
-    CUDA_FORWARD(cuda_launch(measure_kernel, count_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
+    CUDA_FORWARD(cuda_launch(measure_kernel, grid_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
     return cuda_launch(report_kernel, layers, 32, 0, on, t);
 }
 
@@ -326,6 +306,6 @@ int oplora_cuda_rate_step(const oplora_cuda_plan *plan, const void *table, const
     const auto on = static_cast<cudaStream_t>(stream);
     if (plan->n_layers == 0) return cudaSuccess;
     CUDA_FORWARD(begin_verdict(plan, veto, on));
-    CUDA_FORWARD(cuda_launch(begin_kernel, count_of(plan->n_layers), 32, 0, on, t, 1));
-    return cuda_launch(update_kernel, count_of(plan->n_parts), THREADS, 0, on, t);
+    CUDA_FORWARD(cuda_launch(begin_kernel, grid_of(plan->n_layers), 32, 0, on, t, 1));
+    return cuda_launch(update_kernel, grid_of(plan->n_parts), THREADS, 0, on, t);
 }

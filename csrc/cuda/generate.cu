@@ -4,6 +4,7 @@
  * All passes over W2 are memory-bound: it is read once, columns of units that are off not at all. */
 #include "generate.h"
 
+#include "../core/hidden.h"
 #include "hidden.cuh"
 
 #include <initializer_list>
@@ -11,7 +12,7 @@
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int64_t CHUNK = 16384, BLOCK = 2048; /* of W2's columns, as in the core */
+constexpr int64_t CHUNK = BACKWARD_CHUNK, BLOCK = COLUMN_BLOCK; /* of W2's columns */
 constexpr int BLOCKS = CHUNK / BLOCK;
 constexpr int ROW_CHUNK = 256, ROW_WIDTH = 32, ROW_LANES = 8; /* of a row-major W2 */
 

@@ -4,6 +4,7 @@
 #define OPLORA_MODEL_CUH
 
 #include "../core/workspace.h"
+#include "../shared/rows.h"
 #include "device.h"
 #include "plan.h"
 
@@ -54,17 +55,6 @@ static __device__ __forceinline__ uint16_t to_half(float x, oplora_dtype dtype) 
     return dtype == OPLORA_BF16 ? __bfloat16_as_ushort(__float2bfloat16_rn(x)) : __half_as_ushort(__float2half_rn(x));
 }
 
-/* The largest gradient that counts where x is beyond it, with the bits of oplora_bounded in csrc/core/dispatch.h. */
-static __device__ __forceinline__ float bounded(float x) {
-    const float most = oplora_most_gradient_f32, low = x < most ? x : most;
-    return low > -most ? low : -most;
-}
-/* A number of the hidden path likewise: oplora_narrowed there. */
-static __device__ __forceinline__ float narrowed(double x) {
-    const float most = oplora_most_gradient_f32;
-    return x < most ? x > -most ? static_cast<float>(x) : -most : x >= most ? most : 0;
-}
-
 /* A gradient, or a piece of it. */
 struct Gradient {
     const void *at;
@@ -72,15 +62,15 @@ struct Gradient {
 
     /* As steps take it. */
     __device__ float operator[](int64_t i) const {
-        if (dtype == OPLORA_F32) return bounded(static_cast<const float *>(at)[i]);
-        return bounded(from_half(static_cast<const uint16_t *>(at)[i], dtype));
+        if (dtype == OPLORA_F32) return oplora_bounded_f32(static_cast<const float *>(at)[i]);
+        return oplora_bounded_f32(from_half(static_cast<const uint16_t *>(at)[i], dtype));
     }
 
     template <int COUNT>
     __device__ void load_bounded(int64_t first, int64_t stride, int64_t n, float (&x)[COUNT]) const {
         load(first, stride, n, x);
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) x[k] = bounded(x[k]);
+        for (int k = 0; k < COUNT; k++) x[k] = oplora_bounded_f32(x[k]);
     }
 
     /* As it is: x[k] = entry first + k stride, 0 from n on; the loads are under way together */
@@ -184,7 +174,7 @@ template <class Layer> Model<Layer> model_of(const oplora_cuda_plan *plan, const
             plan->verdict};
 }
 
-static inline unsigned count_of(int64_t n) { return static_cast<unsigned>(n); }
+static inline unsigned grid_of(int64_t n) { return static_cast<unsigned>(n); }
 
 /* The verdict of a step begins with what is known from elsewhere. */
 static inline cudaError_t begin_verdict(const oplora_cuda_plan *plan, const int *veto, cudaStream_t stream) {

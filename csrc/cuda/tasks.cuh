@@ -1,11 +1,10 @@
-/* tasks: how exact state and state rate cut a model into tasks, CHUNK rows of one factor, and load their entries. A plan's
+/* tasks: the tasks of exact state and state rate, TASK_ROWS rows of one factor, and how their entries are loaded. A plan's
  * parts are its tasks. */
 #ifndef OPLORA_TASKS_CUH
 #define OPLORA_TASKS_CUH
 
+#include "../shared/tasks.h"
 #include "model.cuh"
-
-constexpr int64_t CHUNK = 2048; /* as in the core */
 
 template <class Layer> struct FactorTask {
     const Layer *layer;
@@ -14,26 +13,24 @@ template <class Layer> struct FactorTask {
     int64_t row, offset, count; /* first row in the layer, first entry in the factor, entries */
 };
 
-static __host__ __device__ __forceinline__ int64_t chunks_of(int64_t rows) { return (rows + CHUNK - 1) / CHUNK; }
-
 template <class Layer> __device__ FactorTask<Layer> task_at(const Model<Layer> &t, int64_t task) {
     const int64_t layer = layer_of(t.first_part, t.n_layers, task);
     const Layer &l = t.layers[layer];
     const int64_t of_layer = task - t.first_part[layer];
     const Factor *const first = t.factors + l.first_factor, *factor = first;
-    int64_t row = 0, chunk = of_layer;
-    for (; chunk >= chunks_of(factor->rows); factor++) {
-        chunk -= chunks_of(factor->rows);
+    int64_t row = 0, of_factor = of_layer;
+    for (; of_factor >= tasks_in(factor->rows); factor++) {
+        of_factor -= tasks_in(factor->rows);
         row += factor->rows;
     }
-    const int64_t offset = chunk * CHUNK, left = factor->rows - offset;
-    return {&l, factor, factor - first, of_layer, row + offset, offset, left < CHUNK ? left : CHUNK};
+    const int64_t most = TASK_ROWS, offset = of_factor * most, left = factor->rows - offset;
+    return {&l, factor, factor - first, of_layer, row + offset, offset, left < most ? left : most};
 }
 
 /* On the host, of a layer of the core's. */
 template <class CoreLayer> int64_t tasks_of(const CoreLayer &l) {
     int64_t tasks = 0;
-    for (int64_t f = 0; f < l.n_factors; f++) tasks += chunks_of(l.factors[f].rows);
+    for (int64_t f = 0; f < l.n_factors; f++) tasks += tasks_in(l.factors[f].rows);
     return tasks;
 }
 
@@ -64,7 +61,7 @@ template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t
         for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
     }
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) g.value[k] = bounded(g.value[k]);
+    for (int k = 0; k < COUNT; k++) g.value[k] = oplora_bounded_f32(g.value[k]);
     return g;
 }
 

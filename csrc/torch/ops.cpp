@@ -1,11 +1,11 @@
 // The torch ops and their CPU side, on PyTorch's stable C ABI alone: no c10:: or at:: symbol, no libpython, so one build
 // serves every Python and every torch from the targeted version on. Compile with -DTORCH_TARGET_VERSION=...
-// -DTORCH_STABLE_ONLY. Each op checks its tensors (layers.h), then calls the core on torch's thread pool.
+// -DTORCH_STABLE_ONLY. Each op checks its tensors (tensors.h, layers.h, states.h), then calls the core on torch's thread pool.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "layers.h"
+#include "states.h"
 
 namespace {
 

@@ -12,9 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const oplora_parallel_fn splits[] = {NULL, split_in_sevens, split_backwards};
-enum { SPLITS = sizeof splits / sizeof *splits };
-
 /* Random123's kat_vectors for philox4x32, 10 rounds. */
 static void test_philox_published_vectors(void) {
     static const uint32_t vectors[][10] = {
@@ -46,12 +43,6 @@ static void test_every_status_has_a_sentence(void) {
                                         OPLORA_ERANGES,   OPLORA_EPARALLEL, OPLORA_ENONFINITE};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) CHECK(strcmp(oplora_strerror(all[i]), "unknown status"));
     CHECK(!strcmp(oplora_strerror((oplora_status)99), "unknown status"));
-}
-
-static void *zeros(int64_t count, size_t size) {
-    void *const memory = calloc((size_t)count, size);
-    if (!memory) abort();
-    return memory;
 }
 
 /* ---- the start's numbers one at a time, by random.c's description ---- */

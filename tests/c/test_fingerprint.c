@@ -71,7 +71,6 @@ static void test_changes_of_all_numbers(void) {
 }
 
 static void test_threads_and_neighbours_do_not_count(void) {
-    static const oplora_parallel_fn splits[] = {NULL, split_in_sevens, split_backwards};
     static const int64_t sizes[] = {LONGEST,       0,   1, 63,      64,      65,     1 << 18,
                                     (1 << 18) + 1, 300, 8, 2 << 18, LONGEST, LONGEST};
     enum { COUNT = sizeof sizes / sizeof *sizes };
@@ -80,7 +79,7 @@ static void test_threads_and_neighbours_do_not_count(void) {
     for (int i = 0; i < COUNT; i++) tensors[i] = (oplora_bytes){sizes[i] ? data + i % 2 : NULL, sizes[i]};
     tensors[0].data = data;
     void *const workspace = malloc((size_t)oplora_fingerprint_workspace_bytes(tensors, COUNT));
-    for (size_t s = 0; s < sizeof splits / sizeof *splits; s++) {
+    for (size_t s = 0; s < SPLITS; s++) {
         memset(out, 0, sizeof out);
         CHECK(oplora_fingerprint(tensors, COUNT, out, workspace, splits[s]) == OPLORA_OK);
         for (int i = 0; i < COUNT; i++) CHECK(out[i] == hash_of(tensors[i].data, tensors[i].bytes));

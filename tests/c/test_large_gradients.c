@@ -5,18 +5,12 @@
 #include "check.h"
 #include "core_check.h"
 #include "oplora_core.h"
-#include "workspace.h"
+#include "rows.h"
 
 #include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-static void *zeros(int64_t count, size_t size) {
-    void *const memory = calloc((size_t)count, size);
-    if (!memory) abort();
-    return memory;
-}
 
 /* Layers of each state: one thread's work, and spread over the threads; of lean also at ranks of no kernel's own. */
 static const struct {

@@ -46,12 +46,6 @@ static int32_t on_other_threads(int64_t begin, int64_t end, int64_t grain, oplor
     return 0;
 }
 
-static void *zeros(int64_t count, size_t size) {
-    void *const memory = calloc((size_t)count, size);
-    if (!memory) abort();
-    return memory;
-}
-
 static int current;                 /* which mode the calls are made in */
 static oplora_parallel_fn splitter; /* and how their work is split */
 

@@ -176,12 +176,11 @@ static void test_arguments_of_find(void) {
 
 static void test_threads(void) {
     static problem x, y;
-    const oplora_parallel_fn ways[] = {split_in_sevens, split_backwards};
     begin(&x);
     CHECK(call(&x, 1, NULL) == OPLORA_OK);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 1; i < SPLITS; i++) {
         begin(&y);
-        CHECK(call(&y, 1, ways[i]) == OPLORA_OK);
+        CHECK(call(&y, 1, splits[i]) == OPLORA_OK);
         CHECK(!memcmp(x.p, y.p, sizeof x.p) && !memcmp(x.report, y.report, sizeof x.report));
     }
     CHECK(call(&y, 0, failing) == OPLORA_EPARALLEL);

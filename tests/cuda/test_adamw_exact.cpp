@@ -1,25 +1,7 @@
 // The exact state's kernels against the C core, bit for bit: after every call parameters, moments, columns, factors, reports
 // and step counts are the same. Runs on the CPU, as test_adamw_lean.cpp; argv[1] names the build.
 #include "adamw_exact.h"
-#include "cuda_on_cpu.h"
-#include "halves.h"
-
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <vector>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
-static int failures = 0, checks = 0;
-static void check(bool good, const std::string &what) {
-    checks++;
-    if (!good) failures++, printf("FAILED: %s\n", what.c_str());
-}
+#include "sides.h"
 
 namespace {
 
@@ -36,18 +18,11 @@ struct Shape {
     oplora_dtype dtype = OPLORA_F32; // of the model's factors
 };
 
-size_t count(int64_t n) { return static_cast<size_t>(n); }
-
 // One side's memory: everything a step reads or writes.
-struct Side {
+struct Side : CommonSide<oplora_exact_f32> {
     std::vector<float> parameters, exp_avg, exp_avg_sq;
-    std::vector<double> decay, report;
+    std::vector<double> decay;
     std::vector<uint8_t> moving;
-    std::vector<std::vector<float>> gradients, bases, out;
-    std::vector<oplora_factor_f32> factors;
-    std::vector<oplora_exact_f32> layers;
-    std::vector<oplora_adamw> adamw; // of steps done
-    std::vector<double> rates;       // of every factor: lr, weight_decay
 
     explicit Side(const Shape &shape) {
         int64_t N = 0;
@@ -59,20 +34,7 @@ struct Side {
         decay.resize(count(n * n_factors * shape.H), 1);
         moving.resize(count(n * shape.H));
         report.resize(count(n * reports), -1);
-        adamw.resize(count(n), {2, 5e-4, 0.9, 0.999, 1e-8, 0.1, 0});
-        for (int64_t i = 0; i < n; i++)
-            for (const auto &f : shape.factors) {
-                gradients.emplace_back(count(f.rows + shape.offset));
-                bases.emplace_back(count(f.based ? f.rows + shape.offset : 0), 0.25f);
-                out.emplace_back(count(f.rows + shape.offset));
-            }
-        for (size_t i = 0; i < gradients.size(); i++) rates.insert(rates.end(), {1e-3, 0.1});
-        for (size_t i = 0; i < gradients.size(); i++) {
-            const auto &f = shape.factors[i % shape.factors.size()];
-            factors.push_back({f.rows, gradients[i].data() + shape.offset,
-                               f.based ? bases[i].data() + shape.offset : nullptr, out[i].data() + shape.offset, 0, 0,
-                               0, 0});
-        }
+        add_factors(shape, shape.offset, 1e-3);
         for (int64_t i = 0; i < n; i++) {
             const int64_t at = i * size + shape.offset;
             layers.push_back({shape.H, shape.Z, N, parameters.data() + at, exp_avg.data() + at, exp_avg_sq.data() + at,
@@ -87,18 +49,6 @@ struct Side {
     }
 };
 
-template <class T> bool same(const std::vector<T> &a, const std::vector<T> &b, const char *name, std::string *where) {
-    for (size_t i = 0; i < a.size(); i++)
-        if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0) {
-            char text[200];
-            snprintf(text, sizeof text, "%s[%zu of %zu] is %.9g, the core's %.9g", name, i, a.size(),
-                     static_cast<double>(b[i]), static_cast<double>(a[i]));
-            *where = text;
-            return false;
-        }
-    return true;
-}
-
 bool same_sides(const Side &core, const Side &device, std::string *where) {
     if (!same(core.report, device.report, "report", where) || !same(core.decay, device.decay, "decay", where) ||
         !same(core.moving, device.moving, "moving", where) ||
@@ -106,61 +56,26 @@ bool same_sides(const Side &core, const Side &device, std::string *where) {
         !same(core.exp_avg, device.exp_avg, "exp_avg", where) ||
         !same(core.exp_avg_sq, device.exp_avg_sq, "exp_avg_sq", where))
         return false;
-    for (size_t f = 0; f < core.out.size(); f++)
-        if (!same(core.out[f], device.out[f], ("factor " + std::to_string(f)).c_str(), where)) return false;
-    for (size_t i = 0; i < core.adamw.size(); i++)
-        if (core.adamw[i].step != device.adamw[i].step) {
-            *where = "step of layer " + std::to_string(i);
-            return false;
-        }
-    return true;
+    return same_factors_and_steps(core, device, where);
 }
 
 // Both sides through the same calls.
-struct Pair {
-    Shape shape;
-    Side core, device;
-    std::vector<char> scratch, table, workspace;
-    oplora_cuda_plan plan;
-    Halves halves;
-    oplora_cuda_verdict verdict = {};
-    std::vector<oplora_adamw *> adamw;
-    std::vector<const double *> rates;
-    std::mt19937 random{7};
-
-    explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
-        for (auto &a : device.adamw) adamw.push_back(&a);
-        for (size_t i = 0; i < device.layers.size(); i++)
-            rates.push_back(device.rates.data() + 2 * i * shape.factors.size());
+struct Pair : CommonPair<Shape, Side> {
+    explicit Pair(const Shape &s) : CommonPair(s) {
         if (halves.used())
-            for (auto &f : device.factors) f.g = nullptr, f.out = nullptr;
-        const auto n = static_cast<int64_t>(core.layers.size());
-        scratch.resize(count(oplora_exact_workspace_bytes_f32(core.layers.data(), n)) + 64);
-        // what a device hands out holds anything
-        workspace.assign(count(oplora_cuda_exact_workspace_bytes(device.layers.data(), n)) + 64, '\x7f');
-        table.resize(count(oplora_cuda_exact_table_bytes(device.layers.data(), n)) + 64);
+            for (auto &f : device.factors) f.out = nullptr;
+        const int64_t n = layers();
+        take(oplora_exact_workspace_bytes_f32(core.layers.data(), n),
+             oplora_cuda_exact_workspace_bytes(device.layers.data(), n),
+             oplora_cuda_exact_table_bytes(device.layers.data(), n));
         check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), halves.halves.data(),
                                             &verdict, aligned(workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
 
-    static void *aligned(std::vector<char> &memory) {
-        return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-    }
-
     void compare(const char *what) {
-        std::string where;
         if (halves.used()) device.out = core.out; // which the device did not get
-        check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
-        check(halves.holds(core.out), shape.name + ": " + what + ": rounded factors");
-    }
-
-    void gradients(float scale) {
-        std::normal_distribution<float> normal(0, scale);
-        for (size_t f = 0; f < core.gradients.size(); f++)
-            for (size_t i = 0; i < core.gradients[f].size(); i++)
-                core.gradients[f][i] = device.gradients[f][i] = normal(random);
-        halves.round(core.gradients);
+        CommonPair::compare(what);
     }
 
     void generate() {
@@ -177,34 +92,13 @@ struct Pair {
     }
 
     void step(int measured = 0) {
-        for (size_t i = 0; i < core.layers.size(); i++) {
-            core.layers[i].adamw = core.adamw[i];
-            core.layers[i].adamw.step++;
-        }
-        for (size_t f = 0; f < core.factors.size(); f++) {
-            core.factors[f].lr = core.rates[2 * f];
-            core.factors[f].weight_decay = core.rates[2 * f + 1];
-        }
+        set_numbers();
         const oplora_status status =
             oplora_exact_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
         check(oplora_cuda_exact_step(&plan, aligned(table), measured, nullptr, nullptr) == cudaSuccess,
               shape.name + ": step runs");
         compare(measured ? "measured step" : "step");
-    }
-
-    template <class Set> void each_layer(Set set) {
-        for (auto *side : {&core, &device})
-            for (auto &l : side->layers) set(l);
-    }
-    template <class Set> void each_rates(Set set) {
-        for (auto *side : {&core, &device})
-            for (size_t f = 0; f < side->factors.size(); f++)
-                set(f % shape.factors.size(), side->rates[2 * f], side->rates[2 * f + 1]);
-    }
-    template <class Set> void each_adamw(Set set) {
-        for (auto *side : {&core, &device})
-            for (auto &a : side->adamw) set(a);
     }
 };
 
@@ -345,22 +239,13 @@ void run(bool slow) {
 } // namespace
 
 int main(int argc, char **argv) {
-    const std::string kind = argc > 1 ? argv[1] : "values";
-#if defined(__x86_64__)
-    _mm_setcsr(_mm_getcsr() | 0x8040); // nvcc -ftz=true, and what the core does around its own loops
-#endif
-    using cuda_on_cpu::Order;
-    for (const Order order : {Order::forward, Order::reverse, Order::random}) {
-        cuda_on_cpu::options.order = order;
-        run(kind != "values");
-    }
-    Side side({"bad", 4, 5, {{9, false}}});
-    auto layers = side.layers;
-    layers[0].moving = nullptr;
-    refuses("a missing pointer is refused", OPLORA_ENULL, layers);
-    layers = side.layers;
-    layers[0].N = 10;
-    refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
-    printf("exact state's kernels, %s: %d passed, %d failed\n", kind.c_str(), checks - failures, failures);
-    return failures != 0;
+    return in_every_order(argc, argv, "exact state's kernels", run, [] {
+        Side side({"bad", 4, 5, {{9, false}}});
+        auto layers = side.layers;
+        layers[0].moving = nullptr;
+        refuses("a missing pointer is refused", OPLORA_ENULL, layers);
+        layers = side.layers;
+        layers[0].N = 10;
+        refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+    });
 }

@@ -2,25 +2,7 @@
 // the step counts are the same. Runs on the CPU, in the three builds and the three orders of threads that
 // cuda_on_cpu/README.md describes; argv[1] names the build.
 #include "adamw_lean.h"
-#include "cuda_on_cpu.h"
-#include "halves.h"
-
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <vector>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
-static int failures = 0, checks = 0;
-static void check(bool good, const std::string &what) {
-    checks++;
-    if (!good) failures++, printf("FAILED: %s\n", what.c_str());
-}
+#include "sides.h"
 
 namespace {
 
@@ -39,16 +21,10 @@ struct Shape {
 };
 
 // One side's memory: everything a step reads or writes.
-struct Side {
+struct Side : CommonSide<oplora_lean_f32> {
     std::vector<float> numbers;
     std::vector<uint16_t> moments;
-    std::vector<double> scalars, report, dh;
-    std::vector<std::vector<float>> gradients, bases, out;
-    std::vector<oplora_factor_f32> factors;
-    std::vector<oplora_lean_f32> layers;
-    std::vector<oplora_adamw> adamw; // of steps done
-    std::vector<double> rates;       // of every factor: lr, weight_decay
-    std::vector<char> workspace;
+    std::vector<double> scalars, dh;
 
     explicit Side(const Shape &shape) {
         int64_t N = 0;
@@ -61,20 +37,8 @@ struct Side {
         scalars.resize(n * OPLORA_LEAN_SCALARS);
         report.resize(n * OPLORA_LEAN_REPORT, -1);
         dh.resize(n * static_cast<size_t>(shape.H), -1);
-        adamw.resize(n, {2, 5e-4, 0.9, 0.999, 1e-8, 0.1, 0});
-        for (size_t i = 0; i < n; i++)
-            for (const auto &f : shape.factors) {
-                const size_t rows = static_cast<size_t>(f.rows);
-                gradients.emplace_back(rows);
-                bases.emplace_back(f.based ? rows : 0, 0.25f);
-                out.emplace_back(rows);
-            }
-        for (size_t i = 0; i < gradients.size(); i++) rates.insert(rates.end(), {1e-3, 0.1});
-        for (size_t i = 0; i < gradients.size(); i++) {
-            const auto &f = shape.factors[i % shape.factors.size()];
-            factors.push_back(
-                {f.rows, gradients[i].data(), f.based ? bases[i].data() : nullptr, out[i].data(), f.random, 0, 0, 0});
-        }
+        add_factors(shape, 0, 1e-3);
+        for (size_t i = 0; i < factors.size(); i++) factors[i].random = shape.factors[i % shape.factors.size()].random;
         for (size_t i = 0; i < n; i++)
             layers.push_back({shape.H, shape.Z, N, shape.d, shape.k, 0x123456789abcdefu, static_cast<uint32_t>(i + 3),
                               shape.start, numbers.data() + i * static_cast<size_t>(numbers_each),
@@ -85,92 +49,30 @@ struct Side {
     }
 };
 
-template <class T> bool same(const std::vector<T> &a, const std::vector<T> &b, const char *name, std::string *where) {
-    for (size_t i = 0; i < a.size(); i++)
-        if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0) {
-            char text[200];
-            snprintf(text, sizeof text, "%s[%zu of %zu] is %.9g, the core's %.9g", name, i, a.size(),
-                     static_cast<double>(b[i]), static_cast<double>(a[i]));
-            *where = text;
-            return false;
-        }
-    return true;
-}
-
 bool same_sides(const Side &core, const Side &device, std::string *where) {
     if (!same(core.report, device.report, "report", where) || !same(core.scalars, device.scalars, "scalars", where) ||
         !same(core.numbers, device.numbers, "numbers", where) ||
         !same(core.moments, device.moments, "moments", where) || !same(core.dh, device.dh, "dh", where))
         return false;
-    for (size_t f = 0; f < core.out.size(); f++)
-        if (!same(core.out[f], device.out[f], ("factor " + std::to_string(f)).c_str(), where)) return false;
-    for (size_t i = 0; i < core.adamw.size(); i++)
-        if (core.adamw[i].step != device.adamw[i].step) {
-            *where = "step of layer " + std::to_string(i);
-            return false;
-        }
-    return true;
+    return same_factors_and_steps(core, device, where);
 }
 
 // Both sides through the same calls.
-struct Pair {
-    Shape shape;
-    Side core, device;
-    std::vector<char> scratch, table;
-    oplora_cuda_plan plan;
-    Halves halves;
-    oplora_cuda_verdict verdict = {};
-    std::vector<oplora_adamw *> adamw;
-    std::vector<const double *> rates;
-    std::mt19937 random{7};
-
-    explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
-        for (auto &a : device.adamw) adamw.push_back(&a);
-        for (size_t i = 0; i < device.layers.size(); i++)
-            rates.push_back(device.rates.data() + 2 * i * shape.factors.size());
-        if (halves.used())
-            for (auto &f : device.factors) f.g = nullptr;
-        const auto n = static_cast<int64_t>(core.layers.size());
-        scratch.resize(static_cast<size_t>(oplora_lean_workspace_bytes_f32(core.layers.data(), n)) + 64);
-        // what a device hands out holds anything
-        device.workspace.assign(static_cast<size_t>(oplora_cuda_lean_workspace_bytes(device.layers.data(), n)) + 64,
-                                '\x7f');
-        table.resize(static_cast<size_t>(oplora_cuda_lean_table_bytes(device.layers.data(), n)) + 64);
+struct Pair : CommonPair<Shape, Side> {
+    explicit Pair(const Shape &s) : CommonPair(s) {
+        const int64_t n = layers();
+        take(oplora_lean_workspace_bytes_f32(core.layers.data(), n),
+             oplora_cuda_lean_workspace_bytes(device.layers.data(), n),
+             oplora_cuda_lean_table_bytes(device.layers.data(), n));
         check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), halves.halves.data(),
-                                           &verdict, aligned(device.workspace), aligned(table), &plan) == OPLORA_OK,
+                                           &verdict, aligned(workspace), aligned(table), &plan) == OPLORA_OK,
               shape.name + ": plan");
-    }
-
-    static void *aligned(std::vector<char> &memory) {
-        return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-    }
-
-    void compare(const char *what) {
-        std::string where;
-        check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
-        check(halves.holds(core.out), shape.name + ": " + what + ": rounded factors");
     }
 
     void start() {
         for (auto &layer : core.layers) oplora_lean_start_f32(&layer, 0.01, nullptr);
         check(oplora_cuda_lean_start(&plan, aligned(table), 0.01, nullptr) == cudaSuccess, shape.name + ": start runs");
         compare("start");
-    }
-
-    void gradients(float scale) {
-        std::normal_distribution<float> normal(0, scale);
-        for (size_t f = 0; f < core.gradients.size(); f++) {
-            for (auto &g : core.gradients[f]) g = normal(random);
-            device.gradients[f] = core.gradients[f];
-        }
-        halves.round(core.gradients);
-        rebind();
-    }
-
-    // vectors were assigned, not moved: the addresses stay, which this makes sure of
-    void rebind() {
-        for (size_t f = 0; f < device.gradients.size(); f++)
-            check(halves.used() || device.factors[f].g == device.gradients[f].data(), shape.name + ": addresses stay");
     }
 
     void measure() {
@@ -182,30 +84,13 @@ struct Pair {
     }
 
     void step(int measured = 0) {
-        for (size_t i = 0; i < core.layers.size(); i++) {
-            core.layers[i].adamw = core.adamw[i];
-            core.layers[i].adamw.step++;
-        }
-        for (size_t f = 0; f < core.factors.size(); f++) {
-            core.factors[f].lr = core.rates[2 * f];
-            core.factors[f].weight_decay = core.rates[2 * f + 1];
-        }
+        set_numbers();
         const oplora_status status =
             oplora_lean_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
         check(oplora_cuda_lean_step(&plan, aligned(table), measured, nullptr, nullptr) == cudaSuccess,
               shape.name + ": step runs");
         compare(measured ? "measured step" : "step");
-    }
-
-    template <class Set> void each_rates(Set set) {
-        for (auto *side : {&core, &device})
-            for (size_t f = 0; f < side->factors.size(); f++)
-                set(f % shape.factors.size(), side->rates[2 * f], side->rates[2 * f + 1]);
-    }
-    template <class Set> void each_adamw(Set set) {
-        for (auto *side : {&core, &device})
-            for (auto &a : side->adamw) set(a);
     }
 };
 
@@ -391,25 +276,16 @@ void run(bool slow) {
 } // namespace
 
 int main(int argc, char **argv) {
-    const std::string kind = argc > 1 ? argv[1] : "values";
-#if defined(__x86_64__)
-    _mm_setcsr(_mm_getcsr() | 0x8040); // nvcc -ftz=true, and what the core does around its own loops
-#endif
-    using cuda_on_cpu::Order;
-    for (const Order order : {Order::forward, Order::reverse, Order::random}) {
-        cuda_on_cpu::options.order = order;
-        run(kind != "values");
-    }
-    Side side({"bad", 4, 5, 2, 1, OPLORA_SIGN, {{9, true, false}}});
-    auto layers = side.layers;
-    layers[0].numbers = nullptr;
-    refuses("a missing pointer is refused", OPLORA_ENULL, layers);
-    layers = side.layers;
-    layers[0].N = 10;
-    refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
-    layers = side.layers;
-    layers[0].moment_rank = 9;
-    refuses("a rank above 8 is refused", OPLORA_ESIZE, layers);
-    printf("lean kernels, %s: %d passed, %d failed\n", kind.c_str(), checks - failures, failures);
-    return failures != 0;
+    return in_every_order(argc, argv, "lean kernels", run, [] {
+        Side side({"bad", 4, 5, 2, 1, OPLORA_SIGN, {{9, true, false}}});
+        auto layers = side.layers;
+        layers[0].numbers = nullptr;
+        refuses("a missing pointer is refused", OPLORA_ENULL, layers);
+        layers = side.layers;
+        layers[0].N = 10;
+        refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+        layers = side.layers;
+        layers[0].moment_rank = 9;
+        refuses("a rank above 8 is refused", OPLORA_ESIZE, layers);
+    });
 }

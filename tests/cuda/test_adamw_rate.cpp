@@ -1,25 +1,7 @@
 // State rate's kernels against the C core, bit for bit: after every call what is generated, second moments, factors, reports
 // and step counts are the same. Runs on the CPU, as test_adamw_lean.cpp; argv[1] names the build.
 #include "adamw_rate.h"
-#include "cuda_on_cpu.h"
-#include "halves.h"
-
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <vector>
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#endif
-
-static int failures = 0, checks = 0;
-static void check(bool good, const std::string &what) {
-    checks++;
-    if (!good) failures++, printf("FAILED: %s\n", what.c_str());
-}
+#include "sides.h"
 
 namespace {
 
@@ -35,17 +17,9 @@ struct Shape {
     oplora_dtype dtype = OPLORA_F32; // of the model's factors
 };
 
-size_t count(int64_t n) { return static_cast<size_t>(n); }
-
 // One side's memory: everything a step reads or writes.
-struct Side {
+struct Side : CommonSide<oplora_rate_f32> {
     std::vector<float> generated, exp_avg_sq;
-    std::vector<double> report;
-    std::vector<std::vector<float>> gradients, bases, out;
-    std::vector<oplora_factor_f32> factors;
-    std::vector<oplora_rate_f32> layers;
-    std::vector<oplora_adamw> adamw; // of steps done
-    std::vector<double> rates;       // of every factor: lr, weight_decay
     double found = 1e-3;
 
     explicit Side(const Shape &shape) {
@@ -57,23 +31,12 @@ struct Side {
         generated.resize(count(n * N + o));
         exp_avg_sq.resize(count(n * N + o));
         report.resize(count(n * OPLORA_RATE_REPORT), -1);
-        adamw.resize(count(n), {2, 5e-4, 0.9, 0.99, 1e-8, 0.1, 0});
         for (auto &v : generated) v = normal(random);
-        for (int64_t i = 0; i < n; i++)
-            for (const auto &f : shape.factors) {
-                gradients.emplace_back(count(f.rows + o));
-                bases.emplace_back(count(f.based ? f.rows + o : 0), 0.25f);
-                out.emplace_back(count(f.rows + o));
-                rates.insert(rates.end(), {1, 0.1});
-            }
-        for (size_t i = 0, row = 0; i < out.size(); row += count(shape.factors[i++ % shape.factors.size()].rows)) {
-            const auto &f = shape.factors[i % shape.factors.size()];
-            for (size_t k = 0; k < count(f.rows); k++) out[i][k + count(o)] = generated[row + k + count(o)];
-            oplora_factor_f32 factor = {};
-            factor.rows = f.rows, factor.g = gradients[i].data() + o, factor.out = out[i].data() + o;
-            factor.base = f.based ? bases[i].data() + o : nullptr;
-            factor.listens = f.listens;
-            factors.push_back(factor);
+        add_factors(shape, o, 1);
+        for (auto &a : adamw) a.beta2 = 0.99;
+        for (size_t i = 0, row = 0; i < out.size(); row += count(factors[i++].rows)) {
+            for (size_t k = 0; k < count(factors[i].rows); k++) out[i][k + count(o)] = generated[row + k + count(o)];
+            factors[i].listens = shape.factors[i % shape.factors.size()].listens;
         }
         for (int64_t i = 0; i < n; i++)
             layers.push_back({N, generated.data() + i * N + o, exp_avg_sq.data() + i * N + o,
@@ -83,94 +46,33 @@ struct Side {
     }
 };
 
-template <class T> bool same(const std::vector<T> &a, const std::vector<T> &b, const char *name, std::string *where) {
-    for (size_t i = 0; i < a.size(); i++)
-        if (std::memcmp(&a[i], &b[i], sizeof(T)) != 0) {
-            char text[200];
-            snprintf(text, sizeof text, "%s[%zu of %zu] is %.9g, the core's %.9g", name, i, a.size(),
-                     static_cast<double>(b[i]), static_cast<double>(a[i]));
-            *where = text;
-            return false;
-        }
-    return true;
-}
-
 bool same_sides(const Side &core, const Side &device, std::string *where) {
     if (!same(core.report, device.report, "report", where) ||
         !same(core.generated, device.generated, "generated", where) ||
         !same(core.exp_avg_sq, device.exp_avg_sq, "exp_avg_sq", where))
         return false;
-    for (size_t f = 0; f < core.out.size(); f++)
-        if (!same(core.out[f], device.out[f], ("factor " + std::to_string(f)).c_str(), where)) return false;
-    for (size_t i = 0; i < core.adamw.size(); i++)
-        if (core.adamw[i].step != device.adamw[i].step) {
-            *where = "step of layer " + std::to_string(i);
-            return false;
-        }
-    return true;
+    return same_factors_and_steps(core, device, where);
 }
 
 // Both sides through the same calls.
-struct Pair {
-    Shape shape;
-    Side core, device;
-    std::vector<char> scratch, table, workspace;
-    oplora_cuda_plan plan;
-    Halves halves;
-    oplora_cuda_verdict verdict = {};
-    std::vector<oplora_adamw *> adamw;
-    std::vector<const double *> rates;
-    std::mt19937 random{7};
-
-    explicit Pair(const Shape &s) : shape(s), core(s), device(s), halves(device.factors, s.dtype) {
-        for (auto &a : device.adamw) adamw.push_back(&a);
-        for (size_t i = 0; i < device.layers.size(); i++)
-            rates.push_back(device.rates.data() + 2 * i * shape.factors.size());
-        for (size_t f = 0; halves.used() && f < device.out.size(); f++) {
-            device.factors[f].g = nullptr;
+struct Pair : CommonPair<Shape, Side> {
+    explicit Pair(const Shape &s) : CommonPair(s) {
+        for (size_t f = 0; halves.used() && f < device.out.size(); f++)
             for (size_t i = 0; i < device.out[f].size(); i++) halves.out[f][i] = to_half(device.out[f][i], s.dtype);
-        }
-        const auto n = static_cast<int64_t>(core.layers.size());
+        const int64_t n = layers();
         set_numbers();
-        scratch.resize(count(oplora_rate_workspace_bytes_f32(core.layers.data(), n)) + 64);
-        // what a device hands out holds anything
-        workspace.assign(count(oplora_cuda_rate_workspace_bytes(device.layers.data(), n)) + 64, '\x7f');
-        table.resize(count(oplora_cuda_rate_table_bytes(device.layers.data(), n)) + 64);
+        take(oplora_rate_workspace_bytes_f32(core.layers.data(), n),
+             oplora_cuda_rate_workspace_bytes(device.layers.data(), n),
+             oplora_cuda_rate_table_bytes(device.layers.data(), n));
         check(oplora_cuda_rate_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), &device.found,
                                            halves.halves.data(), &verdict, aligned(workspace), aligned(table),
                                            &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
 
-    static void *aligned(std::vector<char> &memory) {
-        return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-    }
-
-    void compare(const char *what) {
-        std::string where;
-        check(same_sides(core, device, &where), shape.name + ": " + what + ": " + where);
-        check(halves.holds(core.out), shape.name + ": " + what + ": rounded factors");
-    }
-
-    void gradients(float scale) {
-        std::normal_distribution<float> normal(0, scale);
-        for (size_t f = 0; f < core.gradients.size(); f++)
-            for (size_t i = 0; i < core.gradients[f].size(); i++)
-                core.gradients[f][i] = device.gradients[f][i] = normal(random);
-        halves.round(core.gradients);
-    }
-
-    // What the core has by value and the kernels read on the device.
     void set_numbers() {
-        for (size_t i = 0; i < core.layers.size(); i++) {
-            core.layers[i].adamw = core.adamw[i];
-            core.layers[i].adamw.step++;
-            core.layers[i].rate = core.found;
-        }
-        for (size_t f = 0; f < core.factors.size(); f++) {
-            core.factors[f].lr = core.rates[2 * f];
-            core.factors[f].weight_decay = core.rates[2 * f + 1];
-        }
+        CommonPair::set_numbers();
+        for (auto &l : core.layers) l.rate = core.found;
     }
 
     void measure() {
@@ -190,11 +92,6 @@ struct Pair {
               shape.name + ": step runs");
         check(verdict.nonfinite == (status == OPLORA_ENONFINITE), shape.name + ": the verdict of a step");
         compare("step");
-    }
-
-    template <class Set> void each_side(Set set) {
-        set(core);
-        set(device);
     }
 };
 
@@ -350,25 +247,16 @@ void run(bool slow) {
 } // namespace
 
 int main(int argc, char **argv) {
-    const std::string kind = argc > 1 ? argv[1] : "values";
-#if defined(__x86_64__)
-    _mm_setcsr(_mm_getcsr() | 0x8040); // nvcc -ftz=true, and what the core does around its own loops
-#endif
-    using cuda_on_cpu::Order;
-    for (const Order order : {Order::forward, Order::reverse, Order::random}) {
-        cuda_on_cpu::options.order = order;
-        run(kind != "values");
-    }
-    Side side({"bad", {{9, true, false}}});
-    auto layers = side.layers;
-    layers[0].exp_avg_sq = nullptr;
-    refuses("a missing pointer is refused", OPLORA_ENULL, layers);
-    layers = side.layers;
-    layers[0].N = 10;
-    refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
-    layers = side.layers;
-    side.factors[0].out = nullptr;
-    refuses("a factor without its value is refused", OPLORA_ENULL, layers);
-    printf("state rate's kernels, %s: %d passed, %d failed\n", kind.c_str(), checks - failures, failures);
-    return failures != 0;
+    return in_every_order(argc, argv, "state rate's kernels", run, [] {
+        Side side({"bad", {{9, true, false}}});
+        auto layers = side.layers;
+        layers[0].exp_avg_sq = nullptr;
+        refuses("a missing pointer is refused", OPLORA_ENULL, layers);
+        layers = side.layers;
+        layers[0].N = 10;
+        refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+        layers = side.layers;
+        side.factors[0].out = nullptr;
+        refuses("a factor without its value is refused", OPLORA_ENULL, layers);
+    });
 }

@@ -1,0 +1,90 @@
+/* The inner loops of sums and of combined columns. Included by kernels.h, with its names. */
+
+/* v[n] += sum over k of h[k] column[k][n], added in the order of k. Four columns at a time keep v in registers. */
+static void FN(axpy)(const T *const *column, const T *h, int64_t count, T *restrict v, int64_t n) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) {
+        const T *const a = column[k], *const b = column[k + 1], *const c = column[k + 2], *const d = column[k + 3];
+        const T ha = h[k], hb = h[k + 1], hc = h[k + 2], hd = h[k + 3];
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) v[i] = (((v[i] + ha * a[i]) + hb * b[i]) + hc * c[i]) + hd * d[i];
+    }
+    for (; k < count; k++) {
+        const T *const a = column[k];
+        const T ha = h[k];
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) v[i] += ha * a[i];
+    }
+}
+
+static double FN(sum_lanes)(const T *lanes) {
+    double sum = 0;
+    for (int l = 0; l < FN(LANES); l++) sum += lanes[l];
+    return sum;
+}
+
+/* out[k] = column[k] . g. Four columns at a time read g once. */
+static void FN(dot)(const T *const *column, int64_t count, const T *g, int64_t n, double *out) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) {
+        const T *const a = column[k], *const b = column[k + 1], *const c = column[k + 2], *const d = column[k + 3];
+        FN(piece) sa[PIECES] = {{0}}, sb[PIECES] = {{0}}, sc[PIECES] = {{0}}, sd[PIECES] = {{0}};
+        T lanes[4][FN(LANES)];
+        int64_t i = 0;
+        for (; i + FN(LANES) <= n; i += FN(LANES)) {
+#pragma GCC unroll 4
+            for (int q = 0; q < PIECES; q++) {
+                const int64_t at = i + q * FN(PIECE);
+                const FN(piece) x = VECTOR(g + at);
+                sa[q] += VECTOR(a + at) * x;
+                sb[q] += VECTOR(b + at) * x;
+                sc[q] += VECTOR(c + at) * x;
+                sd[q] += VECTOR(d + at) * x;
+            }
+        }
+        memcpy(lanes[0], sa, 64);
+        memcpy(lanes[1], sb, 64);
+        memcpy(lanes[2], sc, 64);
+        memcpy(lanes[3], sd, 64);
+        for (int l = 0; i < n; i++, l++)
+            for (int w = 0; w < 4; w++) lanes[w][l] += column[k + w][i] * g[i];
+        for (int w = 0; w < 4; w++) out[k + w] = FN(sum_lanes)(lanes[w]);
+    }
+    for (; k < count; k++) {
+        FN(piece) s[PIECES] = {{0}};
+        T lanes[FN(LANES)];
+        int64_t i = 0;
+        for (; i + FN(LANES) <= n; i += FN(LANES)) {
+#pragma GCC unroll 4
+            for (int q = 0; q < PIECES; q++)
+                s[q] += VECTOR(column[k] + i + q * FN(PIECE)) * VECTOR(g + i + q * FN(PIECE));
+        }
+        memcpy(lanes, s, 64);
+        for (int l = 0; i < n; i++, l++) lanes[l] += column[k][i] * g[i];
+        out[k] = FN(sum_lanes)(lanes);
+    }
+}
+
+/* a . b with every product and sum in double, in eight lanes. */
+static double FN(dot_double)(const T *a, const T *b, int64_t n) {
+    FN(doubles) s[PIECES] = {{0}};
+    double lanes[8], sum = 0;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+#pragma GCC unroll 4
+        for (int q = 0; q < PIECES; q++) s[q] += WIDENED(a + i + q * FN(DOUBLES)) * WIDENED(b + i + q * FN(DOUBLES));
+    }
+    memcpy(lanes, s, 64);
+    for (int l = 0; i < n; i++, l++) lanes[l] += (double)a[i] * b[i];
+    for (int l = 0; l < 8; l++) sum += lanes[l];
+    return sum;
+}
+
+/* ||g||^2 in double, and how many entries are NaN or infinite. */
+static double FN(square_sum)(const T *g, int64_t n, int64_t *nonfinite) {
+    const T largest = sizeof(T) == sizeof(float) ? (T)0x1.fffffep127 : (T)0x1.fffffffffffffp1023;
+    int64_t bad = 0;
+    for (int64_t i = 0; i < n; i++) bad += !(g[i] <= largest && g[i] >= -largest);
+    *nonfinite = bad;
+    return FN(dot_double)(g, g, n);
+}
