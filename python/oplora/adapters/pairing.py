@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import OPLoRATypeError, OPLoRAValueError
 from .layers import AdaptedLayer, PlainLayer, check_parameter
-from .peft import check_adapter_name, find_layers, has_peft_layers, other_parameters, unwrapped
+from .peft import check_adapter_name, find_layers, has_peft_layers, memory_of, other_parameters, unwrapped
+from .share import divide_again, is_zero
 from .tensors import OTHER_NAMES, STARTS
 
 __all__ = ["Found", "find", "layer_of"]
@@ -63,6 +64,7 @@ def find(params: Any, adapter_name: str | None = None) -> Found:
 
 def _of_module(model: nn.Module, adapter_name: str | None) -> Found:
     """One group of what is generated, and one of everything else that is trainable."""
+    divide_again(model)
     layers: Sequence[AdaptedLayer] = ()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not has_peft_layers(model):
@@ -214,7 +216,7 @@ def _without_twins(layers: list[PlainLayer]) -> list[PlainLayer]:
     for layer in layers:
         own: list[int] = []
         for i, tensor in enumerate(layer.held):
-            memory = tensor.data_ptr(), tensor.numel(), tensor.dtype
+            memory = memory_of(tensor)
             if memory in owners and tensor.numel():
                 owner, index = owners[memory]
                 owner.twins = [*owner.twins, PlainTwin(layer.name, layer.tensors[i], index, tensor)]
@@ -249,7 +251,7 @@ def _layers_by_shape(groups: Sequence[Sequence[tuple[int, Any]]]) -> list[PlainL
 
 def _fits(down: Any, up: Any) -> bool:
     r = down.shape[0]
-    return bool(up[0].numel() == up.shape[1] == r and r < down[0].numel())
+    return bool(up.shape[1:].numel() == up.shape[1] == r and r < down.shape[1:].numel())
 
 
 def _fits_any(item: tuple[int, Any], others: Sequence[tuple[int, Any]]) -> bool:
@@ -277,7 +279,7 @@ def _pair(down: tuple[int, Any], up: tuple[int, Any]) -> PlainLayer:
     tensors = [down[1], up[1]]
     for tensor in tensors:
         check_parameter(name, "a tensor", tensor)
-    zero = [not bool(tensor.detach().count_nonzero()) for tensor in tensors]
+    zero = [is_zero(tensor) for tensor in tensors]
     roles = ("lora_embedding_A", "lora_embedding_B") if zero == [True, False] else ("lora_A", "lora_B")
     return PlainLayer(name, "", roles, tensors)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..adapters import find, require_pairs
+from ..adapters import find, here, require_pairs
 from ..engines import FOUND, Batch
 from ..kernels import is_capturing
 from .clipping import Clipped, scale_gradients
@@ -171,7 +171,16 @@ class AdamW(Resumable):
         self._steps_until_told = TOLD_AFTER
         self._captured: list[Tensor] = []  # numbers of groups that CUDA graphs read
         init = chosen.init if init is None else init
-        stepper = Stepper(found.layers, recipe, init=init, shard=shard, delta=precondition, elsewhere=elsewhere)
+        stepper = Stepper(
+            found.layers,
+            recipe,
+            self._all(),
+            init=init,
+            shard=shard,
+            delta=precondition,
+            elsewhere=elsewhere,
+            model=found.model,
+        )
         self._begin(stepper, chosen, hidden_lr_ratio)
         self._unstepped = None if found.model is None else Unstepped(found.model, adapter_name, self._all())
         log.info("oplora: %s", self._summary())
@@ -285,14 +294,12 @@ class AdamW(Resumable):
         if reports is None:
             reports = [batch.engine.measure(batch) for batch in batches]
         others = self._stepper.plain.gradients()
-        squares = [self._stepper.squares(batches, reports)]
-        squares += [norm.square() for norm in torch._foreach_norm([g.double() for g in others])] if others else []
-        device = squares[0].device
-        norm = torch.cat([square.view(-1).to(device, non_blocking=True) for square in squares]).sum().sqrt()
+        squares = self._stepper.squares(batches, reports)
+        device, norm = squares.device, torch.sqrt(squares.sum())
         scale = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
         is_on_device = self._stepper.is_on_device or device.type != "cpu"  # where reading the scale would wait
         if is_on_device or float(scale) != 1.0:
-            factors = [p.grad for p in self._stepper.listing.generated() if p.grad is not None]
+            factors = [here(p.grad) for p in self._stepper.listing.generated() if p.grad is not None]
             scale_gradients([*factors, *others, *(g for batch in batches for g in batch.scaled())], scale)
             for batch, report in zip(batches, reports, strict=True):
                 batch.engine.state.scale(batch, report, scale.to(report.device, non_blocking=True))

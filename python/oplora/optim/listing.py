@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters import AdaptedLayer, by_layer, check_layers
+from ..adapters import AdaptedLayer, PlainLayer, by_layer, check_layers, is_divided, known_or_found
 from ..errors import OPLoRARuntimeError
 
 __all__ = ["Listing", "differ"]
@@ -15,22 +15,27 @@ _requires_grad = attrgetter("requires_grad")
 
 
 class Listing:
-    """The generated tensors of all layers, one behind the other: `now()`. PEFT may replace them at any time."""
+    """The generated tensors of all layers, one behind the other: `now()`. PEFT may replace them at any time.
 
-    def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
-        self.layers = layers
+    model: that the layers are of, where one was handed over.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLayer], model: nn.Module | None = None) -> None:
+        self.layers, self._model = layers, model
         self._places = [place for layer in layers for place in layer.places()]
         self._modules = [module for layer in layers for module in layer.modules()]
         self._has_twins = any(layer.twins for layer in layers)
         self._known: list[nn.Parameter] = []
         self._groups: list[list[nn.Parameter]] = []
+        self._is_divided = False
 
     def now(self) -> list[nn.Parameter]:
         """The layers' own tensors."""
         try:
-            return [at[key]._parameters["weight"] if of_module else at[key] for at, key, of_module in self._places]
+            own = [at[key]._parameters["weight"] if of_module else at[key] for at, key, of_module in self._places]
         except KeyError:
             return [p for layer in self.layers for p in layer.parameters()]  # which says what is gone
+        return list(map(known_or_found, self._known, own)) if self._is_divided else own
 
     def _with_twins(self, own: list[nn.Parameter]) -> list[nn.Parameter]:
         if not self._has_twins:
@@ -64,6 +69,8 @@ class Listing:
         before = self._with_twins(self._known) if self._known else []
         after = self._with_twins(own)
         replaced = {id(old): new for old, new in zip(before, after, strict=False) if old is not new}
+        if any(map(is_divided, replaced.values())):
+            replaced |= self._divided_since(groups)
         for group in groups:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]  # a list of its own: accelerate writes
         listed = {id(p) for group in groups for p in group["params"]}
@@ -76,8 +83,33 @@ class Listing:
             )
         if differ(own, self._known):
             check_layers(self.layers)
+        self._is_divided = any(map(is_divided, own))
         self._known, self._groups = own, [list(group["params"]) for group in groups]
         return replaced
+
+    def follow_places(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Tensors that were handed over without a module are where they were in the groups: accelerate puts into their
+        places what fully_shard has made of them. Whether some are others now."""
+        if [len(group["params"]) for group in groups] != list(map(len, self._groups)):
+            return False
+        there = {
+            id(old): new
+            for group, held in zip(groups, self._groups, strict=True)
+            for old, new in zip(held, group["params"], strict=True)
+            if new is not old and is_divided(new) and new.shape == old.shape
+        }
+        layers = [layer for layer in self.layers if isinstance(layer, PlainLayer)] if there else []
+        for layer in layers:
+            layer.held[:] = [there.get(id(p), p) for p in layer.held]
+        return bool(layers)
+
+    def _divided_since(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
+        """What fully_shard has made of all else that the optimizer has of the model, by the id of what was there."""
+        if self._model is None:
+            return {}
+        present = dict(self._model.named_parameters())
+        pairs = ((p, present.get(name)) for g in groups for name, p in zip(g["param_names"], g["params"], strict=True))
+        return {id(old): new for old, new in pairs if new is not None and new is not old and is_divided(new)}
 
     def group_of(self, own: Iterable[nn.Parameter]) -> list[int]:
         """The number of each tensor's group."""

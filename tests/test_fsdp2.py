@@ -1,0 +1,421 @@
+"""oplora.AdamW on tensors that processes divide: FSDP2's fully_shard, tensor parallelism, and checkpoints across them.
+
+A test hands a function of this module to all processes of a group, and gets what each of them returns.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import assert_same_bits, batches
+from peft import LoraConfig, get_peft_model
+from ranks import Ranks, join_group
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+import oplora
+
+WIDTHS = (12, 7, 5, 12)  # of which neither 2 nor 3 processes get even shares
+PRELOADED = ("accelerate", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint")
+Bits = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    group = Ranks(join_group, PRELOADED, request.param)
+    yield group
+    group.stop(wait=True)
+
+
+# ---- what they train ----
+
+
+def make_chain(dtype: torch.dtype = torch.float32, **config: Any) -> nn.Module:
+    """LoRA on three linear layers, always from the same seed."""
+    torch.manual_seed(0)
+    linears = [nn.Linear(*pair) for pair in pairwise(WIDTHS)]
+    chain = nn.Sequential(*(layer for linear in linears for layer in (linear, nn.Tanh())))
+    settings = {"r": 3, "target_modules": ["0", "2", "4"], **config}
+    return get_peft_model(chain.to(dtype), LoraConfig(**settings), autocast_adapter_dtype=False)
+
+
+def data(steps: int, dtype: torch.dtype = torch.float32) -> list[Batch]:
+    return list(batches(steps, dtype, (WIDTHS[0], WIDTHS[-1])))
+
+
+def part(batch: Batch, rank: int, world: int) -> Batch:
+    x, y = batch
+    return x[rank::world], y[rank::world]
+
+
+def divide(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
+    """As scripts do: every layer by itself, then what is left."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
+    for layer in model.base_model.model[::2]:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def backward(model: nn.Module, batch: Batch) -> Tensor:
+    x, y = batch
+    loss = (model(x) - y).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, some: list[Batch]) -> list[float]:
+    """Each process on its part of every batch; the mean of all losses of each step."""
+    losses = []
+    for batch in some:
+        optimizer.zero_grad()
+        loss = backward(model, part(batch, dist.get_rank(), dist.get_world_size()))
+        optimizer.step()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / dist.get_world_size())
+    return losses
+
+
+def train_alone(model: nn.Module, optimizer: torch.optim.Optimizer, some: list[Batch], world: int) -> list[float]:
+    """The same in one process, which averages the gradients itself."""
+    losses = []
+    for batch in some:
+        optimizer.zero_grad()
+        losses.append(sum(backward(model, part(batch, rank, world)).item() for rank in range(world)) / world)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= world
+        optimizer.step()
+    return losses
+
+
+def whole(tensor: Any) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def trained(model: nn.Module) -> Bits:
+    return {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_close(ours: Bits, theirs: Bits, dtype: torch.dtype) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        error = (tensor - theirs[name]).norm() / theirs[name].norm()
+        assert error <= RELATIVE[dtype], f"{name}: {error}"
+
+
+def run_divided(dtype: torch.dtype, config: dict[str, Any], options: dict[str, Any]) -> Bits:
+    model = divide(make_chain(dtype, **config), **options)
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, data(50, dtype))
+    return trained(model)
+
+
+def run_alone(dtype: torch.dtype, config: dict[str, Any], world: int) -> Bits:
+    model = make_chain(dtype, **config)
+    train_alone(model, oplora.AdamW(model), data(50, dtype), world)
+    return trained(model)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"use_dora": True},
+    "biases and a head": {"bias": "all", "target_modules": ["0", "2"], "modules_to_save": ["4"]},
+}
+
+
+@pytest.mark.parametrize("dtype", RELATIVE, ids=str)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}], ids=["resharded", "kept"])
+def test_divided_training_equals_one_process(
+    ranks: Ranks, config: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    alone = run_alone(dtype, CONFIGS[config], ranks.world)
+    for bits in ranks.run(run_divided, dtype, CONFIGS[config], options):
+        assert_close(bits, alone, dtype)
+
+
+# ---- what is kept ----
+
+
+def entries_and_bytes() -> tuple[int, int, int]:
+    """Factor entries of this process and of the model, and bytes of the state's arenas here."""
+    model = divide(make_chain())
+    optimizer = oplora.AdamW(model)
+    every = [p for p in model.parameters() if p.requires_grad]
+    pieces = [piece for s in optimizer._stepper.states for key, piece in s.pieces().items() if key != "found"]
+    return sum(p.to_local().numel() for p in every), sum(p.numel() for p in every), sum(p.nbytes for p in pieces)
+
+
+def test_process_keeps_the_state_of_its_entries_alone(ranks: Ranks) -> None:
+    results = ranks.run(entries_and_bytes)
+    assert sum(here for here, _, _ in results) == results[0][1]
+    for here, _, kept in results:
+        assert kept == 8 * here
+
+
+def placements_of_state() -> list[tuple[Any, Any, Any, Any]]:
+    model = divide(make_chain(torch.bfloat16))
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, data(1, torch.bfloat16))
+    return [
+        (value.placements == p.placements, value.shape == p.shape, value.to_local().shape == p.to_local().shape, name)
+        for p, entry in optimizer.state.items()
+        for name, value in entry.items()
+        if name in ("generated", "exp_avg_sq", "master")
+    ]
+
+
+def test_state_is_placed_as_its_parameter(ranks: Ranks) -> None:
+    for found in ranks.run(placements_of_state):
+        assert len(found) == 6 * 3
+        assert all(placed and whole and here for placed, whole, here, _ in found)
+
+
+# ---- one message a step, and the same bits ----
+
+
+def count_messages(config: dict[str, Any], max_grad_norm: float | None) -> list[int]:
+    model = divide(make_chain(**config))
+    optimizer = oplora.AdamW(model, max_grad_norm=max_grad_norm)
+    counts = []
+    for batch in data(4):
+        backward(model, part(batch, dist.get_rank(), dist.get_world_size()))
+        with CommDebugMode() as messages:
+            optimizer.step()
+            optimizer.zero_grad()
+        counts.append(messages.get_total_counts())
+    return counts
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_step_sends_one_message(ranks: Ranks, config: str) -> None:
+    assert ranks.run(count_messages, CONFIGS[config], None) == [[1] * 4] * ranks.world
+
+
+def test_clipping_step_sends_two_messages(ranks: Ranks) -> None:
+    assert ranks.run(count_messages, CONFIGS["biases and a head"], 0.1) == [[2] * 4] * ranks.world
+
+
+def run_twice(dtype: torch.dtype) -> tuple[Bits, Bits, list[float]]:
+    runs = []
+    for _ in range(2):
+        model = divide(make_chain(dtype))
+        optimizer = oplora.AdamW(model)
+        train(model, optimizer, data(20, dtype))
+        runs.append(trained(model))
+    return runs[0], runs[1], optimizer._stepper.found.tolist()
+
+
+def test_runs_of_as_many_processes_are_equal_to_the_bit(ranks: Ranks) -> None:
+    results = ranks.run(run_twice, torch.float32)
+    for one, two, found in results:
+        assert_same_bits(one, two)
+        assert found == results[0][2]
+
+
+# ---- how they are divided ----
+
+
+def make_narrow() -> nn.Module:
+    """Of its factors some have one row."""
+    torch.manual_seed(0)
+    chain = nn.Sequential(nn.Linear(12, 1), nn.Tanh(), nn.Linear(1, 12)).double()
+    return get_peft_model(chain, LoraConfig(r=1, target_modules=["0"]), autocast_adapter_dtype=False)
+
+
+def run_narrow(alone: int | None = None) -> Bits:
+    model = make_narrow()
+    if alone is None:
+        optimizer = oplora.AdamW(fully_shard(model))
+        assert dist.get_rank() == 0 or not any(p.to_local().numel() for p in optimizer.state)
+        train(model, optimizer, data(50, torch.float64))
+    else:
+        train_alone(model, oplora.AdamW(model), data(50, torch.float64), alone)
+    return trained(model)
+
+
+def test_process_without_any_row_trains_along(ranks: Ranks) -> None:
+    alone = run_narrow(ranks.world)
+    for bits in ranks.run(run_narrow):
+        assert_close(bits, alone, torch.float64)
+
+
+def run_mixed() -> tuple[Bits, list[float]]:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = divide(make_chain(), mp_policy=policy)
+    optimizer = oplora.AdamW(model)
+    losses = []
+    for step in range(30):
+        losses += train(model, optimizer, [data(1)[0]] if step else data(1))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    return trained(model), losses
+
+
+def test_mixed_precision_trains_float32_shards(ranks: Ranks) -> None:
+    results = ranks.run(run_mixed)
+    for bits, losses in results:
+        assert_same_bits(bits, results[0][0])
+        assert losses[-1] < 0.8 * losses[0]
+
+
+def run_half(alone: int | None = None) -> Bits:
+    model = make_chain(torch.bfloat16)
+    if alone is None:
+        train(divide(model), oplora.AdamW(model), data(20, torch.bfloat16))
+    else:
+        train_alone(model, oplora.AdamW(model), data(20, torch.bfloat16), alone)
+    return trained(model)
+
+
+def test_bfloat16_shards_keep_their_masters(ranks: Ranks) -> None:
+    alone = run_half(ranks.world)
+    for bits in ranks.run(run_half):
+        for name, tensor in bits.items():
+            torch.testing.assert_close(tensor, alone[name], rtol=0.05, atol=0.01)
+
+
+def run_list(names: bool, alone: int | None = None) -> Bits:
+    """From parameters instead of the model."""
+    model = make_chain(torch.float64)
+    if alone is None:
+        divide(model)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = oplora.AdamW(named if names else [p for _, p in named])
+    if alone is None:
+        train(model, optimizer, data(30, torch.float64))
+    else:
+        train_alone(model, optimizer, data(30, torch.float64), alone)
+    return trained(model)
+
+
+@pytest.mark.parametrize("names", [True, False], ids=["named", "nameless"])
+def test_lists_of_divided_parameters_train_as_the_model(ranks: Ranks, names: bool) -> None:
+    alone = run_list(names, ranks.world)
+    for bits in ranks.run(run_list, names):
+        assert_close(bits, alone, torch.float64)
+
+
+def run_late(steps_before: int, alone: int | None = None) -> Bits:
+    """fully_shard after the optimizer, and after some of its steps."""
+    model = make_chain(torch.float64, bias="all")
+    optimizer = oplora.AdamW(model)
+    world = dist.get_world_size() if alone is None else alone
+    some = data(30, torch.float64)
+    train_alone(model, optimizer, some[:steps_before], world)
+    if alone is None:
+        divide(model)
+        train(model, optimizer, some[steps_before:])
+        assert all(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
+    else:
+        train_alone(model, optimizer, some[steps_before:], world)
+    return trained(model)
+
+
+@pytest.mark.parametrize("steps_before", [0, 5])
+def test_optimizer_made_before_the_tensors_are_divided_goes_on(ranks: Ranks, steps_before: int) -> None:
+    alone = run_late(steps_before, ranks.world)
+    for bits in ranks.run(run_late, steps_before):
+        assert_close(bits, alone, torch.float64)
+
+
+def run_gathered(between: bool) -> Bits:
+    """The optimizer is made, and zero_grad() called, while the root holds what was gathered for a forward pass."""
+    model = fully_shard(make_chain())
+    if between:
+        with torch.no_grad():
+            model(data(1)[0][0])
+    optimizer = oplora.AdamW(model)
+    for batch in data(10):
+        x, y = part(batch, dist.get_rank(), dist.get_world_size())
+        if not between:
+            optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        if between:
+            optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return trained(model)
+
+
+def test_zero_grad_between_forward_and_backward_changes_no_bit(ranks: Ranks) -> None:
+    for bits, others in zip(ranks.run(run_gathered, True), ranks.run(run_gathered, False), strict=True):
+        assert_same_bits(bits, others)
+
+
+# ---- clipping and refusals ----
+
+
+def clip(config: dict[str, Any], alone: int | None = None) -> tuple[float, Bits, Bits]:
+    """The norm, the clipped gradients, and what is trained by an optimizer that clips."""
+    model, other = make_chain(torch.float64, **config), make_chain(torch.float64, **config)
+    world = dist.get_world_size() if alone is None else alone
+    if alone is None:
+        divide(model), divide(other)
+    optimizer, clipping = oplora.AdamW(model), oplora.AdamW(other, max_grad_norm=0.1)
+    for batch in data(3, torch.float64):
+        optimizer.zero_grad()
+        if alone is None:
+            backward(model, part(batch, dist.get_rank(), world))
+        else:
+            for rank in range(world):
+                backward(model, part(batch, rank, world))
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad /= world
+        norm = optimizer.clip_grad_norm_(0.1)
+        clipped = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    if alone is None:
+        train(other, clipping, data(3, torch.float64))
+    else:
+        train_alone(other, clipping, data(3, torch.float64), world)
+    return norm.item(), clipped, trained(other)
+
+
+@pytest.mark.parametrize("config", ["LoRA", "biases and a head"])
+def test_clipping_scales_by_the_norm_of_all_gradients(ranks: Ranks, config: str) -> None:
+    norm, clipped, bits = clip(CONFIGS[config], ranks.world)
+    for their_norm, theirs, their_bits in ranks.run(clip, CONFIGS[config]):
+        assert their_norm == pytest.approx(norm, rel=1e-12)
+        assert_close(theirs, clipped, torch.float64)
+        assert_close(their_bits, bits, torch.float64)
+
+
+def meet_nan(where: str) -> tuple[str, Bits, Bits]:
+    model = divide(make_chain(**CONFIGS["biases and a head"]))
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, data(2))
+    before = state_of(model, optimizer)
+    optimizer.zero_grad()
+    backward(model, part(data(3)[2], dist.get_rank(), dist.get_world_size()))
+    named = dict(model.named_parameters())
+    of = next(p for name, p in named.items() if (where in name) and p.grad is not None)
+    if dist.get_rank() == 1:
+        of.grad.to_local().view(-1)[0] = float("nan")
+    with pytest.raises(oplora.OPLoRAError) as raised:
+        optimizer.step()
+    return str(raised.value), before, state_of(model, optimizer)
+
+
+def state_of(model: nn.Module, optimizer: oplora.AdamW) -> Bits:
+    kept = {
+        f"{i} {name}": whole(value)
+        for i, entry in enumerate(optimizer.state.values())
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+    return trained(model) | kept
+
+
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "bias"])
+def test_nan_in_the_rows_of_one_process_is_refused_by_all_and_changes_nothing(ranks: Ranks, where: str) -> None:
+    for message, before, after in ranks.run(meet_nan, where):
+        assert "NaN or infinity" in message
+        assert_same_bits(before, after)
