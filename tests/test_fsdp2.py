@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import adapter_types
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from ranks import Ranks, join_group
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import oplora
@@ -419,3 +421,109 @@ def test_nan_in_the_rows_of_one_process_is_refused_by_all_and_changes_nothing(ra
     for message, before, after in ranks.run(meet_nan, where):
         assert "NaN or infinity" in message
         assert_same_bits(before, after)
+
+
+# ---- every adapter type, and other meshes ----
+
+
+def run_type(case: str, alone: int | None = None) -> Bits:
+    torch.manual_seed(0)
+    model = adapter_types.make(case)
+    world = dist.get_world_size() if alone is None else alone
+    if alone is None:
+        fully_shard(model)
+    optimizer = oplora.AdamW(model)
+    some = adapter_types.data(case, 5)
+    losses = train(model, optimizer, some) if alone is None else train_alone(model, optimizer, some, world)
+    assert losses
+    return {name: p for name, p in trained(model).items() if p.numel()}
+
+
+NOT_TAKEN = {"LoRA, MultiheadAttention"}  # PEFT takes Parameters out of the module tree there, which fully_shard refuses
+
+
+@pytest.mark.parametrize("case", [case for case in adapter_types.CASES if case not in NOT_TAKEN])
+def test_every_adapter_type_that_fully_shard_takes_trains_as_in_one_process(ranks: Ranks, case: str) -> None:
+    alone = run_type(case, ranks.world)
+    for bits in ranks.run(run_type, case):
+        assert_close(bits, alone, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    group = Ranks(join_group, PRELOADED, 4)
+    yield group
+    group.stop(wait=True)
+
+
+def run_hybrid() -> tuple[Bits, float, int]:
+    """Two replicas, each divided among two processes."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = divide(make_chain(torch.float64, **CONFIGS["biases and a head"]), mesh)
+    optimizer = oplora.AdamW(model, max_grad_norm=0.1)
+    train(model, optimizer, data(30, torch.float64))
+    kept = sum(piece.numel() for s in optimizer._stepper.states for key, piece in s.pieces().items() if key != "found")
+    return trained(model), optimizer.found_lr, kept
+
+
+def test_hybrid_mesh_counts_every_entry_once(four: Ranks) -> None:
+    model = make_chain(torch.float64, **CONFIGS["biases and a head"])
+    optimizer = oplora.AdamW(model, max_grad_norm=0.1)
+    train_alone(model, optimizer, data(30, torch.float64), 4)
+    entries = sum(p.numel() for p in optimizer._stepper.listing.generated())
+    results = four.run(run_hybrid)
+    for bits, rate, _ in results:
+        assert_close(bits, trained(model), torch.float64)
+        assert rate == results[0][1] == pytest.approx(optimizer.found_lr, rel=1e-9)
+    assert sum(kept for _, _, kept in results) == 2 * 2 * entries
+
+
+def parallel(model: nn.Module, mesh: Any) -> nn.Module:
+    """By hand what tensor parallelism does: of one layer the rows of B are divided, of the next the columns of A."""
+    divided = {(0, "lora_B"): Shard(0), (2, "lora_A"): Shard(1), (4, "lora_B"): Shard(0)}
+    for name, parameter in list(model.named_parameters()):
+        *path, last = name.split(".")
+        place = next((p for (i, part), p in divided.items() if f"model.{i}." in name and part in name), Replicate())
+        new = distribute_tensor(parameter.detach(), mesh, [place])
+        setattr(model.get_submodule(".".join(path)), last, nn.Parameter(new, requires_grad=parameter.requires_grad))
+    return model
+
+
+def run_parallel(data_parallel: bool) -> tuple[Bits, float]:
+    """Every process sees all data; with `data_parallel` half of it, and the factors are divided by fully_shard too."""
+    if data_parallel:
+        meshes = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        mesh, rank = meshes["tp"], meshes["dp"].get_local_rank()
+    else:
+        mesh, rank = dist.init_device_mesh("cpu", (dist.get_world_size(),)), None
+    model = parallel(make_chain(torch.float64), mesh)
+    if data_parallel:
+        model = divide(model, meshes["dp"])
+    optimizer = oplora.AdamW(model, max_grad_norm=0.1)
+    for batch in data(30, torch.float64):
+        optimizer.zero_grad()
+        x, y = (DTensor.from_local(t, mesh, [Replicate()]) for t in (batch if rank is None else part(batch, rank, 2)))
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    return trained(model), optimizer.found_lr
+
+
+def run_clipped_alone(world: int) -> tuple[Bits, float]:
+    model = make_chain(torch.float64)
+    optimizer = oplora.AdamW(model, max_grad_norm=0.1)
+    train_alone(model, optimizer, data(30, torch.float64), world)
+    return trained(model), optimizer.found_lr
+
+
+def test_rows_and_columns_of_tensor_parallelism_train_as_in_one_process(ranks: Ranks) -> None:
+    alone, rate = run_clipped_alone(1)
+    for bits, found in ranks.run(run_parallel, False):
+        assert_close(bits, alone, torch.float64)
+        assert found == pytest.approx(rate, rel=1e-9)
+
+
+def test_tensor_parallelism_under_fully_shard_trains_as_in_one_process(four: Ranks) -> None:
+    alone, rate = run_clipped_alone(2)
+    for bits, found in four.run(run_parallel, True):
+        assert_close(bits, alone, torch.float64)
+        assert found == pytest.approx(rate, rel=1e-9)
