@@ -5,21 +5,29 @@ A test hands a function of this module to all processes of a group, and gets wha
 
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import adapter_types
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import assert_same_bits, batches
 from peft import LoraConfig, get_peft_model
 from ranks import Ranks, join_group
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import oplora
+from oplora import engines
+from oplora.optim import refusals
 
 WIDTHS = (12, 7, 5, 12)  # of which neither 2 nor 3 processes get even shares
 PRELOADED = ("accelerate", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint")
@@ -351,6 +359,49 @@ def test_zero_grad_between_forward_and_backward_changes_no_bit(ranks: Ranks) -> 
         assert_same_bits(bits, others)
 
 
+# ---- the kernels that a GPU would run, executed on the CPU ----
+
+
+def run_on_device(library: Path | None, nan_in: int | None) -> tuple[Bits, list[float], list[bool]]:
+    """With a NaN in the rows of one process before one of the steps: what is trained, what was found, and whether each
+    step raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        if library is not None:
+            patch.setenv("OPLORA_CUDA_LIBRARY", str(library))
+            for module in (engines, refusals):
+                patch.setattr(module, "runs_on_device", lambda _: True)
+        torch.set_flush_denormal(True)
+        model = divide(make_chain(torch.float32, **CONFIGS["biases and a head"]))
+        optimizer, raised = oplora.AdamW(model, max_grad_norm=0.1), []
+        for step, batch in enumerate(data(10)):
+            optimizer.zero_grad()
+            backward(model, part(batch, dist.get_rank(), dist.get_world_size()))
+            if step == nan_in and dist.get_rank() == 1:
+                next(iter(optimizer.state)).grad.to_local().view(-1)[0] = float("nan")
+            try:
+                optimizer.step()
+                raised.append(False)
+            except oplora.OPLoRAError:
+                raised.append(True)
+        torch.set_flush_denormal(False)
+    return trained(model), optimizer._stepper.found.tolist(), raised
+
+
+def test_divided_tensors_train_on_a_device_as_on_the_host(ranks: Ranks, cuda_on_cpu: Path) -> None:
+    on_device, on_host = (ranks.run(run_on_device, library, None) for library in (cuda_on_cpu, None))
+    for (bits, found, raised), (others, expected, _) in zip(on_device, on_host, strict=True):
+        assert not any(raised) and found == on_device[0][1] == pytest.approx(expected, rel=1e-6)
+        for name, tensor in bits.items():
+            torch.testing.assert_close(tensor, others[name], rtol=1e-5, atol=1e-7)
+
+
+def test_refusal_on_a_device_is_told_in_the_same_step_by_all(ranks: Ranks, cuda_on_cpu: Path) -> None:
+    results = ranks.run(run_on_device, cuda_on_cpu, 4)
+    for bits, _, raised in results:
+        assert [step for step, some in enumerate(raised) if some] == [5]
+        assert_same_bits(bits, results[0][0])
+
+
 # ---- clipping and refusals ----
 
 
@@ -439,7 +490,7 @@ def run_type(case: str, alone: int | None = None) -> Bits:
     return {name: p for name, p in trained(model).items() if p.numel()}
 
 
-NOT_TAKEN = {"LoRA, MultiheadAttention"}  # PEFT takes Parameters out of the module tree there, which fully_shard refuses
+NOT_TAKEN = {"LoRA, MultiheadAttention"}  # PEFT takes Parameters out of the module tree, which fully_shard refuses
 
 
 @pytest.mark.parametrize("case", [case for case in adapter_types.CASES if case not in NOT_TAKEN])
@@ -527,3 +578,178 @@ def test_tensor_parallelism_under_fully_shard_trains_as_in_one_process(four: Ran
     for bits, found in four.run(run_parallel, True):
         assert_close(bits, alone, torch.float64)
         assert found == pytest.approx(rate, rel=1e-9)
+
+
+# ---- checkpoints that other numbers of processes go on with ----
+
+SAVED = 6  # steps before saving
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[dict[int, Ranks]]:
+    made = {world: Ranks(join_group, PRELOADED, world) for world in (2, 3)}
+    yield made
+    for group in made.values():
+        group.stop(wait=True)
+
+
+def train_whole(model: nn.Module, optimizer: torch.optim.Optimizer, some: list[Batch]) -> list[float]:
+    """On the whole of every batch in every process, so that the number of processes does not matter."""
+    losses = []
+    for batch in some:
+        optimizer.zero_grad()
+        losses.append(backward(model, batch).item())
+        optimizer.step()
+    return losses
+
+
+def started(kept: bool) -> nn.Module:
+    """A model; with `kept` factors of its own, which tell the rate against a start that is kept."""
+    model = make_chain(torch.float64, bias="all")
+    if kept:
+        torch.manual_seed(3)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=0.1)
+    return model
+
+
+def resumed(kept: bool, folder: Path, steps: int, form: str) -> list[float]:
+    """With a folder that is there the losses after what was saved in it; else those after it was made."""
+    model = started(kept)
+    if dist.is_initialized():
+        divide(model)
+    optimizer = oplora.AdamW(model)
+    some, options = data(steps, torch.float64), FORMS[form]
+    begin = not folder.exists()
+    if begin:
+        train_whole(model, optimizer, some[:SAVED])
+    else:
+        train_whole(model, optimizer, some[:1])  # what is loaded into is not as new
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+    state = {"model": of_model, "optimizer": of_optimizer}
+    if begin:
+        dcp.save(state, checkpoint_id=folder)
+    else:
+        dcp.load(state, checkpoint_id=folder)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
+    return train_whole(model, optimizer, some[SAVED:])
+
+
+FORMS = {"nested": StateDictOptions(), "flattened": StateDictOptions(flatten_optimizer_state_dict=True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kept", [False, True], ids=["from zero", "from a start"])
+@pytest.mark.parametrize(("saving", "loading"), [(2, 1), (1, 3), (2, 3), (3, 2)])
+def test_run_goes_on_with_another_number_of_processes(
+    groups: dict[int, Ranks], tmp_path: Path, saving: int, loading: int, kept: bool, form: str
+) -> None:
+    def call(world: int) -> list[list[float]]:
+        arguments = kept, tmp_path / "saved", 12, form
+        return [resumed(*arguments)] if world == 1 else groups[world].run(resumed, *arguments)
+
+    losses = call(saving)[0]
+    for others in call(loading):
+        assert others == pytest.approx(losses, rel=1e-12)
+
+
+def full_state(path: Path) -> list[float]:
+    """As rank 0 saves it in one file, and every rank loads it."""
+    model = divide(started(False))
+    optimizer = oplora.AdamW(model)
+    some, options = data(12, torch.float64), StateDictOptions(full_state_dict=True, cpu_offload=True)
+    train_whole(model, optimizer, some[:SAVED])
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+    if dist.get_rank() == 0:
+        torch.save({"model": of_model, "optimizer": of_optimizer}, path)
+    losses = train_whole(model, optimizer, some[SAVED:])
+    dist.barrier()
+    fresh = divide(started(False))
+    other, saved = oplora.AdamW(fresh), torch.load(path, weights_only=True)
+    set_state_dict(fresh, other, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options)
+    assert train_whole(fresh, other, some[SAVED:]) == losses
+    return losses
+
+
+def test_full_state_of_one_file_goes_on_divided_and_whole(ranks: Ranks, tmp_path: Path) -> None:
+    losses = ranks.run(full_state, tmp_path / "saved.pt")[0]
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    model = started(False)
+    optimizer = oplora.AdamW(model)
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    assert train_whole(model, optimizer, data(12, torch.float64)[SAVED:]) == pytest.approx(losses, rel=1e-12)
+
+
+def refuse_other_rank() -> tuple[Bits, Bits, list[str]]:
+    """Of a checkpoint of another rank: what was there before and after the refusal, and whether all refuse."""
+    other = oplora.AdamW(divide(make_chain(r=2)))
+    model = divide(make_chain())
+    optimizer = oplora.AdamW(model)
+    train(model, optimizer, data(1))
+    before = state_of(model, optimizer)
+    with pytest.raises(oplora.OPLoRAError) as raised:
+        optimizer.load_state_dict(other.state_dict())
+    return before, state_of(model, optimizer), [str(raised.value)]
+
+
+def test_checkpoint_that_does_not_fit_changes_nothing_in_any_process(ranks: Ranks) -> None:
+    for before, after, (message,) in ranks.run(refuse_other_rank):
+        assert "shapes" in message or "another process" in message
+        assert_same_bits(before, after)
+
+
+# ---- accelerate ----
+
+
+def prepare(optimizer_of: str) -> tuple[Accelerator, nn.Module, Any]:
+    """As a script does it, with accelerate's plugin for FSDP2, which it takes on GPUs only unless told."""
+    accelerator = Accelerator()
+    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
+    )
+    model = make_chain(torch.float64, **CONFIGS["biases and a head"])
+    params: Any = model if optimizer_of == "model" else [p for p in model.parameters() if p.requires_grad]
+    return accelerator, *accelerator.prepare(model, oplora.AdamW(params))
+
+
+def run_accelerate(optimizer_of: str, folder: Path) -> tuple[Bits, list[float], list[float]]:
+    """What is trained, and the losses after save_state, of that run and of one that loads it."""
+    some, resumed_losses = data(12, torch.float64), []
+    accelerator, model, optimizer = prepare(optimizer_of)
+    for batch in some[:SAVED]:
+        step_accelerated(accelerator, model, optimizer, batch)
+    accelerator.save_state(folder)
+    losses = [step_accelerated(accelerator, model, optimizer, batch) for batch in some[SAVED:]]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, fresh, optimizer = prepare(optimizer_of)
+    accelerator.load_state(folder)
+    resumed_losses = [step_accelerated(accelerator, fresh, optimizer, batch) for batch in some[SAVED:]]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
+    return trained(model), losses, resumed_losses
+
+
+def step_accelerated(accelerator: Accelerator, model: nn.Module, optimizer: Any, batch: Batch) -> float:
+    x, y = part(batch, dist.get_rank(), dist.get_world_size())
+    loss = (model(x) - y).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.mark.parametrize("optimizer_of", ["model", "parameters"])
+def test_accelerates_plugin_trains_saves_and_resumes(ranks: Ranks, tmp_path: Path, optimizer_of: str) -> None:
+    model = make_chain(torch.float64, **CONFIGS["biases and a head"])
+    train_alone(model, oplora.AdamW(model), data(12, torch.float64), ranks.world)
+    for bits, losses, resumed_losses in ranks.run(run_accelerate, optimizer_of, tmp_path / "saved"):
+        assert resumed_losses == losses
+        assert_close({k.replace("_orig_mod.", ""): v for k, v in bits.items()}, trained(model), torch.float64)

@@ -1,6 +1,7 @@
 """Which tensors an optimizer generates, as the layers hold them now, and in which of its parameter groups they are."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter, is_not
 from typing import Any
 
@@ -59,16 +60,24 @@ class Listing:
             or any(differ(group["params"], held) for group, held in zip(groups, self._groups, strict=True))
         )
 
-    def update(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
-        """Puts tensors that PEFT has replaced into the places of those before. Returns which: the new one by the id of
-        the old.
+    def update(
+        self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]
+    ) -> tuple[list[nn.Parameter], dict[int, nn.Parameter]]:
+        """Puts tensors that PEFT or fully_shard has replaced into the places of those before. Returns the layers' own
+        as they are now, and which were replaced: the new one by the id of the old.
 
         Raises:
             OPLoRAError: somebody else has put other tensors in their place.
         """
+        there = self._in_the_same_places(groups)
+        if there:
+            for layer in self.layers:
+                if isinstance(layer, PlainLayer):
+                    layer.held[:] = [there.get(id(p), p) for p in layer.held]
+            own = self.now()
         before = self._with_twins(self._known) if self._known else []
         after = self._with_twins(own)
-        replaced = {id(old): new for old, new in zip(before, after, strict=False) if old is not new}
+        replaced = there | {id(old): new for old, new in zip(before, after, strict=False) if old is not new}
         if any(map(is_divided, replaced.values())):
             replaced |= self._divided_since(groups)
         for group in groups:
@@ -85,23 +94,14 @@ class Listing:
             check_layers(self.layers)
         self._is_divided = any(map(is_divided, own))
         self._known, self._groups = own, [list(group["params"]) for group in groups]
-        return replaced
+        return own, replaced
 
-    def follow_places(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Tensors that were handed over without a module are where they were in the groups: accelerate puts into their
-        places what fully_shard has made of them. Whether some are others now."""
+    def _in_the_same_places(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
+        """What accelerate has put into the places of tensors that fully_shard has divided, by the ids of these."""
         if [len(group["params"]) for group in groups] != list(map(len, self._groups)):
-            return False
-        there = {
-            id(old): new
-            for group, held in zip(groups, self._groups, strict=True)
-            for old, new in zip(held, group["params"], strict=True)
-            if new is not old and is_divided(new) and new.shape == old.shape
-        }
-        layers = [layer for layer in self.layers if isinstance(layer, PlainLayer)] if there else []
-        for layer in layers:
-            layer.held[:] = [there.get(id(p), p) for p in layer.held]
-        return bool(layers)
+            return {}
+        pairs = zip(chain.from_iterable(self._groups), (p for group in groups for p in group["params"]), strict=True)
+        return {id(old): new for old, new in pairs if new is not old and is_divided(new) and new.shape == old.shape}
 
     def _divided_since(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
         """What fully_shard has made of all else that the optimizer has of the model, by the id of what was there."""

@@ -62,9 +62,7 @@ class Resumable(torch.optim.Optimizer):
         stepper = self._stepper
         own: list[nn.Parameter] = stepper.listing.now()
         if stepper.listing.has_changed(own, self.param_groups):
-            if stepper.listing.follow_places(self.param_groups):
-                own = stepper.listing.now()
-            replaced = stepper.listing.update(own, self.param_groups)
+            own, replaced = stepper.listing.update(own, self.param_groups)
             for old in [p for p in self.state if id(p) in replaced]:
                 self.state[replaced[id(old)]] = placed_like(replaced[id(old)], self.state.pop(old))
             stepper.plain.hold(stepper.listing.others())
@@ -79,8 +77,10 @@ class Resumable(torch.optim.Optimizer):
         return own
 
     def _complete_groups(self, own: list[nn.Parameter]) -> None:
-        """What a group has beyond torch's if something in it is generated."""
-        for g in set(self._stepper.listing.group_of(own)):
+        """What a group has beyond torch's if something in it is generated; where the rate is found, every group, as a
+        step gives it to all of them."""
+        every = range(len(self.param_groups)) if self._preset.finds_rate else self._stepper.listing.group_of(own)
+        for g in set(every):
             complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
 
     def _forget(self) -> None:
