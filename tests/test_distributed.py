@@ -20,7 +20,7 @@ from conftest import assert_same_bits, batches, options_of
 from peft import LoraConfig, get_peft_model
 from ranks import WORLD, Ranks, join_group, leave_it_to_accelerate
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -727,6 +727,17 @@ def shard_factors_too(state: str, optimizer_first: bool) -> str:
 def test_factors_sharded_by_fsdp2_are_refused(ranks: Ranks, state: str, optimizer_first: bool) -> None:
     for message in ranks.run(shard_factors_too, state, optimizer_first):
         assert "FSDP2" in message and "preset='auto'" in message and "ignored_params" in message
+
+
+def flatten_by_fsdp1(use_orig_params: bool) -> str:
+    model = make_chain()
+    model = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    return message_of(lambda: oplora.AdamW(model))
+
+
+def test_factors_flattened_by_fsdp1_are_refused(ranks: Ranks) -> None:
+    for message in ranks.run(flatten_by_fsdp1, True):
+        assert "FSDP1" in message and "fully_shard" in message
 
 
 def train_averaging(model: nn.Module, optimizer: torch.optim.Optimizer, adapter: list[nn.Parameter]) -> None:

@@ -31,6 +31,8 @@ def here(tensor: Any) -> Any:
     """What this process has of it, in its memory; of anything but a DTensor itself."""
     if not is_divided(tensor):
         return tensor
+    if not torch.is_grad_enabled():
+        return tensor.to_local()
     with torch.no_grad():
         return tensor.to_local()
 
@@ -112,6 +114,7 @@ class Share(AdaptedLayer):
         self.whole, self.name, self.adapter = whole, whole.name, whole.adapter
         self.tensors, self.is_eva = whole.tensors, whole.is_eva
         self._held: list[Tensor | None] = [None] * len(whole.tensors)
+        self._addresses: list[Any] = [None] * len(whole.tensors)  # of what is here, and its dtype
         self.hold(whole.parameters())
         self.shapes = tuple(tensor.shape for tensor in self.parameters())
 
@@ -130,21 +133,21 @@ class Share(AdaptedLayer):
         stand_ins = self.parameters()
         for parameter, stand_in in zip(self._parameters, stand_ins, strict=True):
             gradient = gradient_here(parameter)
-            if gradient is not None:
-                if not gradient.numel():
-                    gradient = torch.zeros_like(stand_in)
-                if gradient.dtype != stand_in.dtype:
-                    stand_in.grad_dtype = None
+            if gradient is not None and stand_in.shape != gradient.shape:
+                gradient = torch.zeros_like(stand_in)
+            if gradient is not None and gradient.dtype != stand_in.dtype:
+                stand_in.grad_dtype = None
             stand_in.grad = gradient
         return stand_ins
 
     def _stand_in(self, i: int, parameter: nn.Parameter) -> Any:
         local, held = here(parameter), self._held[i]
-        if local.numel():
-            if held is None or held.data_ptr() != local.data_ptr() or held.dtype != local.dtype:
-                held = self._held[i] = local.detach()
-        elif held is None or held.dtype != local.dtype or held.device != local.device:
-            held = self._held[i] = torch.zeros(1, dtype=local.dtype, device=local.device)
+        address = local.data_ptr(), local.dtype
+        if held is not None and address == self._addresses[i] and held.device == local.device:
+            return held
+        self._addresses[i] = address
+        held = local.detach() if local.numel() else torch.zeros(1, dtype=local.dtype, device=local.device)
+        self._held[i] = held
         return held
 
     def published(self, i: int, tensor: Tensor) -> Tensor:

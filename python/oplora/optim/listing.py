@@ -86,9 +86,9 @@ class Listing:
         if any(id(p) not in listed for p in after):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
-                "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it "
-                "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
-                "keep the adapter out of it."
+                "DeepSpeed's ZeRO does with its flat pieces; the factors would get no gradients. Train without it: use "
+                "FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), or "
+                "DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the optimizer's state."
             )
         if differ(own, self._known):
             check_layers(self.layers)
