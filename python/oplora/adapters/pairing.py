@@ -3,7 +3,7 @@
 One rule, in this order. A module with PEFT's layers: those. Otherwise a tensor's name, which (name, tensor) pairs and
 modules give, or its `original_name`: those belong together whose names differ in the tensor's own name alone. Otherwise
 shapes: a down projection (r, in_features, ...) and an up projection (out_features, r, 1, ...) with r below in_features
-are a pair, if they come in turn, or all downs before all ups. Everything else is no adapter's, and plain.
+are a pair, if they come in turn, or some downs before as many ups. Everything else is no adapter's, and plain.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -241,10 +241,10 @@ def _layers_by_shape(groups: Sequence[Sequence[tuple[int, Any]]]) -> list[PlainL
     pairs, left = [], []
     for group in matrices:
         some = [item for item in group if _fits_any(item, everywhere)]
-        paired = _in_turn(some) or _in_halves(some)
+        paired = _in_runs(some)
         pairs += paired
         left += [] if paired else some
-    if left and not (rest := _in_turn(left) or _in_halves(left)):
+    if left and not (rest := _in_runs(left)):
         raise OPLoRAValueError(_ambiguous(left))
     return [_pair(*pair) for pair in [*pairs, *(rest if left else [])]]
 
@@ -258,12 +258,17 @@ def _fits_any(item: tuple[int, Any], others: Sequence[tuple[int, Any]]) -> bool:
     return any(_fits(item[1], other) or _fits(other, item[1]) for _, other in others if other is not item[1])
 
 
-def _in_turn(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
-    return _all_fit(some[::2], some[1::2])
-
-
-def _in_halves(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
-    return _all_fit(some[: len(some) // 2], some[len(some) // 2 :])
+def _in_runs(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
+    """In turn, or a few downs before their ups (kohya's split layers), or all downs before all ups; none where that
+    does not come out even."""
+    pairs: list[tuple[Any, Any]] = []
+    while 2 * len(pairs) < len(some):
+        rest = some[2 * len(pairs) :]
+        runs = (_all_fit(rest[:k], rest[k : 2 * k]) for k in range(1, len(rest) // 2 + 1))
+        if not (run := next((run for run in runs if run), [])):
+            return _all_fit(some[: len(some) // 2], some[len(some) // 2 :])
+        pairs += run
+    return pairs
 
 
 def _all_fit(downs: Sequence[tuple[int, Any]], ups: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:

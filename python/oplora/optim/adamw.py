@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapters import find, here, require_pairs
 from ..engines import FOUND, Batch
+from ..errors import warn
 from ..kernels import is_capturing
 from .clipping import Clipped, scale_gradients
 from .groups import (
@@ -169,6 +170,7 @@ class AdamW(Resumable):
         self._clipped: Clipped | None = None
         self._given: Any = None  # the groups' numbers when they were last checked
         self._steps_until_told = TOLD_AFTER
+        self._has_gradients = self._is_silent = False  # whether a step had any; whether it was said that none has
         self._captured: list[Tensor] = []  # numbers of groups that CUDA graphs read
         init = chosen.init if init is None else init
         stepper = Stepper(
@@ -205,7 +207,7 @@ class AdamW(Resumable):
         batches = self._gather()
         try:
             if self._step(batches):
-                self._is_fresh = False
+                self._is_fresh, self._has_gradients = False, self._has_gradients or bool(batches)
                 self._drop_consolidated()
                 self._count_for_log()
         finally:
@@ -258,11 +260,26 @@ class AdamW(Resumable):
         self._clipped = self._given = None
 
     def _refuse_nothing(self, batches: Sequence[Batch]) -> None:
+        if not batches and not self._has_gradients:
+            self._warn_of_nothing()
         if self._model is None or self._unstepped is None:
             return
         if not batches and all(p.grad is None for p in self._stepper.listing.generated()):
             refuse_foreign_adapter(self._model, self._stepper.layers)
         self._unstepped.warn()
+
+    def _warn_of_nothing(self) -> None:
+        """Once, where a step finds nothing to do and none before it found anything: whoever trains a model that was
+        made anew is to hear of it. torch's optimizers keep silent there."""
+        if any(p.grad is not None for p in self._all()):
+            self._has_gradients = True
+        elif not self._is_silent:
+            self._is_silent = True
+            warn(
+                f"oplora: step() found no gradient in any of this optimizer's {len(self._all())} parameters, now or "
+                "before. Is it of the model that is trained? Where a trainer makes the model itself (model_init, "
+                "peft_config) hand over oplora.for_trainer(arguments) as optimizer_cls_and_kwargs."
+            )
 
     def _numbers(self) -> list[Any]:
         """Of every group, checked where somebody has changed one."""
