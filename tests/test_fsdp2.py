@@ -359,6 +359,65 @@ def test_zero_grad_between_forward_and_backward_changes_no_bit(ranks: Ranks) -> 
         assert_same_bits(bits, others)
 
 
+def run_partly(alone: int | None = None) -> Bits:
+    """The first layer alone is divided; of the others the script averages the gradients."""
+    model = make_chain(torch.float64)
+    some, world = data(30, torch.float64), dist.get_world_size() if alone is None else alone
+    if alone is not None:
+        train_alone(model, oplora.AdamW(model), some, world)
+        return trained(model)
+    fully_shard(model.base_model.model[0])
+    optimizer = oplora.AdamW(model)
+    whole_ones = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "full_tensor")]
+    for batch in some:
+        optimizer.zero_grad()
+        backward(model, part(batch, dist.get_rank(), world))
+        for p in whole_ones:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+        optimizer.step()
+    return trained(model)
+
+
+def test_whole_tensors_beside_divided_ones_count_once(ranks: Ranks) -> None:
+    alone = run_partly(ranks.world)
+    for bits in ranks.run(run_partly):
+        assert_close(bits, alone, torch.float64)
+
+
+def watch(folder: Path) -> dict[str, dict[str, float]]:
+    model = divide(make_chain(torch.float64))
+    optimizer = oplora.AdamW(model)
+    monitor = oplora.Monitor(folder, optimizer, every=1)
+    for batch in data(3, torch.float64):
+        train(model, optimizer, [batch])
+        monitor(1.0)
+    monitor.close()
+    return oplora.stats(optimizer)
+
+
+def test_numbers_to_watch_are_of_all_processes_and_written_once(ranks: Ranks, tmp_path: Path) -> None:
+    model = make_chain(torch.float64)
+    optimizer = oplora.AdamW(model)
+    train_alone(model, optimizer, data(3, torch.float64), ranks.world)
+    for numbers in ranks.run(watch, tmp_path):
+        for name, expected in oplora.stats(optimizer).items():
+            assert numbers[name]["norm_g"] == pytest.approx(expected["norm_g"], rel=1e-9)
+            assert numbers[name]["lr"] == pytest.approx(expected["lr"], rel=1e-9)
+    assert [file.name for file in tmp_path.glob("monitor*.jsonl")] == ["monitor.jsonl"]
+
+
+def shard_as_well() -> str:
+    model = divide(make_chain())
+    with pytest.raises(oplora.OPLoRAError) as raised:
+        oplora.AdamW(model, shard=True)
+    return str(raised.value)
+
+
+def test_shard_is_refused_where_the_tensors_are_divided(ranks: Ranks) -> None:
+    assert all("Leave shard out" in message for message in ranks.run(shard_as_well))
+
+
 # ---- the kernels that a GPU would run, executed on the CPU ----
 
 

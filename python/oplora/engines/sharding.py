@@ -113,6 +113,7 @@ class Mesh(Processes):
         self._counts = [[self.counts(p) for p in layer.parameters()] for layer in layers]  # of each layer's tensors
         self._counts_all = all(map(all, self._counts))
         self._signals = [all(some) for some in self._counts]  # whether each layer's signals count
+        self._weights: Tensor | None = None  # of a table's numbers, 0 or 1
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], layers: Sequence[AdaptedLayer]) -> "Mesh | None":
@@ -185,12 +186,12 @@ class Mesh(Processes):
 
     def _leave_out(self, table: Tensor, batches: "Sequence[Batch]") -> None:
         """Takes out what an earlier process counts, but for whether it is finite."""
-        signals, squares = (
-            torch.tensor(some, dtype=table.dtype, device=table.device)
-            for some in (self._signals, [all(some) for some in self._counts])
-        )
-        table[:, 2:] *= signals[:, None]
-        table[:, 0] *= squares
+        if self._weights is None or self._weights.device != table.device:
+            weights = torch.ones(table.shape, dtype=table.dtype)
+            weights[:, 2:] = torch.tensor(self._signals, dtype=table.dtype)[:, None]
+            weights[:, 0] = torch.tensor([all(some) for some in self._counts], dtype=table.dtype)
+            self._weights = weights.to(table.device)
+        table *= self._weights
         for batch in batches:
             for state, gradients in zip(batch.states, batch.by_state(batch.gradients), strict=True):
                 counts = self._counts[state.factors.position]
@@ -212,6 +213,7 @@ class Mesh(Processes):
                     "are not. Shard all of a layer's tensors alike."
                 )
             self._signals[i] = heard == {True}
+        self._weights = None
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Which of as many in every process hold in one at least."""

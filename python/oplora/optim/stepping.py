@@ -279,7 +279,7 @@ class Stepper:
         """Whose gradient holds NaN or infinity; nothing was stepped then."""
         where = self.plain.nonfinite()
         # several dtypes or processes: none may step before the gradients of all are known to be finite
-        if reports is None and (len(batches) > 1 or self.shards is not None or self.finds_rate):
+        if reports is None and (len(batches) > 1 or self.processes is not None or self.finds_rate):
             reports = [batch.engine.measure(batch) for batch in batches]
         if self.mesh is not None and reports is not None and self.finds_rate:
             where = self._merged(batches, reports, where)
