@@ -729,14 +729,22 @@ def test_factors_sharded_by_fsdp2_are_refused(ranks: Ranks, state: str, optimize
         assert "FSDP2" in message and "preset='auto'" in message and "ignored_params" in message
 
 
-def flatten_by_fsdp1(use_orig_params: bool) -> str:
+def flatten_by_fsdp1(how: str) -> str:
     model = make_chain()
-    model = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    return message_of(lambda: oplora.AdamW(model))
+    if how == "optimizer first":
+        optimizer = oplora.AdamW(model)
+    if how == "flat":  # FSDP1 lays together what is trained alike
+        model.requires_grad_(True)
+    flat = FullyShardedDataParallel(model, use_orig_params=how != "flat", device_id=torch.device("cpu"))
+    if how != "optimizer first":
+        return message_of(lambda: oplora.AdamW(flat))
+    backward(flat, part(data(1)[0], dist.get_rank()))
+    return message_of(optimizer.step)
 
 
-def test_factors_flattened_by_fsdp1_are_refused(ranks: Ranks) -> None:
-    for message in ranks.run(flatten_by_fsdp1, True):
+@pytest.mark.parametrize("how", ["flat", "original", "optimizer first"])
+def test_factors_flattened_by_fsdp1_are_refused(ranks: Ranks, how: str) -> None:
+    for message in ranks.run(flatten_by_fsdp1, how):
         assert "FSDP1" in message and "fully_shard" in message
 
 

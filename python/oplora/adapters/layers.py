@@ -5,7 +5,7 @@ at every step, and PlainLayer, for tensors that were handed over without a modul
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "check_layers",
     "check_parameter",
     "is_divided",
+    "refuse_flattened",
     "refuse_to_step",
 ]
 
@@ -93,6 +94,7 @@ class AdaptedLayer(ABC):
         """Raises where a step on these, the layer's own, would go wrong; changes nothing."""
         self.refuse_if_folded()
         if tuple(p.shape for p in parameters) != self.shapes:
+            refuse_flattened(f"the tensors of layer {self.name} are", parameters)
             raise OPLoRARuntimeError(
                 f"oplora: the factors of layer {self.name} are of shapes {[tuple(p.shape) for p in parameters]}, and "
                 f"were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new optimizer, "
@@ -147,13 +149,7 @@ def by_layer(layers: Sequence[AdaptedLayer], of_tensors: Sequence[Any]) -> list[
 
 def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
     """Raises where a generator cannot stand behind it."""
-    if (sharded := _how_flattened(parameter)) is not None:
-        raise OPLoRATypeError(
-            f"oplora: {tensor} of layer {layer} is sharded by {sharded}, which gives a process flat pieces without a "
-            "shape. Use FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), whose shards "
-            "oplora.AdamW(model) steps as they are; or DistributedDataParallel, where oplora.AdamW(model, shard=True) "
-            "divides the generators among the processes."
-        )
+    refuse_flattened(f"{tensor} of layer {layer} is", [parameter])
     if parameter.is_meta:
         raise OPLoRAValueError(
             f"oplora: {tensor} of layer {layer} is on the meta device and has no values. Load the adapter's weights "
@@ -163,6 +159,18 @@ def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
         raise OPLoRATypeError(
             f"oplora: {tensor} of layer {layer} is {parameter.dtype}; trainable factors are float32, float64, bfloat16 "
             "or float16. Quantise the base model, not its adapter."
+        )
+
+
+def refuse_flattened(what: str, parameters: Iterable[Any]) -> None:
+    """Raises where one of them is a flat piece, in a sentence that begins with `what`."""
+    sharded = next((who for p in parameters if (who := _how_flattened(p)) is not None), None)
+    if sharded is not None:
+        raise OPLoRATypeError(
+            f"oplora: {what} sharded by {sharded}, which gives a process flat pieces without a shape. Use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), whose shards oplora.AdamW(model) "
+            "steps as they are; or DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the "
+            "generators among the processes."
         )
 
 
@@ -178,11 +186,12 @@ def is_divided(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def _how_flattened(parameter: nn.Parameter) -> str | None:
+def _how_flattened(parameter: Any) -> str | None:
     """Who keeps only a flat piece of it here; by the attributes that each leaves, as none of them may be installed."""
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO-3"
-    return "FSDP1 (FullyShardedDataParallel)" if hasattr(parameter, "_fsdp_flattened") else None
+    is_flat = hasattr(parameter, "_fsdp_flattened") or getattr(parameter, "_is_flat_param", False)
+    return "FSDP1 (FullyShardedDataParallel)" if is_flat else None
 
 
 def refuse_to_step(layers: Sequence[AdaptedLayer], held: Sequence[list[nn.Parameter]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import OPLoRATypeError, OPLoRAValueError
-from .layers import AdaptedLayer, PlainLayer, check_parameter
+from .layers import AdaptedLayer, PlainLayer, check_parameter, refuse_flattened
 from .peft import check_adapter_name, find_layers, has_peft_layers, memory_of, other_parameters, unwrapped
 from .share import divide_again, is_zero
 from .tensors import OTHER_NAMES, STARTS
@@ -56,6 +56,7 @@ def find(params: Any, adapter_name: str | None = None) -> Found:
     named, unnamed = _by_name(groups)
     layers: list[PlainLayer] = [*_layers_by_name(named, adapter_name), *_layers_by_shape(unnamed)]
     if not layers:
+        refuse_flattened("the parameters are", (tensor for _, tensor in _all(groups)))
         raise OPLoRAValueError(_nothing(sum(len(group["params"]) for group in groups)))
     order = {id(tensor): i for i, (_, tensor) in enumerate(_all(groups))}
     layers.sort(key=lambda layer: order[id(layer.held[0])])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .layers import AdaptedLayer, Place, check_parameter, is_divided
+from .layers import AdaptedLayer, Place, check_parameter, is_divided, refuse_flattened
 from .tensors import STARTS
 
 __all__ = [
@@ -195,6 +195,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[PeftL
             owners[memory] = key, len(tensors), parameter
             tensors[tensor] = parameter.shape
     if not found:
+        refuse_flattened("the model's tensors are", model.parameters())
         raise OPLoRAValueError(_why_none(model, adapter_name, known))
     eva = {adapter for adapter, config in configs.items() if getattr(config, "init_lora_weights", None) == "eva"}
     return [
