@@ -24,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 import oplora
 from oplora import engines
@@ -41,6 +43,14 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     group = Ranks(join_group, PRELOADED, request.param)
     yield group
     group.stop(wait=True)
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[dict[int, Ranks]]:
+    made = {world: Ranks(join_group, PRELOADED, world) for world in (2, 3)}
+    yield made
+    for group in made.values():
+        group.stop(wait=True)
 
 
 # ---- what they train ----
@@ -500,6 +510,31 @@ def test_clipping_scales_by_the_norm_of_all_gradients(ranks: Ranks, config: str)
         assert_close(their_bits, bits, torch.float64)
 
 
+def clip_by_torch(alone: int | None = None) -> Bits:
+    model = make_chain(torch.float64, **CONFIGS["biases and a head"])
+    world = dist.get_world_size() if alone is None else alone
+    if alone is None:
+        divide(model)
+    optimizer = oplora.AdamW(model)
+    for batch in data(10, torch.float64):
+        optimizer.zero_grad()
+        for rank in range(world) if alone else (dist.get_rank(),):
+            backward(model, part(batch, rank, world))
+        held = [p for p in model.parameters() if p.grad is not None]
+        if alone:
+            for p in held:
+                p.grad /= world
+        torch.nn.utils.clip_grad_norm_(held, 0.1)
+        optimizer.step()
+    return trained(model)
+
+
+def test_clipping_by_torch_trains_as_in_one_process(ranks: Ranks) -> None:
+    alone = clip_by_torch(ranks.world)
+    for bits in ranks.run(clip_by_torch):
+        assert_close(bits, alone, torch.float64)
+
+
 def meet_nan(where: str) -> tuple[str, Bits, Bits]:
     model = divide(make_chain(**CONFIGS["biases and a head"]))
     optimizer = oplora.AdamW(model)
@@ -639,17 +674,51 @@ def test_tensor_parallelism_under_fully_shard_trains_as_in_one_process(four: Ran
         assert found == pytest.approx(rate, rel=1e-9)
 
 
+def tiny_llama(folder: Path, divided: bool) -> Any:
+    """As transformers and PEFT divide it: of a layer's pair one is divided and one is whole. (PEFT 0.21.2 runs layers
+    alone that are divided by their outputs.)"""
+    made = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size()) if divided else None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, distributed_config=made)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"])
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def run_llama(folder: Path) -> tuple[list[float], list[float], bool]:
+    """The losses of tensor parallelism and of one process that starts from the same values."""
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
+    runs, start = [], Bits()
+    for divided in (True, False):
+        model = tiny_llama(folder, divided)
+        factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        start = start or {name: whole(p) for name, p in factors.items()}
+        if not divided:
+            for name, p in factors.items():
+                p.data.copy_(start[name])
+        kinds = {hasattr(p, "full_tensor") for p in factors.values()}
+        optimizer, losses = oplora.AdamW(model), []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        runs.append((losses, len(kinds) == 2))
+    return runs[0][0], runs[1][0], runs[0][1]
+
+
+def test_pefts_tensor_parallel_layers_train_as_in_one_process(groups: dict[int, Ranks], tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for losses, alone, are_mixed in groups[2].run(run_llama, tmp_path):
+        assert are_mixed and losses == pytest.approx(alone, rel=1e-9)
+        assert losses[-1] < losses[0] - 0.1
+
+
 # ---- checkpoints that other numbers of processes go on with ----
 
 SAVED = 6  # steps before saving
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[dict[int, Ranks]]:
-    made = {world: Ranks(join_group, PRELOADED, world) for world in (2, 3)}
-    yield made
-    for group in made.values():
-        group.stop(wait=True)
 
 
 def train_whole(model: nn.Module, optimizer: torch.optim.Optimizer, some: list[Batch]) -> list[float]:
