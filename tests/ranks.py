@@ -1,4 +1,4 @@
-"""Two processes of torch.distributed on one machine, for tests: a test hands a function of its module to both."""
+"""Processes of torch.distributed on one machine, for tests: a test hands a function of its module to all of them."""
 
 import os
 import socket
@@ -15,20 +15,20 @@ WORLD = 2
 
 
 class Ranks:
-    """Two processes with the variables that torchrun sets; new ones after a call that raised in one of them.
+    """Processes with the variables that torchrun sets; new ones after a call that raised in one of them.
 
-    begin: what each does first; preload: modules that are imported once for all.
+    begin: what each does first; preload: modules that are imported once for all; world: how many there are.
     """
 
-    def __init__(self, begin: Callable[[], None], preload: tuple[str, ...] = ("peft",)) -> None:
-        self.begin, self.preload = begin, list(preload)
+    def __init__(self, begin: Callable[[], None], preload: tuple[str, ...] = ("peft",), world: int = WORLD) -> None:
+        self.begin, self.preload, self.world = begin, list(preload), world
         self.start()
 
     def start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = free.getsockname()
-        arguments = [(rank, *address, self.begin) for rank in range(WORLD)]
+        arguments = [(rank, self.world, *address, self.begin) for rank in range(self.world)]
         context = get_context("forkserver")
         context.set_forkserver_preload(self.preload)
         self.processes = [ProcessPoolExecutor(1, context, _enter, some) for some in arguments]
@@ -48,8 +48,8 @@ class Ranks:
             process.shutdown(wait, cancel_futures=True)
 
 
-def _enter(rank: int, host: str, port: int, begin: Callable[[], None]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+def _enter(rank: int, world: int, host: str, port: int, begin: Callable[[], None]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from conftest import assert_same_bits, batches, options_of
 from peft import LoraConfig, get_peft_model
 from ranks import WORLD, Ranks, join_group, leave_it_to_accelerate
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -722,11 +722,30 @@ def shard_factors_too(state: str, optimizer_first: bool) -> str:
     return message_of(optimizer.step)
 
 
-@every_state
+@pytest.mark.parametrize("state", ["lean", "exact"])
 @pytest.mark.parametrize("optimizer_first", [False, True])
 def test_factors_sharded_by_fsdp2_are_refused(ranks: Ranks, state: str, optimizer_first: bool) -> None:
     for message in ranks.run(shard_factors_too, state, optimizer_first):
-        assert "FSDP2" in message and "ignored_params" in message
+        assert "FSDP2" in message and "preset='auto'" in message and "ignored_params" in message
+
+
+def flatten_by_fsdp1(how: str) -> str:
+    model = make_chain()
+    if how == "optimizer first":
+        optimizer = oplora.AdamW(model)
+    if how == "flat":  # FSDP1 lays together what is trained alike
+        model.requires_grad_(True)
+    flat = FullyShardedDataParallel(model, use_orig_params=how != "flat", device_id=torch.device("cpu"))
+    if how != "optimizer first":
+        return message_of(lambda: oplora.AdamW(flat))
+    backward(flat, part(data(1)[0], dist.get_rank()))
+    return message_of(optimizer.step)
+
+
+@pytest.mark.parametrize("how", ["flat", "original", "optimizer first"])
+def test_factors_flattened_by_fsdp1_are_refused(ranks: Ranks, how: str) -> None:
+    for message in ranks.run(flatten_by_fsdp1, how):
+        assert "FSDP1" in message and "fully_shard" in message
 
 
 def train_averaging(model: nn.Module, optimizer: torch.optim.Optimizer, adapter: list[nn.Parameter]) -> None:

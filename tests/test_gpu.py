@@ -1,13 +1,18 @@
 """oplora on a real GPU, against the C core and float64. Skipped where there is none; `make gpu` runs it."""
 
 import copy
+import os
 import warnings
+from datetime import timedelta
 
 import adapter_types
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import batches, factors, make_model, train_on
-from torch import nn
+from ranks import Ranks
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import oplora
 from oplora import reference
@@ -255,3 +260,41 @@ def test_generate_on_cuda(dtype, columns, H, Z, N):
     expected = reference.generate_backward(g.double(), *doubles[:4])
     for mine, theirs in zip(grads[:3], expected[:3], strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=scale * float(theirs.abs().amax() + 1))
+
+
+# ---- two GPUs ----
+
+
+def join_nccl() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", timeout=timedelta(seconds=60))
+
+
+def train_in_parts(divided: bool) -> dict[str, Tensor]:
+    """On halves of every batch: divided among two GPUs, or one after the other on one."""
+    model = make_model().cuda()
+    if divided:
+        fully_shard(model)
+    optimizer = oplora.AdamW(model)
+    for x, y in batches(20, torch.float32):
+        optimizer.zero_grad()
+        for rank in (dist.get_rank(),) if divided else (0, 1):
+            (model(x[rank::2].cuda()) - y[rank::2].cuda()).square().mean().backward()
+        for p in () if divided else optimizer.param_groups[0]["params"]:
+            p.grad /= 2
+        optimizer.step()
+    held = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (p.full_tensor() if divided else p).cpu() for name, p in held.items()}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_divided_tensors_train_on_two_gpus_as_on_one() -> None:
+    two = Ranks(join_nccl)
+    try:
+        results = two.run(train_in_parts, True)
+    finally:
+        two.stop(wait=True)
+    alone = train_in_parts(False)
+    for bits in results:
+        for name, value in bits.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)

@@ -147,6 +147,7 @@ def test_public_names_are_the_documented_ones() -> None:
         "OPLoRAError",
         "cmmd",
         "create_oplora_optimizer",
+        "for_trainer",
         "generate",
         "merge",
         "save_adapter",

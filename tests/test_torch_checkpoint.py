@@ -39,6 +39,7 @@ def apart(model: nn.Module) -> list[dict[str, Any]]:
 
 
 OURS: dict[str, Make] = {
+    "auto": lambda model, **options: oplora.AdamW(model, **options),
     "lean": lambda model, **options: oplora.AdamW(model, lr=1e-2, state="lean", **options),
     "exact": lambda model, **options: oplora.AdamW(model, lr=1e-2, state="exact", **options),
     "lean, kept": lambda model, **options: oplora.AdamW(model, lr=1e-2, state="lean", init="keep", **options),
@@ -59,6 +60,7 @@ EVERY: dict[str, Make] = {
 }
 every = pytest.mark.parametrize("name", EVERY)
 ours = pytest.mark.parametrize("name", OURS)
+with_generators = pytest.mark.parametrize("name", [name for name in EVERY if name != "auto"])  # a layer
 OPTIONS = {
     "nested": StateDictOptions(),
     "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
@@ -194,7 +196,7 @@ def test_checkpoint_is_put_into_an_optimizer_that_has_stepped(name: str, tmp_pat
     assert train(other, resumed, 3, 6) == train(model, optimizer, 3, 6)
 
 
-@every
+@with_generators
 @every_form
 def test_edit_that_was_adopted_before_saving_is_gone_on_from_without_a_warning(
     tmp_path: Path, form: str, name: str
@@ -213,7 +215,7 @@ def test_edit_that_was_adopted_before_saving_is_gone_on_from_without_a_warning(
         assert train(fresh, resumed, 3, 6) == train(model, optimizer, 3, 6)
 
 
-@every
+@with_generators
 def test_schedule_and_numbers_of_the_groups_come_along(name: str, tmp_path: Path) -> None:
     model, fresh = make_model(), make_model()
     optimizer, resumed = EVERY[name](model), EVERY[name](fresh)

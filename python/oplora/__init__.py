@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .files.export import save_adapter
     from .model import merge, wrap
     from .ops import generate
-    from .optim import AdamW
+    from .optim import AdamW, for_trainer
     from .watching.cmmd import cmmd
     from .watching.monitor import Monitor
     from .watching.stats import stats
@@ -29,6 +29,7 @@ __all__ = [
     "OPLoRAError",
     "cmmd",
     "create_oplora_optimizer",
+    "for_trainer",
     "generate",
     "merge",
     "save_adapter",
@@ -43,6 +44,7 @@ _HOME = {
     "OPLoRAConfig": "config",
     "cmmd": "watching.cmmd",
     "create_oplora_optimizer": "definition",
+    "for_trainer": "optim",
     "generate": "ops",
     "merge": "model",
     "save_adapter": "files.export",

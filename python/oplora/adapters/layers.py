@@ -5,7 +5,7 @@ at every step, and PlainLayer, for tensors that were handed over without a modul
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
 from .tensors import PAIRS
 
-__all__ = ["AdaptedLayer", "Place", "PlainLayer", "by_layer", "check_layers", "check_parameter", "refuse_to_step"]
+__all__ = [
+    "AdaptedLayer",
+    "Place",
+    "PlainLayer",
+    "by_layer",
+    "check_layers",
+    "check_parameter",
+    "is_divided",
+    "refuse_flattened",
+    "refuse_to_step",
+]
 
 # Where a tensor is looked up: in a dict or list, by key; and whether what is there is a module, whose weight it is.
 Place = tuple[Any, Any, bool]
@@ -58,6 +68,18 @@ class AdaptedLayer(ABC):
         except KeyError as error:
             raise self.lost() from error
 
+    def listed(self) -> list[nn.Parameter]:
+        """The tensors as the optimizer's groups have them, which parameters() may stand for."""
+        return self.parameters()
+
+    def published(self, i: int, tensor: Tensor) -> Tensor:
+        """What is kept for each entry of the i-th tensor, as others are to see it: in its shape."""
+        return tensor
+
+    def received(self, i: int, value: Any) -> Any:
+        """What others hand over for the i-th tensor, as it is kept here; whole, where processes divide it."""
+        return value.full_tensor() if is_divided(value) else value
+
     def lost(self) -> OPLoRARuntimeError:
         return OPLoRARuntimeError(
             f"oplora: layer {self.name} no longer holds adapter {self.adapter!r}. Make a new optimizer after "
@@ -72,6 +94,7 @@ class AdaptedLayer(ABC):
         """Raises where a step on these, the layer's own, would go wrong; changes nothing."""
         self.refuse_if_folded()
         if tuple(p.shape for p in parameters) != self.shapes:
+            refuse_flattened(f"the tensors of layer {self.name} are", parameters)
             raise OPLoRARuntimeError(
                 f"oplora: the factors of layer {self.name} are of shapes {[tuple(p.shape) for p in parameters]}, and "
                 f"were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new optimizer, "
@@ -126,13 +149,7 @@ def by_layer(layers: Sequence[AdaptedLayer], of_tensors: Sequence[Any]) -> list[
 
 def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
     """Raises where a generator cannot stand behind it."""
-    if (sharded := _how_sharded(parameter)) is not None:
-        raise OPLoRATypeError(
-            f"oplora: {tensor} of layer {layer} is sharded by {sharded}: no process has the whole of it, which its "
-            "generator needs. Keep the adapter whole and shard the base alone (docs/loops.md shows it for "
-            "fully_shard(..., ignored_params=...)), or use DistributedDataParallel, where "
-            "oplora.AdamW(model, shard=True) divides the generators among the processes."
-        )
+    refuse_flattened(f"{tensor} of layer {layer} is", [parameter])
     if parameter.is_meta:
         raise OPLoRAValueError(
             f"oplora: {tensor} of layer {layer} is on the meta device and has no values. Load the adapter's weights "
@@ -145,6 +162,18 @@ def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
         )
 
 
+def refuse_flattened(what: str, parameters: Iterable[Any]) -> None:
+    """Raises where one of them is a flat piece, in a sentence that begins with `what`."""
+    sharded = next((who for p in parameters if (who := _how_flattened(p)) is not None), None)
+    if sharded is not None:
+        raise OPLoRATypeError(
+            f"oplora: {what} sharded by {sharded}, which gives a process flat pieces without a shape. Use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), whose shards oplora.AdamW(model) "
+            "steps as they are; or DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the "
+            "generators among the processes."
+        )
+
+
 def check_layers(layers: Sequence[AdaptedLayer]) -> None:
     """Raises where PEFT, or who shards the model, has put a tensor that cannot be trained."""
     for layer in layers:
@@ -152,13 +181,17 @@ def check_layers(layers: Sequence[AdaptedLayer]) -> None:
             check_parameter(layer.name, tensor, parameter)
 
 
-def _how_sharded(parameter: nn.Parameter) -> str | None:
-    """Who keeps only a piece of it here; by the attributes that each leaves, as none of them may be installed."""
+def is_divided(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which a process has a part; by an attribute, as importing the class takes time."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _how_flattened(parameter: Any) -> str | None:
+    """Who keeps only a flat piece of it here; by the attributes that each leaves, as none of them may be installed."""
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO-3"
-    if hasattr(parameter, "device_mesh"):
-        return "FSDP2 or tensor parallelism (it is a DTensor)"
-    return "FSDP" if hasattr(parameter, "_fsdp_flattened") else None
+    is_flat = hasattr(parameter, "_fsdp_flattened") or getattr(parameter, "_is_flat_param", False)
+    return "FSDP1 (FullyShardedDataParallel)" if is_flat else None
 
 
 def refuse_to_step(layers: Sequence[AdaptedLayer], held: Sequence[list[nn.Parameter]]) -> None:

@@ -3,7 +3,7 @@
 One rule, in this order. A module with PEFT's layers: those. Otherwise a tensor's name, which (name, tensor) pairs and
 modules give, or its `original_name`: those belong together whose names differ in the tensor's own name alone. Otherwise
 shapes: a down projection (r, in_features, ...) and an up projection (out_features, r, 1, ...) with r below in_features
-are a pair, if they come in turn, or all downs before all ups. Everything else is no adapter's, and plain.
+are a pair, if they come in turn, or some downs before as many ups. Everything else is no adapter's, and plain.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import OPLoRATypeError, OPLoRAValueError
-from .layers import AdaptedLayer, PlainLayer, check_parameter
-from .peft import check_adapter_name, find_layers, has_peft_layers, other_parameters, unwrapped
+from .layers import AdaptedLayer, PlainLayer, check_parameter, refuse_flattened
+from .peft import check_adapter_name, find_layers, has_peft_layers, memory_of, other_parameters, unwrapped
+from .share import divide_again, is_zero
 from .tensors import OTHER_NAMES, STARTS
 
 __all__ = ["Found", "find", "layer_of"]
@@ -55,6 +56,7 @@ def find(params: Any, adapter_name: str | None = None) -> Found:
     named, unnamed = _by_name(groups)
     layers: list[PlainLayer] = [*_layers_by_name(named, adapter_name), *_layers_by_shape(unnamed)]
     if not layers:
+        refuse_flattened("the parameters are", (tensor for _, tensor in _all(groups)))
         raise OPLoRAValueError(_nothing(sum(len(group["params"]) for group in groups)))
     order = {id(tensor): i for i, (_, tensor) in enumerate(_all(groups))}
     layers.sort(key=lambda layer: order[id(layer.held[0])])
@@ -63,6 +65,7 @@ def find(params: Any, adapter_name: str | None = None) -> Found:
 
 def _of_module(model: nn.Module, adapter_name: str | None) -> Found:
     """One group of what is generated, and one of everything else that is trainable."""
+    divide_again(model)
     layers: Sequence[AdaptedLayer] = ()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not has_peft_layers(model):
@@ -214,7 +217,7 @@ def _without_twins(layers: list[PlainLayer]) -> list[PlainLayer]:
     for layer in layers:
         own: list[int] = []
         for i, tensor in enumerate(layer.held):
-            memory = tensor.data_ptr(), tensor.numel(), tensor.dtype
+            memory = memory_of(tensor)
             if memory in owners and tensor.numel():
                 owner, index = owners[memory]
                 owner.twins = [*owner.twins, PlainTwin(layer.name, layer.tensors[i], index, tensor)]
@@ -239,29 +242,34 @@ def _layers_by_shape(groups: Sequence[Sequence[tuple[int, Any]]]) -> list[PlainL
     pairs, left = [], []
     for group in matrices:
         some = [item for item in group if _fits_any(item, everywhere)]
-        paired = _in_turn(some) or _in_halves(some)
+        paired = _in_runs(some)
         pairs += paired
         left += [] if paired else some
-    if left and not (rest := _in_turn(left) or _in_halves(left)):
+    if left and not (rest := _in_runs(left)):
         raise OPLoRAValueError(_ambiguous(left))
     return [_pair(*pair) for pair in [*pairs, *(rest if left else [])]]
 
 
 def _fits(down: Any, up: Any) -> bool:
     r = down.shape[0]
-    return bool(up[0].numel() == up.shape[1] == r and r < down[0].numel())
+    return bool(up.shape[1:].numel() == up.shape[1] == r and r < down.shape[1:].numel())
 
 
 def _fits_any(item: tuple[int, Any], others: Sequence[tuple[int, Any]]) -> bool:
     return any(_fits(item[1], other) or _fits(other, item[1]) for _, other in others if other is not item[1])
 
 
-def _in_turn(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
-    return _all_fit(some[::2], some[1::2])
-
-
-def _in_halves(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
-    return _all_fit(some[: len(some) // 2], some[len(some) // 2 :])
+def _in_runs(some: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
+    """In turn, or a few downs before their ups (kohya's split layers), or all downs before all ups; none where that
+    does not come out even."""
+    pairs: list[tuple[Any, Any]] = []
+    while 2 * len(pairs) < len(some):
+        rest = some[2 * len(pairs) :]
+        runs = (_all_fit(rest[:k], rest[k : 2 * k]) for k in range(1, len(rest) // 2 + 1))
+        if not (run := next((run for run in runs if run), [])):
+            return _all_fit(some[: len(some) // 2], some[len(some) // 2 :])
+        pairs += run
+    return pairs
 
 
 def _all_fit(downs: Sequence[tuple[int, Any]], ups: Sequence[tuple[int, Any]]) -> list[tuple[Any, Any]]:
@@ -277,7 +285,7 @@ def _pair(down: tuple[int, Any], up: tuple[int, Any]) -> PlainLayer:
     tensors = [down[1], up[1]]
     for tensor in tensors:
         check_parameter(name, "a tensor", tensor)
-    zero = [not bool(tensor.detach().count_nonzero()) for tensor in tensors]
+    zero = [is_zero(tensor) for tensor in tensors]
     roles = ("lora_embedding_A", "lora_embedding_B") if zero == [True, False] else ("lora_A", "lora_B")
     return PlainLayer(name, "", roles, tensors)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
-from .layers import AdaptedLayer, Place, check_parameter
+from .layers import AdaptedLayer, Place, check_parameter, is_divided, refuse_flattened
 from .tensors import STARTS
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "foreign_gradient",
     "foreign_tensors",
     "has_peft_layers",
+    "memory_of",
     "other_parameters",
     "unwrapped",
 ]
@@ -118,6 +119,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def memory_of(parameter: nn.Parameter) -> tuple[Any, ...]:
+    """What two Parameters share that are one. A DTensor has no address of its own."""
+    if is_divided(parameter):
+        return (id(parameter),)
+    return parameter.data_ptr(), parameter.numel(), parameter.dtype
+
+
 def _is_adalora(module: nn.Module) -> bool:
     return "lora_E" in module._modules
 
@@ -176,7 +184,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[PeftL
                 continue
             name = f"{path.replace('_orig_mod.', '')}.{adapter}"  # a part of the model may be compiled alone
             check_parameter(name, tensor, parameter)
-            memory = parameter.data_ptr(), parameter.numel(), parameter.dtype
+            memory = memory_of(parameter)
             if memory in owners:
                 owner, index, first = owners[memory]
                 if first is not parameter:
@@ -187,6 +195,7 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[PeftL
             owners[memory] = key, len(tensors), parameter
             tensors[tensor] = parameter.shape
     if not found:
+        refuse_flattened("the model's tensors are", model.parameters())
         raise OPLoRAValueError(_why_none(model, adapter_name, known))
     eva = {adapter for adapter, config in configs.items() if getattr(config, "init_lora_weights", None) == "eva"}
     return [

@@ -15,7 +15,7 @@ from .memory import refuse_more_than_memory
 from .rate import FOUND, Rate
 from .saved_0_1 import entries_of_0_1
 from .settings import Settings, weight_ratio
-from .sharding import Shards
+from .sharding import Mesh, Processes, Shards
 from .written import Written
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "Engine",
     "Factors",
     "LayerState",
+    "Mesh",
+    "Processes",
     "Rate",
     "Recipe",
     "Settings",

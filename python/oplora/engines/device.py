@@ -64,6 +64,7 @@ class DeviceEngine(Engine):
         self.plan: Plan | None = None
         self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._refusals_told = 0
+        self._told: torch.cuda.Event | None = None  # when the latest verdict has got to the host
         self._measured: Plan | None = None  # by measure, for the step that follows it
         self._captured: list[Plan] = []
         self._captured_is_stale = False  # as how a layer began is another story now
@@ -80,13 +81,16 @@ class DeviceEngine(Engine):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has other addresses, and was never captured."""
-        return {**self.__dict__, "plan": None, "_measured": None, "_captured": []}
+        return {**self.__dict__, "plan": None, "_measured": None, "_captured": [], "_told": None}
 
     # ---- the verdict ----
 
     def tell_verdict(self) -> None:
         """Has the verdict sent to the host, which does not wait for it."""
         self._verdict_on_host.copy_(self.verdict, non_blocking=True)
+        if self.device.type == "cuda" and not is_capturing(self.device):
+            self._told = torch.cuda.Event()
+            self._told.record(torch.cuda.current_stream(self.device))
 
     def count_refusal(self, veto: Tensor) -> None:
         """A step that was refused elsewhere, and for which nothing is launched here."""
@@ -95,7 +99,9 @@ class DeviceEngine(Engine):
 
     def new_refusals(self, *, wait: bool = False) -> int:
         """How many steps were refused since the last call: as far as the host has been told, or all of them."""
-        if wait and self.device.type == "cuda":
+        if wait and self._told is not None and not self.is_captured:
+            self._told.synchronize()
+        elif wait and self.device.type == "cuda":  # a replay records no event that could be waited for
             torch.cuda.current_stream(self.device).synchronize()
         refused = int(self._verdict_on_host[1])
         new, self._refusals_told = refused - self._refusals_told, refused

@@ -5,7 +5,7 @@ device (host.py, device.py: how a step runs there).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import attrgetter, is_not
 from types import NoneType
@@ -231,15 +231,40 @@ class LayerState:
         return self.engine.state.stats(report)
 
     def entries(self) -> list["Entry"]:
-        """What optimizer.state holds for each of the layer's tensors; what is not of their shapes lies with the first.
+        """What is kept for each of the layer's tensors; what is not of their shapes lies with the first.
 
         base: what the tensor holds beyond what is generated; master: its value before rounding. Either may be missing.
         """
+        return self._with_rest(self._of_tensors())
+
+    def published(self) -> list["Entry"]:
+        """entries(), as optimizer.state shows them: where processes divide the tensors, as the tensors are divided."""
+        layer = self.factors.layer
+        held = [
+            Entry({name: layer.published(i, value) for name, value in entry.items()})
+            for i, entry in enumerate(self._of_tensors())
+        ]
+        return self._with_rest(held)
+
+    def received(self, saved: Sequence[Any]) -> list[Any]:
+        """Of what published() tells, in whatever processes, what entries() tells here."""
+        layer, own = self.factors.layer, {"factor", "base", "master", *self.engine.state.of_tensors(self.index)[0]}
+        return [
+            {name: layer.received(i, value) if name in own else value for name, value in entry.items()}
+            if isinstance(entry, Mapping)
+            else entry
+            for i, entry in enumerate(saved)
+        ]
+
+    def _of_tensors(self) -> list["Entry"]:
         held = [Entry(some) for some in self.engine.state.of_tensors(self.index)]
         for entry, base, master in zip(held, self.factors.bases, self.masters, strict=True):
             for name, tensor in (("base", base), ("master", master)):
                 if tensor is not None:
                     entry[name] = tensor
+        return held
+
+    def _with_rest(self, held: list["Entry"]) -> list["Entry"]:
         held[0]["step"] = self.engine.numbers.steps[self.index]
         for name, value in self.engine.state.of_layer(self.index).items():
             held[0][name] = value

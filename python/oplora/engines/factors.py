@@ -29,6 +29,7 @@ class Factors:
     placed: torch.device  # where the tensors are
     bases: list[Tensor | None]
     kept: list[bool]  # whether each keeps the value that it had; the generator then adds to it, from nothing on
+    begun: list[bool] | None = None  # of a Share: whether each has a start other than zero in any process
     _written: Written = field(default_factory=Written)
 
     @classmethod
@@ -63,6 +64,10 @@ class Factors:
     @property
     def sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
+
+    def has_start(self, i: int, value: Tensor) -> bool:
+        """Whether the i-th tensor, of this value here, has a start other than zero; in every process alike."""
+        return bool(value.count_nonzero()) or (self.begun is not None and self.begun[i])
 
     def random_rows(self) -> list[tuple[int, int]]:
         """[begin, end) of the rows of W2 that start at random."""

@@ -79,11 +79,14 @@ class Rate(State):
 
     def of_layer(self, i: int) -> dict[str, Any]:
         """found is the whole model's. listens has a bit for each tensor."""
-        listens = self.listens[self._first[i] : self._first[i + 1]].tolist()
-        return {"found": self.found, "listens": sum(bit << f for f, bit in enumerate(listens))}
+        return {"found": self.found, "listens": sum(bit << f for f, bit in enumerate(self.listening(i)))}
 
     def take_settings(self, i: int, saved: dict[str, Any]) -> None:
         self._set_listens(i, [bool(saved["listens"] >> f & 1) for f in range(len(self.ties[i].shapes))])
+
+    def listening(self, i: int) -> list[bool]:
+        """Which of layer i's tensors tell how the rate is."""
+        return [bool(bit) for bit in self.listens[self._first[i] : self._first[i + 1]].tolist()]
 
     def _set_listens(self, i: int, listens: Sequence[bool]) -> None:
         self.listens[self._first[i] : self._first[i + 1]] = torch.tensor(listens, dtype=torch.int64)
@@ -157,7 +160,7 @@ class Rate(State):
 
     def speaker(self, i: int) -> int:
         """The first that listens."""
-        return self.listens[self._first[i] : self._first[i + 1]].tolist().index(1)
+        return self.listening(i).index(True)
 
     def step_numbers(self, report: Tensor) -> StepNumbers:
         nan = float("nan")
@@ -200,7 +203,7 @@ class Rate(State):
             if edited is not None and not edited[i]:
                 continue
             value = piece["generated"].copy_(parameter.detach())
-            has_start = bool(self.listens[first + i]) and bool(value.count_nonzero())
+            has_start = bool(self.listens[first + i]) and tie.has_start(i, value)
             tie.bases[i] = value.clone() if has_start else None
 
 
@@ -209,5 +212,5 @@ def _listening(tie: Factors) -> list[bool]:
     all where none does. In LoRA <g_A, A> = <g_B, B>, so B tells of both."""
     at_zero = [STARTS[tensor] is Start.ZERO for tensor in tie.layer.tensors]
     if not any(at_zero):
-        at_zero = [not bool(parameter.detach().count_nonzero()) for parameter in tie.layer.parameters()]
+        at_zero = [not tie.has_start(i, p.detach()) for i, p in enumerate(tie.layer.parameters())]
     return at_zero if any(at_zero) else [True] * len(at_zero)

@@ -1,24 +1,62 @@
-"""One share of the generators a process, under torch.distributed's data parallelism (shard=True).
+"""Several processes and one optimizer: a share of the generators each (Shards), or a part of every tensor (Mesh).
 
-The replicas' factors and gradients are equal, so each process can step the generators of its own layers and send the
-others what they generate: of a model's state it keeps one share, and N numbers travel, the factors themselves. The cut
-runs between layers and not through them. So the numbers are the bits of the undivided step (a sum over a layer's rows
-never crosses processes), a step waits for one message, and the largest share is at most an even one and one layer more.
+Shards, under data parallelism with shard=True. The replicas' factors and gradients are equal, so each process can step
+the generators of its own layers and send the others what they generate: of a model's state it keeps one share, and N
+numbers travel, the factors themselves. The cut runs between layers and not through them. So the numbers are the bits of
+the undivided step (a sum over a layer's rows never crosses processes), a step waits for one message, and the largest
+share is at most an even one and one layer more.
+
+Mesh, where fully_shard or tensor parallelism has divided the tensors. State rate moves every entry by itself; of all
+entries it wants a few sums a layer. Each process measures the entries that it has, one message adds the reports up, and
+all find the same rate. An entry that several processes have (a replica's, HSDP's) counts in the first of them alone.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import OPLoRAError, OPLoRARuntimeError
+from ..adapters import AdaptedLayer, is_divided
+from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRATypeError
 
-__all__ = ["Shards"]
+if TYPE_CHECKING:
+    from .engine import Batch
+
+__all__ = ["Mesh", "Processes", "Shards"]
 
 
-class Shards:
+class Processes:
+    """What the processes of a group tell each other."""
+
+    group: Any = None  # the default one
+
+    def any_refuses(self, refused: Tensor) -> Tensor:
+        """The largest of all processes' numbers, in place."""
+        dist.all_reduce(refused, dist.ReduceOp.MAX, group=self.group)
+        return refused
+
+    def together(self, call: Callable[[], Any], device: torch.device) -> Any:
+        """call(), which may raise in some processes: then it raises in all, before one waits for another."""
+        result, refusal = None, None
+        try:
+            result = call()
+        except OPLoRAError as error:
+            refusal = error
+        if bool(self.any_refuses(torch.tensor([refusal is not None], dtype=torch.int32, device=device))):
+            raise refusal or OPLoRARuntimeError(
+                "oplora: another process refuses its share; its error says why. Nothing was changed."
+            )
+        return result
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Over all processes, in place; exact where all but one hold zero."""
+        dist.all_reduce(numbers, group=self.group)
+        return numbers
+
+
+class Shards(Processes):
     """Which of a model's layers belong to which process of the default group, and what these tell each other."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -39,29 +77,6 @@ class Shards:
 
     def owns(self, position: int) -> bool:
         return self.owners[position] == self.rank
-
-    def any_refuses(self, refused: Tensor) -> Tensor:
-        """The largest of all processes' numbers, in place."""
-        dist.all_reduce(refused, dist.ReduceOp.MAX)
-        return refused
-
-    def together(self, call: Callable[[], Any], device: torch.device) -> Any:
-        """call(), which may raise in some processes: then it raises in all, before one waits for another."""
-        result, refusal = None, None
-        try:
-            result = call()
-        except OPLoRAError as error:
-            refusal = error
-        if bool(self.any_refuses(torch.tensor([refusal is not None], dtype=torch.int32, device=device))):
-            raise refusal or OPLoRARuntimeError(
-                "oplora: another process refuses its share; its error says why. Nothing was changed."
-            )
-        return result
-
-    def sum(self, numbers: Tensor) -> Tensor:
-        """Over all processes, in place; exact where all but one hold zero."""
-        dist.all_reduce(numbers)
-        return numbers
 
     def send(self, parameters: Sequence[Sequence[nn.Parameter]]) -> None:
         """Every layer's tensors from its owner to all others: one message an owner and dtype."""
@@ -85,6 +100,139 @@ class Shards:
         else:
             dist.gather_object(_on_host(share), shares, dst=to)
         return None if shares is None else {name: value for some in shares for name, value in some.items()}
+
+
+class Mesh(Processes):
+    """The processes that have parts of a model's tensors, and which entries each counts."""
+
+    def __init__(self, mesh: Any, layers: Sequence[AdaptedLayer]) -> None:
+        self.ranks = mesh.mesh.flatten().tolist()
+        self.group = _group(mesh)
+        self.device = _device_of(mesh)
+        self.is_first: bool = dist.get_rank() == min(self.ranks)
+        self._counts = [[self.counts(p) for p in layer.parameters()] for layer in layers]  # of each layer's tensors
+        self._counts_all = all(map(all, self._counts))
+        self._signals = [all(some) for some in self._counts]  # whether each layer's signals count
+        self._weights: Tensor | None = None  # of a table's numbers, 0 or 1
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layers: Sequence[AdaptedLayer]) -> "Mesh | None":
+        """The largest mesh that one of the tensors is divided over; None where none is divided.
+
+        Raises:
+            OPLoRAError: meshes side by side, placements that have summands.
+        """
+        meshes: dict[int, Any] = {}
+        for tensor in tensors:
+            if is_divided(tensor):
+                divided: Any = tensor
+                meshes[id(divided.device_mesh)] = divided.device_mesh
+                if any(placement.is_partial() for placement in divided.placements):
+                    raise OPLoRATypeError(
+                        "oplora: processes hold summands of a tensor (a DTensor with a Partial placement), whose value "
+                        "none of them knows. Redistribute it before making the optimizer."
+                    )
+        if not meshes:
+            return None
+        largest = max(meshes.values(), key=lambda mesh: mesh.size())
+        known = set(largest.mesh.flatten().tolist())
+        if any(not known.issuperset(mesh.mesh.flatten().tolist()) for mesh in meshes.values()):
+            raise OPLoRATypeError(
+                "oplora: some factors are divided over processes that have no part of others (two device meshes side "
+                "by side). Make an optimizer for each of them, from its own parameters."
+            )
+        return cls(largest, layers)
+
+    def counts(self, tensor: Tensor) -> bool:
+        """Whether this process counts the entries that it has of a tensor; else an earlier one has the same."""
+        if not is_divided(tensor):
+            return self.is_first
+        divided: Any = tensor
+        mesh, coordinate = divided.device_mesh, divided.device_mesh.get_coordinate()
+        if coordinate is None or min(self.ranks) not in mesh.mesh.flatten().tolist():
+            return False
+        places = zip(coordinate, divided.placements, strict=True)
+        return not any(bool(at > 0) and placement.is_replicate() for at, placement in places)
+
+    def merge(self, batches: "Sequence[Batch]", reports: Sequence[Tensor], refused: Tensor) -> Tensor:
+        """Makes of the reports those of all entries, in one message. Returns (int32, 1 number, where `refused` is)
+        whether a gradient, of the reports or in `refused`, is not finite in any process."""
+        table = self._table(batches, reports)
+        message = torch.cat([table.view(-1), refused.view(1).to(table)])
+        sums = self.sum(message.to(self.device)).to(table.device)
+        table = sums[:-1].view(table.shape)
+        for batch, report in zip(batches, reports, strict=True):
+            places = batch.positions.to(table.device, non_blocking=True)
+            report.view(-1, table.shape[1]).copy_(table.index_select(0, places))
+        return ((table[:, 1].sum() + sums[-1]) > 0).to(refused.dtype).view(1).to(refused.device)
+
+    def merge_squares(self, batches: "Sequence[Batch]", reports: Sequence[Tensor], others: Tensor) -> Tensor:
+        """||.||^2 of each layer's gradient, and of `others`, of which this process gives what it counts."""
+        squares = self._table(batches, reports)[:, 0]
+        message = torch.cat([squares, others.to(squares)])
+        return self.sum(message.to(self.device)).to(squares.device)
+
+    def _table(self, batches: "Sequence[Batch]", reports: Sequence[Tensor]) -> Tensor:
+        """A row for each layer of the model: what this process measured and counts."""
+        device = reports[0].device if reports else torch.device("cpu")
+        width = 5 if not reports else reports[0].numel() // len(batches[0].indices)
+        table = torch.zeros(len(self._counts), width, dtype=torch.float64, device=device)
+        for batch, report in zip(batches, reports, strict=True):
+            places = batch.positions.to(device, non_blocking=True)
+            table.index_copy_(0, places, report.view(-1, width).to(device, non_blocking=True))
+        if not self._counts_all:
+            self._leave_out(table, batches)
+        return table
+
+    def _leave_out(self, table: Tensor, batches: "Sequence[Batch]") -> None:
+        """Takes out what an earlier process counts, but for whether it is finite."""
+        if self._weights is None or self._weights.device != table.device:
+            weights = torch.ones(table.shape, dtype=table.dtype)
+            weights[:, 2:] = torch.tensor(self._signals, dtype=table.dtype)[:, None]
+            weights[:, 0] = torch.tensor([all(some) for some in self._counts], dtype=table.dtype)
+            self._weights = weights.to(table.device)
+        table *= self._weights
+        for batch in batches:
+            for state, gradients in zip(batch.states, batch.by_state(batch.gradients), strict=True):
+                counts = self._counts[state.factors.position]
+                if any(counts) and not all(counts):  # a replica of A and a part of B, of tensor parallelism
+                    own = [g.double() for g, counted in zip(gradients, counts, strict=True) if counted]
+                    table[state.factors.position, 0] = torch.stack(torch._foreach_norm(own)).square().sum()
+
+    def listen(self, listening: Sequence[Sequence[bool]]) -> None:
+        """Which tensors of each layer the signals are of.
+
+        Raises:
+            OPLoRAError: a layer's are counted in different processes, where its sums are one number.
+        """
+        for i, (counts, listens) in enumerate(zip(self._counts, listening, strict=True)):
+            heard = {counted for counted, listened in zip(counts, listens, strict=True) if listened}
+            if len(heard) > 1:
+                raise OPLoRATypeError(
+                    f"oplora: of the tensors of layer {i} that tell the rate some are divided among processes and some "
+                    "are not. Shard all of a layer's tensors alike."
+                )
+            self._signals[i] = heard == {True}
+        self._weights = None
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of as many in every process hold in one at least."""
+        told = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        return [bool(flag) for flag in self.any_refuses(told).tolist()]
+
+
+def _group(mesh: Any) -> Any:
+    """Of all processes of a mesh, of any number of dimensions."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    return None if mesh.size() == dist.get_world_size() else mesh._flatten().get_group()
+
+
+def _device_of(mesh: Any) -> torch.device:
+    """Where a mesh's messages lie, also of tensors that fully_shard has offloaded to host memory."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
 
 
 def _divide(sizes: Sequence[int], count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """AdamW: which tensors are stepped with which numbers, and what is saved."""
 
 from .adamw import AdamW
+from .trainers import for_trainer
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "for_trainer"]

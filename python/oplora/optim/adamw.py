@@ -8,8 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..adapters import find, require_pairs
+from ..adapters import find, here, require_pairs
 from ..engines import FOUND, Batch
+from ..errors import warn
 from ..kernels import is_capturing
 from .clipping import Clipped, scale_gradients
 from .groups import (
@@ -48,6 +49,9 @@ class AdamW(Resumable):
     instead is generated likewise. A step takes the gradients that backward left in A and B, moves the generator as
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
     forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
+
+    Under fully_shard (FSDP2) and tensor parallelism preset "auto" steps the part of every tensor that is in the
+    process, and keeps that part's state; the other presets want whole tensors (docs/loops.md).
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
@@ -169,9 +173,19 @@ class AdamW(Resumable):
         self._clipped: Clipped | None = None
         self._given: Any = None  # the groups' numbers when they were last checked
         self._steps_until_told = TOLD_AFTER
+        self._has_gradients = self._is_silent = False  # whether a step had any; whether it was said that none has
         self._captured: list[Tensor] = []  # numbers of groups that CUDA graphs read
         init = chosen.init if init is None else init
-        stepper = Stepper(found.layers, recipe, init=init, shard=shard, delta=precondition, elsewhere=elsewhere)
+        stepper = Stepper(
+            found.layers,
+            recipe,
+            self._all(),
+            init=init,
+            shard=shard,
+            delta=precondition,
+            elsewhere=elsewhere,
+            model=found.model,
+        )
         self._begin(stepper, chosen, hidden_lr_ratio)
         self._unstepped = None if found.model is None else Unstepped(found.model, adapter_name, self._all())
         log.info("oplora: %s", self._summary())
@@ -196,7 +210,7 @@ class AdamW(Resumable):
         batches = self._gather()
         try:
             if self._step(batches):
-                self._is_fresh = False
+                self._is_fresh, self._has_gradients = False, self._has_gradients or bool(batches)
                 self._drop_consolidated()
                 self._count_for_log()
         finally:
@@ -249,11 +263,26 @@ class AdamW(Resumable):
         self._clipped = self._given = None
 
     def _refuse_nothing(self, batches: Sequence[Batch]) -> None:
+        if not batches and not self._has_gradients:
+            self._warn_of_nothing()
         if self._model is None or self._unstepped is None:
             return
         if not batches and all(p.grad is None for p in self._stepper.listing.generated()):
             refuse_foreign_adapter(self._model, self._stepper.layers)
         self._unstepped.warn()
+
+    def _warn_of_nothing(self) -> None:
+        """Once, where a step finds nothing to do and none before it found anything: whoever trains a model that was
+        made anew is to hear of it. torch's optimizers keep silent there."""
+        if any(p.grad is not None for p in self._all()):
+            self._has_gradients = True
+        elif not self._is_silent:
+            self._is_silent = True
+            warn(
+                f"oplora: step() found no gradient in any of this optimizer's {len(self._all())} parameters, now or "
+                "before. Is it of the model that is trained? Where a trainer makes the model itself (model_init, "
+                "peft_config) hand over oplora.for_trainer(arguments) as optimizer_cls_and_kwargs."
+            )
 
     def _numbers(self) -> list[Any]:
         """Of every group, checked where somebody has changed one."""
@@ -285,14 +314,12 @@ class AdamW(Resumable):
         if reports is None:
             reports = [batch.engine.measure(batch) for batch in batches]
         others = self._stepper.plain.gradients()
-        squares = [self._stepper.squares(batches, reports)]
-        squares += [norm.square() for norm in torch._foreach_norm([g.double() for g in others])] if others else []
-        device = squares[0].device
-        norm = torch.cat([square.view(-1).to(device, non_blocking=True) for square in squares]).sum().sqrt()
+        squares = self._stepper.squares(batches, reports)
+        device, norm = squares.device, torch.sqrt(squares.sum())
         scale = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 1.0)
         is_on_device = self._stepper.is_on_device or device.type != "cpu"  # where reading the scale would wait
         if is_on_device or float(scale) != 1.0:
-            factors = [p.grad for p in self._stepper.listing.generated() if p.grad is not None]
+            factors = [here(p.grad) for p in self._stepper.listing.generated() if p.grad is not None]
             scale_gradients([*factors, *others, *(g for batch in batches for g in batch.scaled())], scale)
             for batch, report in zip(batches, reports, strict=True):
                 batch.engine.state.scale(batch, report, scale.to(report.device, non_blocking=True))

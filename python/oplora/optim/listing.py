@@ -1,12 +1,13 @@
 """Which tensors an optimizer generates, as the layers hold them now, and in which of its parameter groups they are."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import attrgetter, is_not
 from typing import Any
 
 from torch import nn
 
-from ..adapters import AdaptedLayer, by_layer, check_layers
+from ..adapters import AdaptedLayer, PlainLayer, by_layer, check_layers, is_divided, known_or_found
 from ..errors import OPLoRARuntimeError
 
 __all__ = ["Listing", "differ"]
@@ -15,22 +16,27 @@ _requires_grad = attrgetter("requires_grad")
 
 
 class Listing:
-    """The generated tensors of all layers, one behind the other: `now()`. PEFT may replace them at any time."""
+    """The generated tensors of all layers, one behind the other: `now()`. PEFT may replace them at any time.
 
-    def __init__(self, layers: Sequence[AdaptedLayer]) -> None:
-        self.layers = layers
+    model: that the layers are of, where one was handed over.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLayer], model: nn.Module | None = None) -> None:
+        self.layers, self._model = layers, model
         self._places = [place for layer in layers for place in layer.places()]
         self._modules = [module for layer in layers for module in layer.modules()]
         self._has_twins = any(layer.twins for layer in layers)
         self._known: list[nn.Parameter] = []
         self._groups: list[list[nn.Parameter]] = []
+        self._is_divided = False
 
     def now(self) -> list[nn.Parameter]:
         """The layers' own tensors."""
         try:
-            return [at[key]._parameters["weight"] if of_module else at[key] for at, key, of_module in self._places]
+            own = [at[key]._parameters["weight"] if of_module else at[key] for at, key, of_module in self._places]
         except KeyError:
             return [p for layer in self.layers for p in layer.parameters()]  # which says what is gone
+        return list(map(known_or_found, self._known, own)) if self._is_divided else own
 
     def _with_twins(self, own: list[nn.Parameter]) -> list[nn.Parameter]:
         if not self._has_twins:
@@ -54,30 +60,56 @@ class Listing:
             or any(differ(group["params"], held) for group, held in zip(groups, self._groups, strict=True))
         )
 
-    def update(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
-        """Puts tensors that PEFT has replaced into the places of those before. Returns which: the new one by the id of
-        the old.
+    def update(
+        self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]
+    ) -> tuple[list[nn.Parameter], dict[int, nn.Parameter]]:
+        """Puts tensors that PEFT or fully_shard has replaced into the places of those before. Returns the layers' own
+        as they are now, and which were replaced: the new one by the id of the old.
 
         Raises:
             OPLoRAError: somebody else has put other tensors in their place.
         """
+        there = self._in_the_same_places(groups)
+        if there:
+            for layer in self.layers:
+                if isinstance(layer, PlainLayer):
+                    layer.held[:] = [there.get(id(p), p) for p in layer.held]
+            own = self.now()
         before = self._with_twins(self._known) if self._known else []
         after = self._with_twins(own)
-        replaced = {id(old): new for old, new in zip(before, after, strict=False) if old is not new}
+        replaced = there | {id(old): new for old, new in zip(before, after, strict=False) if old is not new}
+        if any(map(is_divided, replaced.values())):
+            replaced |= self._divided_since(groups)
         for group in groups:
             group["params"] = [replaced.get(id(p), p) for p in group["params"]]  # a list of its own: accelerate writes
         listed = {id(p) for group in groups for p in group["params"]}
         if any(id(p) not in listed for p in after):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
-                "DeepSpeed's ZeRO and FSDP do with their shards; the factors would get no gradients. Train without it "
-                "(oplora.AdamW(model, shard=True) divides the optimizer's state under DistributedDataParallel), or "
-                "keep the adapter out of it."
+                "DeepSpeed's ZeRO does with its flat pieces; the factors would get no gradients. Train without it: use "
+                "FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), or "
+                "DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the optimizer's state."
             )
         if differ(own, self._known):
             check_layers(self.layers)
+        self._is_divided = any(map(is_divided, own))
         self._known, self._groups = own, [list(group["params"]) for group in groups]
-        return replaced
+        return own, replaced
+
+    def _in_the_same_places(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
+        """What accelerate has put into the places of tensors that fully_shard has divided, by the ids of these."""
+        if [len(group["params"]) for group in groups] != list(map(len, self._groups)):
+            return {}
+        pairs = zip(chain.from_iterable(self._groups), (p for group in groups for p in group["params"]), strict=True)
+        return {id(old): new for old, new in pairs if new is not old and is_divided(new) and new.shape == old.shape}
+
+    def _divided_since(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
+        """What fully_shard has made of all else that the optimizer has of the model, by the id of what was there."""
+        if self._model is None:
+            return {}
+        present = dict(self._model.named_parameters())
+        pairs = ((p, present.get(name)) for g in groups for name, p in zip(g["param_names"], g["params"], strict=True))
+        return {id(old): new for old, new in pairs if new is not None and new is not old and is_divided(new)}
 
     def group_of(self, own: Iterable[nn.Parameter]) -> list[int]:
         """The number of each tensor's group."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..engines import LayerState
 from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import complete, with_names
+from .plain import placed_like
 from .presets import Preset
 from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators, without_gaps
 from .stepping import Stepper
@@ -61,12 +62,13 @@ class Resumable(torch.optim.Optimizer):
         stepper = self._stepper
         own: list[nn.Parameter] = stepper.listing.now()
         if stepper.listing.has_changed(own, self.param_groups):
-            replaced = stepper.listing.update(own, self.param_groups)
+            own, replaced = stepper.listing.update(own, self.param_groups)
             for old in [p for p in self.state if id(p) in replaced]:
-                self.state[replaced[id(old)]] = self.state.pop(old)
+                self.state[replaced[id(old)]] = placed_like(replaced[id(old)], self.state.pop(old))
             stepper.plain.hold(stepper.listing.others())
             self._complete_groups(own)
             self._forget()
+            stepper.follow_division(own, self._all())
             stepper.assign(len(self.param_groups), own)
             self._publish()
         held = list(map(self.state.get, self._entries))
@@ -75,8 +77,10 @@ class Resumable(torch.optim.Optimizer):
         return own
 
     def _complete_groups(self, own: list[nn.Parameter]) -> None:
-        """What a group has beyond torch's if something in it is generated."""
-        for g in set(self._stepper.listing.group_of(own)):
+        """What a group has beyond torch's if something in it is generated; where the rate is found, every group, as a
+        step gives it to all of them."""
+        every = range(len(self.param_groups)) if self._preset.finds_rate else self._stepper.listing.group_of(own)
+        for g in set(every):
             complete(self.param_groups[g], self._preset, self._hidden_lr_ratio)
 
     def _forget(self) -> None:
@@ -90,7 +94,7 @@ class Resumable(torch.optim.Optimizer):
         self._stepper.plain.begin(self.state)
 
     def _publish_layer(self, layer: LayerState) -> None:
-        for parameter, entry in zip(layer.factors.layer.parameters(), layer.entries(), strict=True):
+        for parameter, entry in zip(layer.factors.layer.listed(), layer.published(), strict=True):
             self.state[parameter] = self._entries[parameter] = entry
 
     def _take_entries(self) -> None:
@@ -98,11 +102,11 @@ class Resumable(torch.optim.Optimizer):
         them): what they hold is taken. Or cleared it: the moments begin anew, as in any torch optimizer; what W2 has
         learnt is in the adapter and stays."""
         for layer in self._stepper.states:
-            put: list[Any] = [self.state.get(parameter) for parameter in layer.factors.layer.parameters()]
+            put: list[Any] = [self.state.get(parameter) for parameter in layer.factors.layer.listed()]
             if not all(put):
                 layer.reset()
                 continue
-            for entry, theirs in zip(layer.entries(), put, strict=True):
+            for entry, theirs in zip(layer.published(), put, strict=True):
                 entry.update({name: value for name, value in theirs.items() if name in entry})
         self._publish()
 
@@ -123,7 +127,7 @@ class Resumable(torch.optim.Optimizer):
             rest = {p: _in_place(self.state.get(p, {}), value) for p, value in rest.items()}
         super().__setstate__({**state, "state": defaultdict(dict, rest)})
         for layer in self._stepper.states:
-            load_layer(layer, [loaded[p] for p in layer.factors.layer.parameters()])
+            load_layer(layer, [loaded[p] for p in layer.factors.layer.listed()])
         self._stepper.renew_captured()
         self._forget()
         self._complete_groups(self._stepper.listing.now())
@@ -137,6 +141,8 @@ class Resumable(torch.optim.Optimizer):
                 "to=None in every process, as torch.distributed.checkpoint wants it)."
             )
         self._refresh()
+        if self._stepper.agree_on_starts():
+            self._publish()
 
     def _complete_saved(self, saved: dict[str, Any]) -> None:
         """Adds the factors themselves, and makes plain dicts of the live ones, which torch.load(weights_only=True)
@@ -159,7 +165,7 @@ class Resumable(torch.optim.Optimizer):
             return
         self._drop_consolidated()
         numbers, everything = self._numbers_of_tensors(), self._all()
-        own = [p for layer in stepper.states for p in layer.factors.layer.parameters()]
+        own = [p for layer in stepper.states for p in layer.factors.layer.listed()]
         share = {numbers[id(p)]: {"factor": p.detach(), **self.state[p]} for p in own}
         gathered = stepper.shards.gather(share, to)
         if gathered is not None:
@@ -168,7 +174,7 @@ class Resumable(torch.optim.Optimizer):
 
     def _drop_consolidated(self) -> None:
         if self._is_consolidated:
-            own = {id(p) for layer in self._stepper.states for p in layer.factors.layer.parameters()}
+            own = {id(p) for layer in self._stepper.states for p in layer.factors.layer.listed()}
             for parameter in self._stepper.listing.now():
                 if id(parameter) not in own:
                     self.state.pop(parameter, None)
@@ -207,8 +213,11 @@ class Resumable(torch.optim.Optimizer):
         theirs = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
         number = dict(zip(map(id, self._all()), theirs, strict=False))
         state, layers = dict(saved["state"]), self._stepper.states
-        tensors = [layer.factors.layer.parameters() for layer in layers]
-        of_layers = [[without_gaps(state.get(number.get(id(p), -1))) for p in some] for some in tensors]
+        tensors = [layer.factors.layer.listed() for layer in layers]
+        of_layers = [
+            layer.received([without_gaps(state.get(number.get(id(p), -1))) for p in some])
+            for layer, some in zip(layers, tensors, strict=True)
+        ]
         if len(theirs) == len(self._all()):  # otherwise torch says what does not fit
             self._stepper.together(lambda: check_layers(layers, of_layers))
         every = [state.pop(number.get(id(p), -1), None) for p in self._stepper.listing.now()]

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AdaptedLayer, precondition_gradients, refuse_to_step
+from ..adapters import AdaptedLayer, Share, is_divided, precondition_gradients, refuse_divided, refuse_to_step
 from ..engines import (
     Batch,
     DeviceEngine,
     Engine,
     Factors,
     LayerState,
+    Mesh,
+    Processes,
     Rate,
     Recipe,
     Shards,
@@ -27,6 +29,7 @@ from ..errors import OPLoRARuntimeError
 from .listing import Listing
 from .plain import Plain
 from .refusals import refuse_devices
+from .saved import load_layer
 
 __all__ = ["Stepper", "refuse_nonfinite"]
 
@@ -34,25 +37,35 @@ __all__ = ["Stepper", "refuse_nonfinite"]
 class Stepper:
     """The engines of an optimizer, with what is plainly stepped beside them. Making it writes what starts anew.
 
-    init: "paper" or "keep", as in oplora.AdamW; shard: whether processes divide the layers; delta: of the
-    preconditioner, None without; elsewhere: where the generators are, if not beside their factors.
+    every: all parameters of the optimizer; init: "paper" or "keep", as in oplora.AdamW; shard: whether processes divide
+    the layers; delta: of the preconditioner, None without; elsewhere: where the generators are, if not beside their
+    factors; model: that the layers are of, where one was handed over.
     """
 
     def __init__(
         self,
         layers: Sequence[AdaptedLayer],
         recipe: Recipe,
+        every: Sequence[nn.Parameter],
         *,
         init: str,
         shard: bool,
         delta: float | None,
         elsewhere: torch.device | None,
+        model: nn.Module | None,
     ) -> None:
         self.layers, self.recipe, self._delta, self._elsewhere = layers, recipe, delta, elsewhere
-        self.listing, self.plain = Listing(layers), Plain()
-        ties = [Factors.of(layer, i, elsewhere) for i, layer in enumerate(layers)]
-        shards = Shards([sum(tie.sizes) for tie in ties]) if shard else None
-        self.shards = None if shards is None or shards.count == 1 else shards
+        self.listing, self.plain = Listing(layers, model), Plain()
+        self.shards: Shards | None = None
+        ties = self._divided_ties(every)
+        if shard:
+            if self.mesh is not None:
+                raise OPLoRARuntimeError(
+                    "oplora.AdamW: shard=True divides whole generators, and here fully_shard or tensor parallelism has "
+                    "divided the tensors: every process keeps its part of the state anyway. Leave shard out."
+                )
+            shards = Shards([sum(tie.sizes) for tie in ties])
+            self.shards = None if shards.count == 1 else shards
         self._device = ties[0].placed
         self.engines: list[Engine] = []
         self._left: list[Engine] = []  # whose generators have moved on, and whose captured steps may still be replayed
@@ -67,7 +80,73 @@ class Stepper:
         refuse_devices(ties, self._delta)
         if init is not None:
             keep_starts(ties, init)
-        return self.recipe.make(ties)
+        engines = self.recipe.make(ties)
+        if self.mesh is not None and self.finds_rate:
+            self.mesh.listen([state.listening(i) for state, i in _by_position(engines)])
+        return engines
+
+    # ---- tensors that processes divide ----
+
+    @property
+    def processes(self) -> Processes | None:
+        """Those that step together."""
+        return self.shards or self.mesh
+
+    def _divided_ties(self, every: Sequence[nn.Parameter]) -> list[Factors]:
+        """Of all layers, of which a process may have a part; `every` parameter of the optimizer as it is now."""
+        self._layouts = [_layout_of(p) for layer in self.layers for p in layer.parameters()]
+        if not self.finds_rate:
+            refuse_divided(self.layers, f"state {self.recipe.kind!r}")
+        divided = [any(map(is_divided, layer.parameters())) for layer in self.layers]
+        of_here = [Share(layer) if some else layer for layer, some in zip(self.layers, divided, strict=True)]
+        self._shares = [layer for layer in of_here if isinstance(layer, Share)]
+        self.mesh = Mesh.of(every, self.layers)
+        ties = [Factors.of(layer, i, self._elsewhere) for i, layer in enumerate(of_here)]
+        if self.mesh is not None and self.finds_rate:
+            nonzero = [bool(p.detach().count_nonzero()) for tie in ties for p in tie.layer.parameters()]
+            for tie, begun in zip(ties, self.listing.by_layer(self.mesh.any(nonzero)), strict=True):
+                tie.begun = begun
+        return ties
+
+    def follow_division(self, own: Sequence[nn.Parameter], every: Sequence[nn.Parameter]) -> None:
+        """Goes on with what this process has of tensors that fully_shard has divided, or gathered, since."""
+        for share, some in zip(self._shares, self._of_shares(own), strict=True):
+            share.hold(some)
+        if self._layouts == [_layout_of(p) for p in own]:
+            return
+        before = [(state, state.published()) for state in self.states]
+        if self.shards is not None:
+            raise OPLoRARuntimeError(
+                "oplora: fully_shard has divided the factors of an optimizer with shard=True, which divides whole "
+                "generators. Leave shard out: every process then keeps its part of the state."
+            )
+        ties = self._divided_ties(every)
+        for tie, (state, _) in zip(ties, before, strict=True):
+            tie.kept = state.factors.kept
+        self._take(self._made(ties))
+        for engine in self.engines:
+            engine.begin()
+        for state, (_, entries) in zip(self.states, before, strict=True):
+            load_layer(state, state.received(entries))
+
+    def _of_shares(self, own: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        wholes = {id(share.whole) for share in self._shares}
+        pairs = zip(self.layers, self.listing.by_layer(own), strict=True)
+        return [some for layer, some in pairs if id(layer) in wholes]
+
+    def agree_on_starts(self) -> bool:
+        """Has every process keep a start where one does, so that all save the same; whether something is new here."""
+        if self.mesh is None or not self.finds_rate:
+            return False
+        bases = self.mesh.any([base is not None for state in self.states for base in state.factors.bases])
+        is_new = False
+        for state, begun in zip(self.states, self.listing.by_layer(bases), strict=True):
+            state.factors.begun = begun
+            for i, (base, shape) in enumerate(zip(state.factors.bases, state.factors.shapes, strict=True)):
+                if begun[i] and base is None:
+                    tie, is_new = state.factors, True
+                    tie.bases[i] = torch.zeros(shape, dtype=tie.dtype, device=tie.device)
+        return is_new
 
     def _take(self, engines: list[Engine]) -> None:
         self._left += [engine for engine in self.engines if engine.is_captured]
@@ -129,15 +208,17 @@ class Stepper:
 
     def gather(self, own: list[nn.Parameter]) -> list[Batch]:
         """The layers that have gradients, by engine; edits of their factors are absorbed on the way."""
+        whole, own = own, self._here(own)
         held = [self.of_engine(i, own) for i in range(len(self.engines))]
         changed = [engine.has_changed(some) for engine, some in zip(self.engines, held, strict=True)]
         if any(changed) and self._have_moved(held):
-            self._follow(own)
+            self._follow(whole)
+            own = self._here(whole)
             held = [self.of_engine(i, own) for i in range(len(self.engines))]
             changed = [True] * len(held)
         # all layers, also those of other processes: they refuse together
         if any(changed) or self.listing.any_folded():
-            refuse_to_step(self.layers, self.listing.by_layer(own))
+            refuse_to_step(self.layers, self.listing.by_layer(whole))
         for engine, some, has_changed in zip(self.engines, held, changed, strict=True):
             if has_changed:
                 engine.look(some)
@@ -146,6 +227,16 @@ class Stepper:
         if adopted := [name for batch in stepping for name in batch.engine.absorb(batch)]:
             warn_adopted(adopted)
         return stepping
+
+    def _here(self, own: list[nn.Parameter]) -> list[nn.Parameter]:
+        """The tensors as this process has them."""
+        if not self._shares:
+            return own
+        shares = {id(share.whole): share for share in self._shares}
+        pairs = zip(self.layers, self.listing.by_layer(own), strict=True)
+        return [
+            p for layer, some in pairs for p in (shares[id(layer)].with_gradients() if id(layer) in shares else some)
+        ]
 
     def take_stale(self) -> list[LayerState]:
         """The layers of which something new is kept (a base, a master) since the last call."""
@@ -167,7 +258,7 @@ class Stepper:
         before = self.states
         ties = [Factors.of(state.factors.layer, state.factors.position, self._elsewhere) for state in before]
         for tie, state in zip(ties, before, strict=True):
-            tie.kept = state.factors.kept
+            tie.kept, tie.begun = state.factors.kept, state.factors.begun
         self._take(self._made(ties))
         for old, new in zip(before, self.states, strict=True):
             new.take_over(old)
@@ -188,11 +279,16 @@ class Stepper:
         """Whose gradient holds NaN or infinity; nothing was stepped then."""
         where = self.plain.nonfinite()
         # several dtypes or processes: none may step before the gradients of all are known to be finite
-        if reports is None and (len(batches) > 1 or self.shards is not None or self.finds_rate):
+        if reports is None and (len(batches) > 1 or self.processes is not None or self.finds_rate):
             reports = [batch.engine.measure(batch) for batch in batches]
-        if reports is not None:
-            where += [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
-        if where := self._agreed(where):
+        if self.mesh is not None and reports is not None and self.finds_rate:
+            where = self._merged(batches, reports, where)
+        else:
+            if reports is not None:
+                pairs = zip(batches, reports, strict=True)
+                where += [name for batch, report in pairs for name in batch.nonfinite(report)]
+            where = self._agreed(where)
+        if where:
             return where
         if reports is not None and self.finds_rate and (batches or self.shards is not None):
             self._find_rate(batches, reports, None)
@@ -210,13 +306,16 @@ class Stepper:
         veto = self.plain.verdict(self.engines[0].device)
         engines = [batch.engine for batch in batches if isinstance(batch.engine, DeviceEngine)]
         # several devices or processes: none may step before the gradients of all are known to be finite
-        if len(batches) > 1 or self.shards is not None or self.finds_rate:
+        if len(batches) > 1 or self.processes is not None or self.finds_rate:
             reports = [batch.engine.measure(batch) for batch in batches] if reports is None else reports
             found = [engine.verdict[:1] for engine in engines] + ([] if veto is None else [veto])
             found = found or [torch.zeros(1, dtype=torch.int32, device=self.engines[0].device)]
             veto = torch.cat([one.to(found[0].device, non_blocking=True) for one in found]).amax(0, keepdim=True)
-            if self.shards is not None:
-                self.shards.any_refuses(veto)
+            if self.processes is not None:
+                if self.mesh is not None and self.finds_rate:
+                    veto = self.mesh.merge(batches, reports, veto)
+                else:
+                    self.processes.any_refuses(veto)
                 if not batches and isinstance(first := self.engines[0], DeviceEngine):
                     first.count_refusal(veto)  # nothing is launched here that would
             if self.finds_rate and (batches or self.shards is not None):
@@ -247,7 +346,7 @@ class Stepper:
         """How many steps devices have refused since the last call, as far as they have told, and whose gradient it
         was."""
         # processes that own other layers must raise in the same step, so they all ask for the last one
-        wait = self.shards is not None
+        wait = self.processes is not None
         refused = max(e.new_refusals(wait=wait) for e in self.engines if isinstance(e, DeviceEngine))
         if not refused:
             return 0, []
@@ -256,7 +355,18 @@ class Stepper:
         return refused, where or ["a layer, or of parameters outside the adapters,"]
 
     def squares(self, batches: Sequence[Batch], reports: list[Tensor]) -> Tensor:
-        """||.||^2 of every generator's gradient, of all processes, where the factors are."""
+        """||.||^2 of every gradient of generators and of what is plainly stepped, of all processes, where the factors
+        are."""
+        norms = self.plain.norms(None if self.mesh is None else self.mesh.counts)
+        others = [norm.square().view(-1).to(self.device, non_blocking=True) for norm in norms]
+        if self.mesh is None:
+            return torch.cat([self._squares(batches, reports), *others])
+        other = torch.cat([torch.zeros(1, dtype=torch.float64, device=self.device), *others]).sum().view(1)
+        if self.finds_rate:
+            return self.mesh.merge_squares(batches, reports, other)
+        return torch.cat([self._squares(batches, reports), self.mesh.sum(other.to(self._told_at)).to(self.device)])
+
+    def _squares(self, batches: Sequence[Batch], reports: list[Tensor]) -> Tensor:
         squares = [
             batch.engine.state.square(batch, report).to(self.device, non_blocking=True)
             for batch, report in zip(batches, reports, strict=True)
@@ -279,15 +389,43 @@ class Stepper:
 
     def together(self, call: Callable[[], Any]) -> Any:
         """call(); where it raises in one process of a sharded optimizer it raises in all."""
-        return call() if self.shards is None else self.shards.together(call, self.device)
+        processes = self.processes
+        return call() if processes is None else processes.together(call, self._told_at)
+
+    @property
+    def _told_at(self) -> torch.device:
+        """Where what processes tell each other lies."""
+        return self.device if self.mesh is None else self.mesh.device
 
     def _agreed(self, where: list[str]) -> list[str]:
-        """What is not finite; of a sharded optimizer not empty if it is so in any process."""
-        if self.shards is None:
+        """What is not finite; where processes step together not empty if it is so in any of them."""
+        if self.processes is None:
             return where
-        refused = torch.tensor([len(where)], device=self.device)
-        anywhere = bool(self.shards.any_refuses(refused))
+        refused = torch.tensor([len(where)], device=self._told_at)
+        anywhere = bool(self.processes.any_refuses(refused))
         return where or (["a layer of another process"] if anywhere else [])
+
+    def _merged(self, batches: Sequence[Batch], reports: Sequence[Tensor], plain: list[str]) -> list[str]:
+        """As _agreed, of the reports, which then tell of all processes' entries, and of what is plainly stepped."""
+        assert self.mesh is not None
+        refused = self.mesh.merge(batches, reports, torch.tensor([len(plain)], dtype=torch.int32))
+        if not bool(refused):
+            return []
+        where = [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
+        return plain + where or ["parameters outside the adapters, in another process,"]
+
+
+def _by_position(engines: Sequence[Engine]) -> list[tuple[Rate, int]]:
+    """The states of state rate and the layers' numbers in them, in the model's order."""
+    states = sorted((s for engine in engines for s in engine.states), key=lambda state: state.factors.position)
+    return [(state.engine.state, state.index) for state in states if isinstance(state.engine.state, Rate)]
+
+
+def _layout_of(parameter: Any) -> Any:
+    """How processes divide a tensor; None for a whole one."""
+    if not is_divided(parameter):
+        return None
+    return tuple(parameter.device_mesh.mesh.flatten().tolist()), parameter.device_mesh.shape, parameter.placements
 
 
 def refuse_nonfinite(where: Sequence[str], earlier: int = 0) -> None:
