@@ -425,7 +425,7 @@ def test_readme_is_replaced_between_the_markers(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     begin, end = plot.markers("bench_step")
     readme.write_text(f"before\n{begin}\nstale table\n{end}\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path), "--readme", str(readme)])
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path), "--pages", str(readme)])
     for _ in range(2):  # a second time changes nothing
         plot.main()
         text = readme.read_text()

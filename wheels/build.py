@@ -1,0 +1,217 @@
+"""Builds the wheel that everybody installs, and checks it: `make wheel`, or `make wheel WHEEL_ARCH=aarch64`.
+
+One wheel serves every Python from 3.11 (the limited API), every torch from 2.11 (its stable ABI) and every Linux from
+glibc 2.28 (manylinux_2_28, torch's own). It has the CPU kernels, and liboplora_cuda.so with the CUDA runtime inside, code
+for the architectures below and PTX for those to come; nothing loads that library before a CUDA tensor is there.
+
+A newer glibc than 2.28 is no hindrance: its libc still has the old versions of every function. `old_symbols` makes
+libraries for the linker to find these versions in, and compat.cpp has the two names that are new.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("csrc", "python", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+GLIBC = (2, 28)
+CUDA_ARCHS = "75 80 86 89 90 100 120"
+# where functions lay before glibc 2.34 put all of them into libc.so.6
+OLD_HOMES = {"dl": "libdl.so.2", "shm_": "librt.so.1", "pthread_": "libpthread.so.0", "sem_": "libpthread.so.0"}
+LIBRARIES = {"_core.abi3.so", "liboplora_torch.so", "liboplora_cuda.so"}
+
+
+class Toolchain:
+    """The compilers for an architecture: those of this machine, or Debian's that compile for another."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self.crosses = arch != os.uname().machine
+        self.prefix = f"{arch}-linux-gnu-" if self.crosses else ""
+        if not shutil.which(f"{self.prefix}g++"):
+            package = f"g++-{arch.replace('_', '-')}-linux-gnu" if self.crosses else "g++"
+            sys.exit(f"wheel: {self.prefix}g++ is not there. On Debian and Ubuntu: apt-get install {package}")
+
+    def library(self, name: str) -> str:
+        return self.output("gcc", f"-print-file-name={name}").strip()
+
+    def output(self, tool: str, *arguments: object) -> str:
+        return run(self.prefix + tool, *arguments)
+
+    def environment(self) -> dict[str, str]:
+        if not self.crosses:
+            return {}
+        return {
+            "CC": f"{self.prefix}gcc",
+            "CXX": f"{self.prefix}g++",
+            "LDSHARED": f"{self.prefix}gcc -shared",
+            "LDCXXSHARED": f"{self.prefix}g++ -shared",
+            "AR": f"{self.prefix}ar",
+            "_PYTHON_HOST_PLATFORM": f"linux-{self.arch}",
+        }
+
+
+def run(*command: object, **environment: str) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"wheel: {' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def old_symbols(tools: Toolchain, folder: Path) -> list[Path]:
+    """Libraries whose functions have the newest version that glibc 2.28 has, of all that have a newer one since."""
+    homes: dict[str, dict[str, str]] = {}
+    for library in ("libc.so.6", "libm.so.6"):
+        listed = tools.output("objdump", "-T", tools.library(library))
+        versions: dict[str, list[str]] = {}
+        for version, name in re.findall(r"\.text\s+\S+\s+\(?(GLIBC_[\d.]+)\)?\s+(\w+)$", listed, re.M):
+            versions.setdefault(name, []).append(version)
+        for name, there in versions.items():
+            old = [version for version in there if numbers(version) <= GLIBC]
+            if old and len(old) < len(there):
+                home = next((home for prefix, home in OLD_HOMES.items() if name.startswith(prefix)), library)
+                homes.setdefault(home, {})[name] = max(old, key=numbers)
+    return [old_library(tools, folder, home, names) for home, names in homes.items()]
+
+
+def old_library(tools: Toolchain, folder: Path, soname: str, names: dict[str, str]) -> Path:
+    """For the linker alone: at run time the library of this name is glibc's."""
+    stem = soname.partition(".")[0]
+    lines = [f'__asm__(".symver stub_{name}, {name}@@{version}"); void stub_{name}(void) {{}}' for name, version in names.items()]
+    (folder / f"{stem}.c").write_text("\n".join(lines))
+    versions = sorted(set(names.values()), key=numbers)
+    (folder / f"{stem}.map").write_text("\n".join(f"{version} {{ global: *; }};" for version in versions))
+    target = folder / f"{stem}.so"
+    options = ["-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{soname}", f"-Wl,--version-script,{folder / stem}.map"]
+    tools.output("gcc", *options, folder / f"{stem}.c", "-o", target)
+    return target
+
+
+def download(package: str, arch: str, folder: Path) -> Path:
+    """What a package has for another architecture, unpacked."""
+    platforms = [f"--platform=manylinux_{tag}_{arch}" for tag in ("2_17", "2_27", "2_28")] + [f"--platform=manylinux2014_{arch}"]
+    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11")
+    run(*pip, *platforms, "-d", folder, package)
+    for wheel in folder.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as file:
+            wanted = [n for n in file.namelist() if "/include/" in n or n.endswith(("libtorch_cpu.so", "cudart_static.a"))]
+            wanted += [name for name in file.namelist() if re.search(r"/lib(c10|gomp|gfortran|arm)[^/]*$", name)]
+            file.extractall(folder, wanted)
+    return folder
+
+
+def of_other_architecture(tools: Toolchain, folder: Path) -> dict[str, str]:
+    """torch and the CUDA runtime of the architecture that is built for."""
+    import torch
+
+    torch_version = torch.__version__.partition("+")[0]
+    release = re.search(r"release ([\d.]+)", run(nvcc(), "--version"))
+    assert release
+    torch_folder = download(f"torch=={torch_version}", tools.arch, folder / "torch")
+    cuda = download(f"nvidia-cuda-runtime=={release.group(1)}.*", tools.arch, folder / "cuda")
+    cudart = next(cuda.rglob("libcudart_static.a")).parent
+    return {
+        "OPLORA_TORCH_DIR": str(torch_folder / "torch"),
+        "NVCC_PREPEND_FLAGS": f"-ccbin={tools.prefix}g++ -L{cudart}",
+    }
+
+
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if not found:
+        sys.exit("wheel: nvcc is not there; the wheel carries the CUDA kernels. Install the CUDA toolkit 12.8 or newer.")
+    return found
+
+
+def build(tools: Toolchain, folder: Path) -> Path:
+    """The wheel of these sources, with a plain linux tag."""
+    source, stubs = folder / "source", folder / "stubs"
+    for path in (source, stubs):
+        path.mkdir(parents=True)
+    for name in SOURCES:
+        whole = (ROOT / name).is_dir()
+        leave = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, ignore=leave) if whole else shutil.copy(ROOT / name, source)
+    compat = stubs / "compat.o"
+    tools.output("g++", "-O2", "-fPIC", "-c", Path(__file__).with_name("compat.cpp"), "-o", compat)
+    old = old_symbols(tools, stubs)
+    environment = tools.environment() | {"OPLORA_CUDA": "1", "OPLORA_CUDA_ARCHS": CUDA_ARCHS}
+    if tools.crosses:
+        environment |= of_other_architecture(tools, folder)
+    environment["LDFLAGS"] = " ".join(["-s", str(compat), *map(str, old)])
+    # templates of libstdc++ are instantiated here rather than taken from one that may be older
+    environment["CXXFLAGS"] = "-D_GLIBCXX_EXTERN_TEMPLATE=0 -fvisibility-inlines-hidden"
+    for_nvcc = [environment.get("NVCC_PREPEND_FLAGS", ""), "-Xlinker=-s", *map(str, old)]
+    environment["NVCC_PREPEND_FLAGS"] = " ".join(for_nvcc)
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
+    run(*pip, **environment)
+    return next(folder.glob("*.whl"))
+
+
+def repair(wheel: Path, arch: str, out: Path) -> Path:
+    """Named manylinux by auditwheel, which refuses what an older Linux cannot load."""
+    policy = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{arch}"
+    out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob(f"oplora-*_{arch}.whl"):
+        old.unlink()
+    options = ("--plat", policy, "--only-plat", "--exclude", "libtorch_cpu.so", "-w", out)
+    run(sys.executable, "-m", "auditwheel", "repair", *options, wheel)
+    return next(out.glob(f"oplora-*_{arch}.whl"))
+
+
+def check(tools: Toolchain, wheel: Path, folder: Path) -> list[str]:
+    """Whether the wheel is what it says; a line for each library in it."""
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder)
+        found = {Path(name).name for name in file.namelist() if name.endswith(".so")}
+    if found != LIBRARIES:
+        sys.exit(f"wheel: {wheel.name} has {sorted(found)}, expected {sorted(LIBRARIES)}.")
+    lines = []
+    for library in sorted(folder.rglob("*.so")):
+        needs = re.findall(r"NEEDED\s+(\S+)", tools.output("objdump", "-p", library))
+        if strange := [n for n in needs if not n.startswith(("libtorch_cpu.", "libc.", "libm.", "libdl.", "librt.", "libpthread.", "libstdc++.", "libgcc_s.", "ld-linux"))]:
+            sys.exit(f"wheel: {library.name} needs {' '.join(strange)}.")
+        lines.append(f"  {library.name:20} {library.stat().st_size / 1e6:5.2f} MB  needs {' '.join(needs)}")
+    image = next(folder.rglob("liboplora_cuda.so")).read_bytes()
+    missing = [arch for arch in CUDA_ARCHS.split() if f"sm_{arch}".encode() not in image]
+    if missing:
+        sys.exit(f"wheel: liboplora_cuda.so has no code for sm_{', sm_'.join(missing)}.")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", choices=("x86_64", "aarch64"), default=os.uname().machine)
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    options = parser.parse_args()
+    tools, began = Toolchain(options.arch), time.monotonic()
+    folder = ROOT / "build" / f"wheel-{options.arch}"
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"wheel: compiling for {options.arch}, CUDA architectures {CUDA_ARCHS} and PTX: some minutes", flush=True)
+    wheel = repair(build(tools, folder), options.arch, options.out)
+    lines = check(tools, wheel, folder / "unpacked")
+    audit = "" if tools.crosses else run(sys.executable, "-m", "abi3audit", "--strict", "--summary", wheel)
+    print(f"{wheel}: {wheel.stat().st_size / 1e6:.1f} MB, in {time.monotonic() - began:.0f} s")
+    print("\n".join(lines))
+    with zipfile.ZipFile(wheel) as file:
+        python = [info for info in file.infolist() if info.filename.endswith(".py")]
+    print(f"  {len(python)} modules{'':11} {sum(info.file_size for info in python) / 1e6:5.2f} MB")
+    print(f"  CUDA code for sm_{', sm_'.join(CUDA_ARCHS.split())}, and PTX for newer ones")
+    print(audit.strip())
+
+
+if __name__ == "__main__":
+    main()
