@@ -176,10 +176,10 @@ setup(
             ["csrc/python/core_module.c"],
             depends=SOURCES,
             include_dirs=[numpy.get_include()],
-            libraries=["m"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")],
             py_limited_api=True,
             extra_compile_args=CORE_CFLAGS,
+            extra_link_args=["-lm"],  # behind the core, which calls it
         ),
         Library(
             "oplora.liboplora_torch",

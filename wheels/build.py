@@ -4,8 +4,8 @@ One wheel serves every Python from 3.11 (the limited API), every torch from 2.11
 glibc 2.28 (manylinux_2_28, torch's own). It has the CPU kernels, and liboplora_cuda.so with the CUDA runtime inside, code
 for the architectures below and PTX for those to come; nothing loads that library before a CUDA tensor is there.
 
-A newer glibc than 2.28 is no hindrance: its libc still has the old versions of every function. `old_symbols` makes
-libraries for the linker to find these versions in, and compat.cpp has the two names that are new.
+A glibc newer than 2.28 is no hindrance to building it: it still has the old version of every function. `old_symbols`
+makes libraries in which the linker finds these versions, and compat.cpp has the few names that are new.
 """
 
 import argparse
@@ -24,6 +24,7 @@ GLIBC = (2, 28)
 CUDA_ARCHS = "75 80 86 89 90 100 120"
 # where functions lay before glibc 2.34 put all of them into libc.so.6
 OLD_HOMES = {"dl": "libdl.so.2", "shm_": "librt.so.1", "pthread_": "libpthread.so.0", "sem_": "libpthread.so.0"}
+LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 LIBRARIES = {"_core.abi3.so", "liboplora_torch.so", "liboplora_cuda.so"}
 
 
@@ -45,8 +46,7 @@ class Toolchain:
         return run(self.prefix + tool, *arguments)
 
     def environment(self) -> dict[str, str]:
-        if not self.crosses:
-            return {}
+        """Said in full, as Python else adds what it was built with itself, a path to its libraries among it."""
         return {
             "CC": f"{self.prefix}gcc",
             "CXX": f"{self.prefix}g++",
@@ -70,33 +70,40 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 
-def old_symbols(tools: Toolchain, folder: Path) -> list[Path]:
-    """Libraries whose functions have the newest version that glibc 2.28 has, of all that have a newer one since."""
-    homes: dict[str, dict[str, str]] = {}
-    for library in ("libc.so.6", "libm.so.6"):
+def old_symbols(tools: Toolchain, folder: Path) -> None:
+    """What stands in for glibc when the linker asks for -lc and -lm: all that glibc 2.28 had, in its newest version
+    there. For the linker alone; at run time the libraries of these names are the machine's own."""
+    homes: dict[str, dict[str, tuple[str, bool]]] = {}
+    for library in ("libc.so.6", "libm.so.6", LOADERS[tools.arch]):
         listed = tools.output("objdump", "-T", tools.library(library))
+        found = re.findall(r"(\.\w+)\s+[0-9a-f]+\s+\(?GLIBC_([\d.]+)\)?\s+(\w+)$", listed, re.M)
         versions: dict[str, list[str]] = {}
-        for version, name in re.findall(r"\.text\s+\S+\s+\(?(GLIBC_[\d.]+)\)?\s+(\w+)$", listed, re.M):
+        for _, version, name in found:
             versions.setdefault(name, []).append(version)
-        for name, there in versions.items():
-            old = [version for version in there if numbers(version) <= GLIBC]
-            if old and len(old) < len(there):
-                home = next((home for prefix, home in OLD_HOMES.items() if name.startswith(prefix)), library)
-                homes.setdefault(home, {})[name] = max(old, key=numbers)
-    return [old_library(tools, folder, home, names) for home, names in homes.items()]
+        for section, _, name in found:
+            if old := [version for version in versions[name] if numbers(version) <= GLIBC]:
+                moved = len(old) < len(versions[name])
+                home = next((home for prefix, home in OLD_HOMES.items() if moved and name.startswith(prefix)), library)
+                homes.setdefault(home, {})[name] = max(old, key=numbers), section == ".text"
+    for soname, symbols in homes.items():
+        stand_in(tools, folder, soname, symbols)
+    (folder / "libm.so").symlink_to("libm.so.6")
+    others = " ".join(name for name in homes if name not in ("libc.so.6", "libm.so.6"))
+    (folder / "libc.so").write_text(f"GROUP ( libc.so.6 AS_NEEDED ( {others} ) )")
 
 
-def old_library(tools: Toolchain, folder: Path, soname: str, names: dict[str, str]) -> Path:
-    """For the linker alone: at run time the library of this name is glibc's."""
-    stem = soname.partition(".")[0]
-    lines = [f'__asm__(".symver stub_{name}, {name}@@{version}"); void stub_{name}(void) {{}}' for name, version in names.items()]
-    (folder / f"{stem}.c").write_text("\n".join(lines))
-    versions = sorted(set(names.values()), key=numbers)
-    (folder / f"{stem}.map").write_text("\n".join(f"{version} {{ global: *; }};" for version in versions))
-    target = folder / f"{stem}.so"
-    options = ["-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{soname}", f"-Wl,--version-script,{folder / stem}.map"]
-    tools.output("gcc", *options, folder / f"{stem}.c", "-o", target)
-    return target
+def stand_in(tools: Toolchain, folder: Path, soname: str, symbols: dict[str, tuple[str, bool]]) -> None:
+    """A library with these symbols: the version of each, and whether it is a function."""
+    code = []
+    for name, (version, is_function) in symbols.items():
+        defined = f"void stub_{name}(void) {{}}" if is_function else f"char stub_{name}[8];"
+        code.append(f'__asm__(".symver stub_{name}, {name}@@GLIBC_{version}"); {defined}')
+    source, versions = folder / f"{soname}.c", folder / f"{soname}.map"
+    source.write_text("\n".join(code))
+    there = sorted({version for version, _ in symbols.values()}, key=numbers)
+    versions.write_text("\n".join(f"GLIBC_{version} {{ }};" for version in there))
+    options = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", f"-Wl,-soname,{soname},--version-script,{versions}"]
+    tools.output("gcc", *options, source, "-o", folder / soname)
 
 
 def download(package: str, arch: str, folder: Path) -> Path:
@@ -145,17 +152,16 @@ def build(tools: Toolchain, folder: Path) -> Path:
         whole = (ROOT / name).is_dir()
         leave = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, ignore=leave) if whole else shutil.copy(ROOT / name, source)
-    compat = stubs / "compat.o"
-    tools.output("g++", "-O2", "-fPIC", "-c", Path(__file__).with_name("compat.cpp"), "-o", compat)
-    old = old_symbols(tools, stubs)
+    compat, visible = stubs / "compat.o", stubs / "visible.map"
+    in_sections = ("-ffunction-sections", "-fdata-sections")  # what a library doesn't use is left out of it
+    tools.output("g++", "-O2", "-fPIC", *in_sections, "-c", Path(__file__).with_name("compat.cpp"), "-o", compat)
+    visible.write_text("{ global: PyInit__core; oplora_*; local: *; };")
+    old_symbols(tools, stubs)
     environment = tools.environment() | {"OPLORA_CUDA": "1", "OPLORA_CUDA_ARCHS": CUDA_ARCHS}
     if tools.crosses:
         environment |= of_other_architecture(tools, folder)
-    environment["LDFLAGS"] = " ".join(["-s", str(compat), *map(str, old)])
-    # templates of libstdc++ are instantiated here rather than taken from one that may be older
-    environment["CXXFLAGS"] = "-D_GLIBCXX_EXTERN_TEMPLATE=0 -fvisibility-inlines-hidden"
-    for_nvcc = [environment.get("NVCC_PREPEND_FLAGS", ""), "-Xlinker=-s", *map(str, old)]
-    environment["NVCC_PREPEND_FLAGS"] = " ".join(for_nvcc)
+    environment["LDFLAGS"] = f"-L{stubs} -s -Wl,--gc-sections,--version-script={visible} {compat}"
+    environment["NVCC_PREPEND_FLAGS"] = f"{environment.get('NVCC_PREPEND_FLAGS', '')} -L{stubs} -Xlinker=-s"
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
     run(*pip, **environment)
     return next(folder.glob("*.whl"))
