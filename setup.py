@@ -6,8 +6,8 @@ liboplora_cuda.so     the CUDA kernels behind a plain C interface, with the CUDA
 
 OPLORA_TORCH_DIR      the folder of the torch package, if it isn't found
 OPLORA_CUDA           auto (the default: build the CUDA library if nvcc is found), 0 (do not), 1 (fail without nvcc)
-OPLORA_CUDA_ARCHS     the GPU architectures it carries, as in "80 90"; newer ones use its PTX. By default that of the card that
-                      is there; without one 75, whose PTX every newer card compiles once, at its first use
+OPLORA_CUDA_ARCHS     the GPU architectures it carries, as in "80 90"; newer ones use its PTX. By default that of the
+                      GPU that is there; without one 75, whose PTX every newer GPU compiles once, at first use
 CUDA_HOME             where nvcc is, if it isn't on PATH
 """
 
@@ -96,7 +96,7 @@ def cuda_archs():
         told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
         return sorted({line.strip().replace(".", "") for line in told.splitlines()}, key=int), "of this machine's GPU"
     except (OSError, subprocess.SubprocessError, ValueError):
-        return [OLDEST_ARCH], "as no GPU is here; newer ones compile its PTX at first use, OPLORA_CUDA_ARCHS names others"
+        return [OLDEST_ARCH], "no GPU is here; newer ones compile its PTX at first use, OPLORA_CUDA_ARCHS names others"
 
 
 class Library(Extension):

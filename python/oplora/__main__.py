@@ -1,4 +1,5 @@
-"""The command line, ``oplora`` or ``python -m oplora``: ``merge``, which needs no torch, ``export``, ``plot``, ``doctor``."""
+"""The command line, ``oplora`` or ``python -m oplora``: ``merge``, which needs no torch, and ``export``, ``plot`` and
+``doctor``."""
 
 import argparse
 import signal
@@ -78,7 +79,8 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="oplora", description="Work on OP-LoRA and LoRA adapters on disk, and look at runs and at the installation."
+        prog="oplora",
+        description="Work on LoRA adapters on disk, and look at runs and at the installation.",
     )
     parser.add_argument("--version", action="version", version=f"oplora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -92,7 +92,7 @@ def _gpu() -> list[Finding]:
         return [kernels, Finding("GPU", f"torch, {build}, sees none; training runs on the CPU")]
     name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if not has_kernels():
-        mend = "install a wheel, or build with the CUDA toolkit 12.8 or newer: OPLORA_CUDA=1 pip install --no-cache-dir ."
+        mend = "install a wheel, or build with the CUDA toolkit 12.8 or newer: OPLORA_CUDA=1 pip install -v ."
         kernels = Finding(kernels.what, kernels.found, mend)
     return [kernels, Finding("GPU", f"{name}, sm_{major}{minor}, {torch.cuda.device_count()} of them")]
 
