@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TORCHES = ("torch==2.11.0", "torch")  # the oldest, and the newest
+TORCHES = ("torch==2.11.0", "torch==2.13.0")  # the oldest, and the one that the Makefile installs
 TRAINING = """
 import torch, oplora
 from peft import LoraConfig, PeftModel, get_peft_model
