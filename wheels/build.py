@@ -163,7 +163,9 @@ def build(tools: Toolchain, folder: Path) -> Path:
     if tools.crosses:
         environment |= of_other_architecture(tools, folder)
     environment["LDFLAGS"] = f"-L{stubs} -s -Wl,--gc-sections,--version-script={visible} {compat}"
-    environment["NVCC_PREPEND_FLAGS"] = f"{environment.get('NVCC_PREPEND_FLAGS', '')} -L{stubs} -Xlinker=-s"
+    # nvcc from PyPI looks for its libraries in lib64, and has them in lib
+    for_nvcc = environment.get("NVCC_PREPEND_FLAGS", f"-L{Path(nvcc()).parents[1] / 'lib'}")
+    environment["NVCC_PREPEND_FLAGS"] = f"{for_nvcc} -L{stubs} -Xlinker=-s"
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, source)
     run(*pip, **environment)
     return next(folder.glob("*.whl"))
