@@ -30,8 +30,9 @@ def has_kernels() -> bool:
 def require_kernels(where: torch.device) -> None:
     if not has_kernels():
         raise OPLoRARuntimeError(
-            f"oplora: the tensors are on {where}, and this oplora was built without the CUDA kernels. Install the CUDA "
-            "toolkit 12.8 or newer (nvcc; CUDA_HOME names its folder) and build again in oplora's sources: "
-            "OPLORA_CUDA=1 pip install --no-cache-dir . Until then oplora.create_oplora_optimizer(model, "
-            "torch.optim.AdamW, lr=...) trains the same generators with PyTorch alone, in more memory."
+            f"oplora: the tensors are on {where}, and this oplora was built without the CUDA kernels. Install oplora's "
+            "wheel, which has them. Or install the CUDA toolkit 12.8 or newer (nvcc; CUDA_HOME names its folder) and "
+            "build again in oplora's sources: OPLORA_CUDA=1 pip install --no-cache-dir . Until then "
+            "oplora.create_oplora_optimizer(model, torch.optim.AdamW, lr=...) trains the same generators with PyTorch "
+            "alone, in more memory."
         )

@@ -482,7 +482,7 @@ def _check_inner(optimizer: GeneratorOptimizer, saved: dict[str, Any]) -> None:
         )
     if different := sorted(set(saved.get("layers", layers)) ^ set(layers)):
         raise OPLoRAValueError(
-            f"oplora: the saved generators are of other layers: {different[0]} is in one of both only. Build the "
+            f"oplora: the saved generators are of other layers: {different[0]} is in one of the two only. Build the "
             "model with the adapter of the run that was saved."
         )
 

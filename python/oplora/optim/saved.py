@@ -118,8 +118,7 @@ def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
         if theirs not in (None, kind):
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} is of an optimizer with {MADE_WITH[theirs]}, this one "
-                f"has {MADE_WITH[kind]}. Neither is made into the other: a W2 trained whole is no seeded start and a "
-                f"change of low rank, and neither is an average. To resume, make the optimizer with "
+                f"has {MADE_WITH[kind]}. One cannot be converted into the other. To resume, make the optimizer with "
                 f"{MADE_WITH[theirs]}. To continue with {MADE_WITH[kind]}, load the saved adapter and start anew (with "
                 "init='keep', but for preset 'auto'): A and B keep their values, the moments begin at 0."
             )

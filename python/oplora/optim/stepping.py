@@ -296,5 +296,6 @@ def refuse_nonfinite(where: Sequence[str], earlier: int = 0) -> None:
     raise OPLoRARuntimeError(
         f"oplora: the gradient of {where[0]} {f'and {len(where) - 1} more ' if len(where) > 1 else ''}"
         f"holds NaN or infinity{when}. Nothing was changed: call zero_grad() and continue with the next batch, "
-        "lower the learning rate, or pass skip_nonfinite=True to skip such steps."
+        "or pass skip_nonfinite=True to skip such steps. If it happens often, clip gradients (max_grad_norm), or where "
+        "you chose a learning rate, lower it."
     )

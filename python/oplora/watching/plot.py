@@ -71,7 +71,7 @@ class Part:
                 part.take(record)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OPLoRAFileError(
-                    f"oplora plot: line {number} of {file} is none that oplora.Monitor wrote. Was the file edited?"
+                    f"oplora plot: line {number} of {file} was not written by oplora.Monitor. Was the file edited?"
                 ) from error
         return part
 
@@ -130,7 +130,7 @@ class Run:
         if not file.exists():
             raise OPLoRAFileError(
                 f"oplora plot: there is no {file}. Train with oplora.Monitor({str(file.parent)!r}, optimizer), or name "
-                "the folder of a run that was."
+                "the folder of a run that it watched."
             )
         first = Part.read(file)
         if not first.lines:
