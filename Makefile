@@ -1,6 +1,6 @@
 # `make demo` and `make test` are the two commands; each makes its environment (.venv) if it is not there.
 #
-#   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
+#   make demo      fine-tune SmolLM2-135M with LoRA at 1e-4 and with OP-LoRA, save, reload, compare, draw: five minutes
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled,
 #                  pytest, the documentation
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
@@ -90,10 +90,11 @@ $(VENV)/.built: $(VENV)/.environment pyproject.toml setup.py $(SOURCES) $(wildca
 build: $(VENV)/.built
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/finetune_llm.py --output runs/demo
+	$(BIN)/python examples/finetune_llm.py --output runs/demo --lora-lr 1e-4
 	@echo
-	@echo "Next:"
-	@echo "  look at           runs/demo/loss_curves.png: LoRA at three rates, and OP-LoRA with none chosen"
+	@echo "LoRA trained at 1e-4, the usual rate; OP-LoRA found its own. Next:"
+	@echo "  look at           runs/demo/loss_curves.png"
+	@echo "  other rates       $(BIN)/python examples/finetune_llm.py: LoRA at 1e-3 and 1e-2 too, where it does better"
 	@echo "  your own text     $(BIN)/python examples/finetune_llm.py --text notes.txt --method oplora"
 	@echo "  your own loop     optimizer = oplora.AdamW(model); docs/index.md"
 	@echo "  your trainer      docs/trainers.md"

@@ -1,6 +1,6 @@
 """Fine-tunes a causal language model on a text file with LoRA at several rates and with OP-LoRA, side by side.
 
-    python examples/finetune_llm.py                            # the demo, about five minutes on two cores
+    python examples/finetune_llm.py                            # about six minutes on two cores
     python examples/finetune_llm.py --model ./my-model --text notes.txt --method oplora --r 16 --lora-alpha 32
 
 All runs train the same adapter: same base model, rank, alpha and target modules, same start of A and B, same batches
