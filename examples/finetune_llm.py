@@ -8,8 +8,9 @@ in the same order, same number of steps, decay and clipping. They differ in one 
 below). LoRA wants a learning rate, and gets each that --lora-lr names in a run of its own; OP-LoRA finds its own, or
 takes --oplora-lr with --preset paper or flat.
 
-The demo trains SmolLM2-135M-Instruct on Python's reference documentation at PEFT's usual 1e-4, at 1e-3 and at 1e-2,
-and with nothing chosen. A few dozen steps are a demonstration, not a benchmark: docs/evidence.md has the figures.
+Without other flags it trains SmolLM2-135M-Instruct on Python's reference documentation at PEFT's usual 1e-4, at 1e-3
+and at 1e-2, and with nothing chosen. A few dozen steps are a demonstration, not a benchmark: docs/evidence.md has the
+figures.
 
 At the end each adapter is saved, loaded into a fresh model by PEFT alone, and must give the training model's
 logits bit for bit.
