@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -77,3 +78,11 @@ def test_source_without_a_gpu_is_compiled_for_the_oldest(monkeypatch: pytest.Mon
 def test_build_of_the_wheel_and_the_makefile_have_the_same_architectures(build: ModuleType) -> None:
     (listed,) = re.findall(r"^CUDA_ARCHS \?= (.*)$", (ROOT / "Makefile").read_text(), re.M)
     assert listed == build.CUDA_ARCHS
+
+
+def test_other_systems_are_told_where_it_runs() -> None:
+    code = "import sys, numpy, setuptools.command.build_ext; sys.platform = 'darwin'; "
+    code += "sys.argv = ['setup.py', 'build_ext']; exec(open('setup.py').read())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "it runs on Linux, and this is darwin. On Windows install it inside WSL 2; on macOS" in done.stderr
