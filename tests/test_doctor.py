@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_gpu_without_kernels_is_told_how_to_get_them(monkeypatch: pytest.MonkeyP
     assert "a GPU, sm_90" in gpu.found and gpu.trouble is None
 
 
+def test_cuda_library_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "liboplora_cuda.so"
+    broken.write_text("no library")
+    monkeypatch.setenv("OPLORA_CUDA_LIBRARY", str(broken))
+    (finding,) = doctor._guarded(doctor._gpu)
+    assert finding.trouble and "liboplora_cuda.so" in finding.trouble
+
+
 @pytest.mark.parametrize("command", [["--version"], ["--help"]])
 def test_command_answers_without_torch(command: list[str]) -> None:
     code = f"import sys; from oplora.__main__ import main\ntry: main({command})\nexcept SystemExit: pass\n"
@@ -57,8 +66,6 @@ def test_command_answers_without_torch(command: list[str]) -> None:
 
 
 def test_version_stands_in_one_place() -> None:
-    from pathlib import Path
-
     root = Path(__file__).parents[1]
     assert 'dynamic = ["version"]' in (root / "pyproject.toml").read_text()
     done = subprocess.run([sys.executable, "-m", "oplora", "--version"], capture_output=True, text=True, check=True)

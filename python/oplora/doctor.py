@@ -1,5 +1,6 @@
 """`oplora doctor`: what is installed, which kernels load, whether a GPU is used, and how to mend what is wrong."""
 
+import ctypes
 import platform
 import sys
 from collections.abc import Callable
@@ -86,7 +87,7 @@ def _gpu() -> list[Finding]:
 
     from .kernels import has_kernels
 
-    kernels = Finding("CUDA kernels", "there" if has_kernels() else "not in this installation")
+    kernels = _cuda_kernels() if has_kernels() else Finding("CUDA kernels", "not in this installation")
     if not torch.cuda.is_available():
         build = "built for the CPU" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
         return [kernels, Finding("GPU", f"torch, {build}, sees none; training runs on the CPU")]
@@ -95,6 +96,20 @@ def _gpu() -> list[Finding]:
         mend = "install a wheel, or build with the CUDA toolkit 12.8 or newer: OPLORA_CUDA=1 pip install -v ."
         kernels = Finding(kernels.what, kernels.found, mend)
     return [kernels, Finding("GPU", f"{name}, sm_{major}{minor}, {torch.cuda.device_count()} of them")]
+
+
+def _cuda_kernels() -> Finding:
+    """Whether they load, with which CUDA runtime, and which the driver serves; 0 is none."""
+    from .kernels import library_path
+
+    driver, runtime = ctypes.c_int(), ctypes.c_int()
+    ctypes.CDLL(library_path()).oplora_cuda_ready(ctypes.byref(driver), ctypes.byref(runtime))
+    served = f"the driver serves CUDA {_of_cuda(driver.value)}" if driver.value else "no NVIDIA driver here"
+    return Finding("CUDA kernels", f"load; built with CUDA {_of_cuda(runtime.value)}, {served}")
+
+
+def _of_cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _step() -> list[Finding]:

@@ -7,7 +7,7 @@ import torch
 
 from .errors import OPLoRARuntimeError
 
-__all__ = ["has_kernels", "is_capturing", "require_kernels", "runs_on_device"]
+__all__ = ["has_kernels", "is_capturing", "library_path", "require_kernels", "runs_on_device"]
 
 _LIBRARY = Path(__file__).with_name("liboplora_cuda.so")
 
@@ -20,6 +20,11 @@ def runs_on_device(device: torch.device) -> bool:
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched there now goes into a CUDA graph, and runs at each of its replays."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def library_path() -> str:
+    """Of the CUDA library, as the torch ops look for it."""
+    return os.environ.get("OPLORA_CUDA_LIBRARY", str(_LIBRARY))
 
 
 def has_kernels() -> bool:
