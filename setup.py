@@ -6,7 +6,8 @@ liboplora_cuda.so     the CUDA kernels behind a plain C interface, with the CUDA
 
 OPLORA_TORCH_DIR      the folder of the torch package, if it isn't found
 OPLORA_CUDA           auto (the default: build the CUDA library if nvcc is found), 0 (do not), 1 (fail without nvcc)
-OPLORA_CUDA_ARCHS     the GPU architectures it carries, "80 86 89 90 100 120" by default; newer ones use its PTX
+OPLORA_CUDA_ARCHS     the GPU architectures it carries, as in "80 90"; newer ones use its PTX. By default that of the
+                      GPU that is there; without one 75, whose PTX every newer GPU compiles once, at first use
 CUDA_HOME             where nvcc is, if it isn't on PATH
 """
 
@@ -15,8 +16,10 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy
@@ -38,7 +41,7 @@ INTERFACE_HASH = hashlib.sha256(b"".join(Path(header).read_bytes() for header in
 CORE_CFLAGS = ["-std=c11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CORE_CFLAGS += ["-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
-CUDA_ARCHS = "80 86 89 90 100 120"
+OLDEST_ARCH = "75"
 # -fmad=false -ftz=true: the bits of the core, which fuses nothing and counts subnormals as zero
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-ftz=true", "-cudart=static"]
 NVCC_FLAGS += ["--threads=0", "-shared", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -84,6 +87,18 @@ def nvcc():
     return path
 
 
+def cuda_archs():
+    """The architectures to compile for, and why these."""
+    if asked := os.environ.get("OPLORA_CUDA_ARCHS"):
+        return asked.replace(";", " ").split(), "as OPLORA_CUDA_ARCHS says"
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+        return sorted({line.strip().replace(".", "") for line in told.splitlines()}, key=int), "of this machine's GPU"
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return [OLDEST_ARCH], "no GPU is here; newer ones compile its PTX at first use, OPLORA_CUDA_ARCHS names others"
+
+
 class Library(Extension):
     """A shared library that lies in the package but is no Python module."""
 
@@ -94,6 +109,14 @@ def cuda_library():
 
 
 class BuildExt(build_ext):
+    def run(self):
+        if not sys.platform.startswith("linux"):
+            raise SystemExit(
+                f"oplora: it runs on Linux, and this is {sys.platform}. On Windows install it inside WSL 2; on macOS "
+                "inside a Linux container, which trains on the CPU."
+            )
+        super().run()
+
     def get_ext_filename(self, fullname):
         ext = self.ext_map.get(fullname) or self.ext_map.get(fullname.rpartition(".")[2])
         if isinstance(ext, Library):
@@ -116,7 +139,7 @@ class BuildExt(build_ext):
     def build_cuda(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
         newest = max(Path(source).stat().st_mtime for source in SOURCES)
-        archs = os.environ.get("OPLORA_CUDA_ARCHS", CUDA_ARCHS).replace(";", " ").split()
+        archs, why = cuda_archs()
         stamp = Path(self.build_temp, "liboplora_cuda.archs")
         known = stamp.read_text() if stamp.is_file() else ""
         if not self.force and known == " ".join(archs) and target.is_file() and target.stat().st_mtime > newest:
@@ -126,6 +149,8 @@ class BuildExt(build_ext):
         core = Path(self.get_finalized_command("build_clib").build_clib, "liboplora_core.a")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a build that fails leaves none of other sources behind
+        began = time.monotonic()
+        print(f"oplora: compiling {len(ext.sources)} CUDA files for sm_{', sm_'.join(archs)} ({why})", flush=True)
         self.spawn(
             [
                 nvcc(),
@@ -138,6 +163,7 @@ class BuildExt(build_ext):
                 str(target),
             ]
         )
+        print(f"oplora: compiled the CUDA files in {time.monotonic() - began:.0f} s", flush=True)
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(" ".join(archs))
 
@@ -150,10 +176,10 @@ setup(
             ["csrc/python/arguments.c", "csrc/python/core_module.c"],
             depends=SOURCES,
             include_dirs=[numpy.get_include()],
-            libraries=["m"],
             define_macros=[("Py_LIMITED_API", "0x030b0000")],
             py_limited_api=True,
             extra_compile_args=CORE_CFLAGS,
+            extra_link_args=["-lm"],  # behind the core, which calls it
         ),
         Library(
             "oplora.liboplora_torch",

@@ -6,7 +6,7 @@
     python benchmarks/bench_fidelity.py --ranks             lean alone at other ranks, to results/bench_ranks.json
     python benchmarks/bench_fidelity.py --quick --output /tmp/fidelity.json
 
-The tasks are in tasks.py. A run that was cut short goes on where it was: rows that the file has are not measured
+The tasks are in tasks.py. A run that was cut short continues where it was: rows that the file has are not measured
 again, unless with --fresh. Plain LoRA under torch.optim.AdamW runs beside, with the same seeds and rates.
 
     exact   oplora.AdamW(state="exact"): all of W2 and both its moments

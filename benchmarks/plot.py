@@ -2,8 +2,8 @@
 
 python benchmarks/plot.py                       results/*.json -> results/*.png
 python benchmarks/plot.py --table               their markdown tables
-python benchmarks/plot.py --readme README.md    the same, between the markers in that file that name a benchmark:
-                                                <!-- bench_step:begin --> and <!-- bench_step:end -->
+python benchmarks/plot.py --pages README.md docs/cost.md    the same, between the markers in these files that name a
+                                benchmark: <!-- bench_step:begin --> and <!-- bench_step:end -->
 """
 
 import argparse
@@ -272,6 +272,30 @@ def lean_summary(rows: list[Row]) -> str:
     return f"{table}\n\nAn entry's value and gradient are counted in. Measured on {machine(rows[0])}"
 
 
+# ---- tables: bench_cost ----
+
+COSTS = {
+    "lora, AdamW fused": "LoRA, `torch.optim.AdamW(fused=True)`",
+    "oplora auto": "OP-LoRA, `oplora.AdamW(model)`",
+    "oplora flat": '`preset="flat"`',
+    "oplora paper": '`preset="paper"`',
+}
+
+
+def cost_tables(rows: list[Row]) -> str:
+    """The GPU's cells are empty: nothing was measured there."""
+
+    def cells(name: str, title: str) -> list[str]:
+        row = one(rows, contender=name)
+        return [title, f"{row['bytes_per_entry']:.0f}", f"{row['ms']:.1f} ms", f"{row['ratio']:.2f}", ""]
+
+    header = ["", "bytes an entry", "step, CPU", "over LoRA's", "step, GPU"]
+    table = markdown(header, (cells(*contender) for contender in COSTS.items()))
+    row = rows[0]
+    where_it_was = f"{row['device']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, {row['date']}"
+    return f"{table}\n\n{row['factor_numbers'] / 1e6:.1f} M entries in {row['layers']} layers. {where_it_was}."
+
+
 # ---- tables: bench_fidelity ----
 
 
@@ -475,6 +499,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bench_step": step_tables,
     "bench_lean": lean_tables,
     "lean_summary": lean_summary,
+    "bench_cost": cost_tables,
     "bench_fidelity": fidelity_tables,
     "bench_ranks": rank_tables,
     "bench_width": width_tables,
@@ -669,10 +694,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--pages", type=Path, nargs="+", default=[])
     arguments = parser.parse_args()
-    if arguments.readme:
-        arguments.readme.write_text(replace_all(arguments.readme.read_text(), arguments.results))
+    for page in arguments.pages:
+        page.write_text(replace_all(page.read_text(), arguments.results))
+    if arguments.pages:
         return
     measured = {stem: arguments.results / f"{stem}.json" for stem in TABLES}
     for stem, source in measured.items():

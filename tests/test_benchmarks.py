@@ -14,6 +14,7 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bench_cost  # noqa: E402
 import bench_fidelity  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lean  # noqa: E402
@@ -319,11 +320,27 @@ def test_ranks_are_compared_on_lean_alone(quick):
 
 
 def test_quick_rows_stay_out_of_the_results(monkeypatch, capsys):
-    for benchmark in (bench_fidelity, bench_lean, bench_width):
+    for benchmark in (bench_cost, bench_fidelity, bench_lean, bench_width):
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--quick"])
         with pytest.raises(SystemExit):
             benchmark.main()
-    assert capsys.readouterr().err.count("--quick needs --output") == 3
+    assert capsys.readouterr().err.count("--quick needs --output") == 4
+
+
+# ---- bench_cost ----
+
+
+def test_bench_cost_quick_runs(quick):
+    rows = quick(bench_cost, "--threads", "1")
+    assert [row["contender"] for row in rows] == list(plot.COSTS)
+    assert rows[0]["ratio"] == 1 and all(row["ms"] > 0 and row["bytes_per_entry"] >= 16 for row in rows)
+    assert plot.cost_tables(rows).count("| ms |") == 0 and plot.cost_tables(rows).count(" ms | ") == 4
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cost.md", "docs/lean.md", "docs/cuda.md"])
+def test_page_has_the_tables_of_the_committed_results(page):
+    text = (Path(__file__).parents[1] / page).read_text()
+    assert plot.replace_all(text, plot.RESULTS) == text
 
 
 # ---- bench_width ----
@@ -425,7 +442,7 @@ def test_readme_is_replaced_between_the_markers(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     begin, end = plot.markers("bench_step")
     readme.write_text(f"before\n{begin}\nstale table\n{end}\nafter\n")
-    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path), "--readme", str(readme)])
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path), "--pages", str(readme)])
     for _ in range(2):  # a second time changes nothing
         plot.main()
         text = readme.read_text()

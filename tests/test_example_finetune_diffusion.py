@@ -24,6 +24,9 @@ from safetensors.torch import load_file
 from tiny_pipelines import PIPELINES, encode, predict
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_diffusion.py"
+sys.path.insert(0, str(SCRIPT.parent))  # as for who runs it: the modules beside it are found
+import diffusion_pictures  # noqa: E402
+
 PICTURES = 7
 STEPS = 6
 CHECKPOINT = 4
@@ -126,7 +129,7 @@ def test_run_writes_losses_adapters_and_pictures(output: Path) -> None:
     assert {"python", "oplora", "torch", "diffusers", "peft"} <= record["versions"].keys()
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {p.name for p in output.iterdir()} == {
-        *("stdout.txt", "losses.json", "loss.png", "pictures", f"checkpoint-{CHECKPOINT}"),
+        *("stdout.txt", "losses.json", "loss.png", "monitor.jsonl", "pictures", f"checkpoint-{CHECKPOINT}"),
         *("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"),
     }
 
@@ -404,15 +407,15 @@ def test_strata_spread_timesteps_evenly(script: ModuleType, train: Train, monkey
 
 def test_picture_is_cut_at_its_centre_and_keeps_its_values(script: ModuleType) -> None:
     pixels = np.arange(16 * 22 * 3, dtype=np.uint8).reshape(16, 22, 3)
-    cut, time_ids = script.cut(Image.fromarray(pixels), 16, False, (0.5, 0.5))
+    cut, time_ids = diffusion_pictures.cut(Image.fromarray(pixels), 16, False, (0.5, 0.5))
     torch.testing.assert_close(cut, torch.from_numpy(pixels[:, 3:19]).permute(2, 0, 1) / 127.5 - 1)
     assert time_ids.tolist() == [16, 22, 0, 3, 16, 16]
 
 
 def test_mirrored_picture_tells_its_crop_from_the_other_side(script: ModuleType) -> None:
     pixels = np.arange(16 * 22 * 3, dtype=np.uint8).reshape(16, 22, 3)
-    plain, _ = script.cut(Image.fromarray(pixels), 16, False, (0.5, 0.0))
-    mirrored, time_ids = script.cut(Image.fromarray(pixels), 16, True, (0.5, 0.0))
+    plain, _ = diffusion_pictures.cut(Image.fromarray(pixels), 16, False, (0.5, 0.0))
+    mirrored, time_ids = diffusion_pictures.cut(Image.fromarray(pixels), 16, True, (0.5, 0.0))
     assert torch.equal(mirrored, plain.flip(-1))
     assert time_ids.tolist() == [16, 22, 0, 6, 16, 16]
 
@@ -421,20 +424,20 @@ def test_mirrored_picture_tells_its_crop_from_the_other_side(script: ModuleType)
 def test_picture_of_any_mode_opens_as_rgb(script: ModuleType, tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new(mode, (9, 9)).save(path)
-    assert script.open_picture(path, 1).mode == "RGB"
+    assert diffusion_pictures.open_picture(path, 1).mode == "RGB"
 
 
 def test_transparent_pixels_become_white(script: ModuleType, tmp_path: Path) -> None:
     picture = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
     picture.putpixel((1, 0), (10, 20, 30, 255))
     picture.save(tmp_path / "a.png")
-    opened = script.open_picture(tmp_path / "a.png", 1)
+    opened = diffusion_pictures.open_picture(tmp_path / "a.png", 1)
     assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (10, 20, 30)]
 
 
 def test_sixteen_bit_greys_keep_their_brightness(script: ModuleType, tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0x8000, dtype=np.uint16)).save(tmp_path / "a.png")
-    assert script.open_picture(tmp_path / "a.png", 1).getpixel((0, 0)) == (128, 128, 128)
+    assert diffusion_pictures.open_picture(tmp_path / "a.png", 1).getpixel((0, 0)) == (128, 128, 128)
 
 
 @pytest.fixture
@@ -452,7 +455,7 @@ def mixed(tmp_path: Path) -> Path:
 
 def test_captions_come_from_metadata_and_files_beside(script: ModuleType, mixed: Path, models: dict[str, Path]) -> None:
     args = script.parse_arguments(flags(models["sd"], mixed, mixed))
-    records, skipped = script.find_records(args)
+    records, skipped = diffusion_pictures.find_records(args)
     assert {r.path.name: r.caption for r in records} == {
         "a.png": "one, two",
         "b.JPG": "beside",
@@ -476,7 +479,7 @@ def test_unusable_pictures_are_skipped_counted_and_named(
 
 def test_caption_flag_is_for_pictures_without_one(script: ModuleType, mixed: Path, models: dict[str, Path]) -> None:
     args = script.parse_arguments(flags(models["sd"], mixed, mixed, "--caption", "any"))
-    captions = {r.path.name: r.caption for r in script.find_records(args)[0]}
+    captions = {r.path.name: r.caption for r in diffusion_pictures.find_records(args)[0]}
     assert captions["bare.png"] == "any" and captions["b.JPG"] == "beside"
 
 

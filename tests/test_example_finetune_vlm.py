@@ -31,6 +31,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "finetune_vlm.py"
+sys.path.insert(0, str(SCRIPT.parent))  # as for who runs it: the modules beside it are found
+import vlm_data  # noqa: E402
+
 SIDE, PATCH = 18, 6  # nine image tokens
 IMAGE, END, PAD = "<image>", "<end>", "<pad>"
 STEPS, CHECKPOINT = 20, 12
@@ -404,7 +407,7 @@ def test_full_disk_leaves_the_last_checkpoint(run_here: Callable[..., dict], int
             run_here("--resume-from-checkpoint", output=folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in folder.iterdir()] == [last.name]
+    assert {path.name for path in folder.iterdir()} == {last.name, "monitor.jsonl"}
     assert {path.name: path.read_bytes() for path in last.iterdir()} == before
 
 
@@ -425,7 +428,7 @@ def batches(script: ModuleType, model_folder: Path) -> Callable[..., object]:
 def test_labels_are_the_answers_tokens_alone(batches: Callable[..., object], script: ModuleType, data: Path) -> None:
     picture, tokenizer = data.parent / "pictures/0.png", byte_tokenizer()
     answers = ["red", "a very dark blue"]
-    batch = batches()([script.Example(picture, (("Which colour?", answer),)) for answer in answers])
+    batch = batches()([vlm_data.Example(picture, (("Which colour?", answer),)) for answer in answers])
     ids, labels = batch["input_ids"], batch["labels"]
     for i, answer in enumerate(answers):
         assert tokenizer.decode(labels[i][labels[i] != -100]) == f" {answer}{END}"
@@ -441,7 +444,7 @@ def test_conversation_gives_an_example_for_each_answer(
     row = {"image": "pictures/0.png", "conversations": [{"from": who, "value": value} for who, value in spoken]}
     path = tmp_path / "llava.json"
     path.write_text(json.dumps([row]))
-    examples = script.read_examples(path, arguments("--image-folder", data.parent), script.Skipped())
+    examples = vlm_data.read_examples(path, arguments("--image-folder", data.parent), vlm_data.Skipped())
     assert [example.answer for example in examples] == ["red", "blue"]
     batch = batches()(examples[1:])
     text = byte_tokenizer().decode(batch["input_ids"][0])
@@ -460,8 +463,8 @@ def test_unusable_rows_are_skipped_by_name(
     rows += [{"image": "good.png", "answer": " "}, {"image": "good.png"}, {"answer": "red"}]
     rows += [{"image": ["good.png", "good.png"], "answer": "red"}]
     rows += [{"image": "good.png", "conversations": spoken} for spoken in ("red", ["red"], [], [{"from": "gpt"}])]
-    skipped = script.Skipped()
-    examples = script.read_examples(write_rows(tmp_path / "rows.jsonl", rows), arguments(), skipped)
+    skipped = vlm_data.Skipped()
+    examples = vlm_data.read_examples(write_rows(tmp_path / "rows.jsonl", rows), arguments(), skipped)
     assert [example.turns for example in examples] == [(("What is shown in the picture?", "red"),)]
     assert skipped == {
         "with a picture that does not decode": ["cut.png", "text.jpg", "missing.png"],
@@ -476,21 +479,21 @@ def test_transparent_pixels_become_white(script: ModuleType, tmp_path: Path) -> 
     image = Image.new("RGBA", (3, 5), (200, 0, 0, 0))
     image.putpixel((1, 2), (200, 0, 0, 255))
     image.save(tmp_path / "clear.png")
-    loaded = script.load_picture(tmp_path / "clear.png")
+    loaded = vlm_data.load_picture(tmp_path / "clear.png")
     assert (loaded.mode, loaded.size) == ("RGB", (3, 5))
     assert loaded.getpixel((0, 0)) == (255, 255, 255) and loaded.getpixel((1, 2)) == (200, 0, 0)
 
 
 def test_held_out_pictures_are_not_trained_on(script: ModuleType, arguments: Callable[..., object]) -> None:
-    examples = [script.Example(Path(f"{i % 30}.png"), (("?", str(i)),)) for i in range(90)]
-    train_on, held_out = script.split(examples, arguments())
+    examples = [vlm_data.Example(Path(f"{i % 30}.png"), (("?", str(i)),)) for i in range(90)]
+    train_on, held_out = vlm_data.split(examples, arguments())
     assert len(train_on) + len(held_out) == 90
     assert len(held_out) == 9  # a tenth of the pictures, with all of their questions
     assert not {e.picture for e in train_on} & {e.picture for e in held_out}
 
 
 def test_long_answer_is_cut_behind_the_picture(batches: Callable[..., object], script: ModuleType, data: Path) -> None:
-    example = script.Example(data.parent / "pictures/0.png", (("Which?", "x" * 60),))
+    example = vlm_data.Example(data.parent / "pictures/0.png", (("Which?", "x" * 60),))
     whole, cut = batches()([example]), batches(max_length=48)([example])
     assert whole["labels"].shape[1] > 48
     for name in ("input_ids", "labels", "attention_mask"):
@@ -501,7 +504,7 @@ def test_long_answer_is_cut_behind_the_picture(batches: Callable[..., object], s
 def test_length_that_would_cut_image_tokens_is_refused(
     batches: Callable[..., object], script: ModuleType, data: Path
 ) -> None:
-    example = script.Example(data.parent / "pictures/0.png", (("Which?", "red"),))
+    example = vlm_data.Example(data.parent / "pictures/0.png", (("Which?", "red"),))
     with pytest.raises(script.RunError, match=r"0\.png: its prompt has 32 tokens .* image tokens cannot be cut"):
         batches(max_length=32)([example])
 
@@ -509,7 +512,7 @@ def test_length_that_would_cut_image_tokens_is_refused(
 def test_answer_longer_than_the_models_positions_is_refused(
     batches: Callable[..., object], script: ModuleType, data: Path
 ) -> None:
-    example = script.Example(data.parent / "pictures/0.png", (("Which?", "x" * 128),))
+    example = vlm_data.Example(data.parent / "pictures/0.png", (("Which?", "x" * 128),))
     with pytest.raises(script.RunError, match="tokens with the picture's, the model has 128 positions"):
         batches()([example])
 

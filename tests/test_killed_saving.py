@@ -120,6 +120,7 @@ def make_training(steps: int, lora_alpha: int = 6) -> tuple[PeftModel, oplora.Ad
 
 
 def load_script() -> tuple[Any, argparse.Namespace]:
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("finetune_llm", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

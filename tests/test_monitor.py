@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,44 @@ def test_tensorboard_gets_least_middle_and_greatest(tmp_path: Path, monkeypatch:
     )
 
 
+class Tracker:
+    """What Monitor sees of wandb or trackio."""
+
+    __name__ = "tracker"
+
+    def __init__(self, run: object, failing: bool = False) -> None:
+        self.run, self.failing, self.logged = run, failing, []
+        self.context_vars = types.SimpleNamespace(current_run=types.SimpleNamespace(get=lambda: run))
+
+    def log(self, numbers: dict[str, float]) -> None:
+        if self.failing:
+            raise RuntimeError("no connection")
+        self.logged.append(numbers)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_run_of_a_tracker_gets_the_numbers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, Tracker(run=object()))
+    watched(tmp_path, 4, every=2)
+    logged = sys.modules[name].logged
+    assert [numbers["train/global_step"] for numbers in logged] == [1, 2, 4]
+    assert logged[-1]["oplora/lr/min"] <= logged[-1]["oplora/lr/median"] <= logged[-1]["oplora/lr/max"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_tracker_without_a_run_is_left_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, Tracker(run=None))
+    watched(tmp_path, 2, every=1)
+    assert not sys.modules[name].logged
+
+
+def test_failing_tracker_ends_neither_training_nor_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", Tracker(run=object(), failing=True))
+    with pytest.warns(UserWarning, match="took no numbers: no connection"):
+        watched(tmp_path, 2, every=1)
+    assert len(lines(tmp_path)) == 3
+
+
 def test_without_tensorboard_lines_are_written_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     watched(tmp_path, 2, every=2)
@@ -345,7 +384,7 @@ def test_full_disk_ends_the_watching_and_not_the_training(tmp_path: Path) -> Non
     monitor = oplora.Monitor(tmp_path, oplora.AdamW(make_model()), every=1)
     monitor._drop_file()
     monitor._file = file = FULL.open("w")
-    with pytest.warns(UserWarning, match="No space left on device. The training goes on"):
+    with pytest.warns(UserWarning, match="No space left on device. The training continues"):
         monitor(1.0)
     assert file.closed
     monitor(1.0)  # silently
@@ -366,7 +405,7 @@ def test_trainer_goes_on_where_the_disk_is_full(tmp_path: Path, monkeypatch: pyt
     model = test_trainer.make_model()
     trainer = test_trainer.make_trainer(tmp_path, model, test_trainer.as_optimizer(model), max_steps=2)
     trainer.add_callback(oplora.Monitor(tmp_path, every=1))
-    with pytest.warns(UserWarning, match="No space left on device. The training goes on") as warned:
+    with pytest.warns(UserWarning, match="No space left on device. The training continues") as warned:
         trainer.train()
     assert sum("oplora.Monitor" in str(warning.message) for warning in warned) == 1
     assert trainer.state.global_step == 2
@@ -381,7 +420,7 @@ def test_failing_tensorboard_ends_neither_training_nor_file(
             return lambda *_: (_ for _ in ()).throw(RuntimeError("out of space")) if name == failing else None
 
     monkeypatch.setattr("oplora.watching.monitor._new_board", lambda _: Board())
-    with pytest.warns(UserWarning, match="for TensorBoard: out of space. The training goes on") as warned:
+    with pytest.warns(UserWarning, match="for TensorBoard: out of space. The training continues") as warned:
         watched(tmp_path, 3, every=1)
     assert sum("TensorBoard" in str(warning.message) for warning in warned) == 1
     assert len(lines(tmp_path)) == 4

@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_is_one_for_every_python(wheel: Path) -> None:
-    assert re.fullmatch(r"oplora-[\d.]+-cp311-abi3-linux_\w+\.whl", wheel.name)
+    assert re.fullmatch(r"oplora-[\d.]+(\.dev\d+)?-cp311-abi3-linux_\w+\.whl", wheel.name)
 
 
 def test_wheel_holds_the_libraries_and_no_sources_of_tests(wheel: Path) -> None:

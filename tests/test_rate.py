@@ -143,7 +143,7 @@ def test_argument_of_a_generator_a_layer_asks_for_the_papers_preset() -> None:
 
 
 def test_argument_of_a_generator_a_layer_is_refused_beside_auto() -> None:
-    with pytest.raises(oplora.OPLoRAError, match=r"hidden_width, state are of generators that every layer has"):
+    with pytest.raises(oplora.OPLoRAError, match=r"hidden_width, state are for presets 'paper' and 'flat'"):
         oplora.AdamW(make_model(), preset="auto", hidden_width=4, state="lean")
 
 

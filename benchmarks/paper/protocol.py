@@ -12,7 +12,7 @@ fresh seeds on test data.
    its best rate, for as many steps as fit into the baseline's time, and the schedule is fitted to them.
 
 A trial is known by task, method, rate, seed and steps; what the result's file has is not run again, so a run that was
-cut short goes on where it was. Data, their order and the adapter's start depend on the seed alone.
+cut short continues where it was. Data, their order and the adapter's start depend on the seed alone.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@
     python benchmarks/paper/run.py settings         starts, rates and widths that the package could have as defaults
     python benchmarks/paper/run.py NAME --quick --output /tmp/NAME.json    seconds, of toys: does it run at all?
 
-Rows go to results/NAME.json as they are measured; a run that was stopped goes on by the same command. figures.py draws
+Rows go to results/NAME.json as they are measured; the same command continues a run that was stopped. figures.py draws
 them. README.md says what has to be installed, and explains the columns.
 """
 

@@ -28,7 +28,7 @@ The first seven tasks are those of run.py. CONFIRMING were looked at once, when 
 
     pip install prodigyopt prodigy-plus-schedule-free schedulefree adv-optm dadaptation pytorch-optimizer
 
-Rows go to results/untuned.json as they are measured; a run that was stopped goes on by the same command. figures.py
+Rows go to results/untuned.json as they are measured; the same command continues a run that was stopped. figures.py
 makes the tables. README.md explains the columns.
 """
 

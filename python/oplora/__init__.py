@@ -1,7 +1,7 @@
-"""OP-LoRA fine-tuning in one changed line: ``optimizer = oplora.AdamW(model, lr=1e-4)``.
+"""LoRA fine-tuning without a learning rate, in one changed line: ``optimizer = oplora.AdamW(model)``.
 
-The names below are the whole public interface. They load on first use, so that ``python -m oplora merge`` and
-``oplora._core`` need no torch.
+The names below are the whole public interface. They load on first use, so that ``oplora merge`` and ``oplora._core``
+need no torch.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .watching.monitor import Monitor
     from .watching.stats import stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"  # the one place: pyproject.toml reads it
 __all__ = [
     "AdamW",
     "Generators",

@@ -1,4 +1,5 @@
-"""The command line: ``python -m oplora merge BASE ADAPTER OUT``, which needs no torch, ``export`` and ``plot``."""
+"""The command line, ``oplora`` or ``python -m oplora``: ``merge``, which needs no torch, and ``export``, ``plot`` and
+``doctor``."""
 
 import argparse
 import signal
@@ -6,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from . import __version__
 from .errors import OPLoRAError
 from .files.merge_checkpoint import merge_checkpoint
 
@@ -20,7 +22,7 @@ no weights in other formats: they would still be the unmerged ones.
 
 exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. Nothing is left in OUT but for 0.
 
-example: python -m oplora merge models/Llama-3.2-1B my-adapter models/Llama-3.2-1B-mine"""
+example: oplora merge models/Llama-3.2-1B my-adapter models/Llama-3.2-1B-mine"""
 
 
 EXPORT = """\
@@ -35,7 +37,7 @@ formats:
 
 exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. What OUT held is untouched but for 0.
 
-example: python -m oplora export runs/mine loras/mine.safetensors --format kohya --base models/sdxl"""
+example: oplora export runs/mine loras/mine.safetensors --format kohya --base models/sdxl"""
 
 
 PLOT = """\
@@ -46,14 +48,22 @@ every layer over time."""
 PICTURE = """\
 exit status: 0 done; 2 refused, with the reason on stderr; 130 interrupted. It needs matplotlib.
 
-example: python -m oplora plot runs/mine"""
+example: oplora plot runs/mine"""
+
+
+DOCTOR = """\
+Tell what is installed, which kernels load, which instruction set and whether a GPU is used, and train twenty steps of
+a tiny model on the CPU and on the GPU. What is wrong stands at the end, with how to mend it."""
+
+HEALTH = """\
+exit status: 0 all is well; 2 something is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
-        options.run_command(options)
+        return options.run_command(options) or 0
     except OPLoRAError as error:
         said = str(error).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
         print(f"oplora: {said}", file=sys.stderr)
@@ -61,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("oplora: interrupted. Nothing was written.", file=sys.stderr)
         return 130
-    return 0
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -70,8 +79,10 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="oplora", description="Work on OP-LoRA and LoRA adapters on disk, and look at runs."
+        prog="oplora",
+        description="Work on LoRA adapters on disk, and look at runs and at the installation.",
     )
+    parser.add_argument("--version", action="version", version=f"oplora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -81,7 +92,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(command("merge", "fold an adapter into its base model", MERGE, FILES))
     _add_export(command("export", "write an adapter in another format", EXPORT, FORMATS))
     _add_plot(command("plot", "draw the picture of a run", PLOT, PICTURE))
+    command("doctor", "tell what is installed and what is wrong", DOCTOR, HEALTH).set_defaults(run_command=_doctor)
     return parser
+
+
+def _doctor(_options: argparse.Namespace) -> int:
+    from .doctor import report  # needs torch
+
+    return 0 if report() else 2
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:

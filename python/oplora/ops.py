@@ -15,7 +15,7 @@ _LIBRARY = Path(__file__).with_name("liboplora_torch.so")
 if not _LIBRARY.is_file():
     raise OPLoRAError(
         f"oplora: {_LIBRARY.name} is not beside the package: it was not built. "
-        "Install with `pip install .` from the source folder (a C compiler and PyTorch are needed)."
+        "Install a wheel, or `pip install .` in the source folder, with PyTorch and a C++ compiler installed."
     )
 torch.ops.load_library(_LIBRARY)
 

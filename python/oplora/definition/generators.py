@@ -144,7 +144,7 @@ class Generators(nn.Module):
         mine = self.state_dict()
         if missing := sorted(mine.keys() ^ saved.keys()):
             raise OPLoRAValueError(
-                f"oplora: the saved generators are of other layers: {missing[0]} is in one of both only. Build the "
+                f"oplora: the saved generators are of other layers: {missing[0]} is in one of the two only. Build the "
                 "model with the adapter of the run that was saved."
             )
         for name, value in mine.items():

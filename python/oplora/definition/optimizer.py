@@ -306,9 +306,17 @@ def create_oplora_optimizer(
         optimizer_cls: for instance torch.optim.SGD; its other arguments are passed on by name. It has to step matrices
             and vectors by their gradients alone: not LBFGS, which calls a closure, nor Muon, which takes matrices only.
         lr: learning rate of W2, c2 and of the other trainable parameters; z, W1 and c1 get lr * hidden_lr_ratio.
-        hidden_width, latent_width, latent_std, preset, hidden_lr_ratio, init, adapter_name, seed, skip_nonfinite: as in
-            oplora.AdamW. The rate of W2 is lr at every width: 32 / hidden_width is right for Adam's kind only, and
-            weight decay would follow. Preset "flat" is for Adam's kind too.
+        hidden_width: as in oplora.AdamW, but that the rate of W2 is lr at every width: 32 / hidden_width is right for
+            Adam's kind only, and weight decay would follow.
+        preset: "paper", or "flat", which is for Adam's kind too. As in oplora.AdamW, like all that follow:
+        latent_width: the length of z.
+        latent_std: standard deviation of z's start.
+        hidden_lr_ratio: the rate of z, W1 and c1, as a multiple of lr.
+        init: "paper" or "keep".
+        adapter_name: generate this adapter only.
+        seed: of the generators' starts.
+        skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising.
+        optimizer_kwargs: of optimizer_cls.
 
     Gradients are clipped where they are: those of A and B before step(), or those of the generators between
     optimizer.generators.backward() and step().
@@ -474,7 +482,7 @@ def _check_inner(optimizer: GeneratorOptimizer, saved: dict[str, Any]) -> None:
         )
     if different := sorted(set(saved.get("layers", layers)) ^ set(layers)):
         raise OPLoRAValueError(
-            f"oplora: the saved generators are of other layers: {different[0]} is in one of both only. Build the "
+            f"oplora: the saved generators are of other layers: {different[0]} is in one of the two only. Build the "
             "model with the adapter of the run that was saved."
         )
 

@@ -95,7 +95,7 @@ class State(ABC):
     @abstractmethod
     def watches(self, engine: "Engine") -> bool:
         """Whether a step has to know of values that somebody else wrote into the factors: where they are an output
-        alone. Where they are an input too, whatever they hold is what the step goes on from."""
+        alone. Where they are an input too, the step starts from whatever they hold."""
 
     def begin(self, state: "LayerState") -> None:
         """Ties the factors to a new generator: each keeps its value, or takes what is generated."""
@@ -107,7 +107,7 @@ class State(ABC):
         """For factors of another dtype, which have just been written from v, what was rounded, if it is kept."""
 
     def make_masters(self, state: "LayerState", parameters: Sequence[nn.Parameter]) -> None:
-        """For factors of another dtype than the generator's what steps add to, if the state goes on from factors."""
+        """For factors of another dtype than the generator's what steps add to, if the state starts from factors."""
         for i, parameter in enumerate(parameters):
             if parameter.dtype == state.factors.dtype:  # also after the model was moved back
                 state.masters[i] = None
@@ -425,7 +425,7 @@ class Engine(ABC):
         return False
 
     def renew_captured(self) -> None:  # noqa: B027
-        """Has captured steps go on from what was loaded, or from what others wrote."""
+        """Has captured steps continue from what was loaded, or from what others wrote."""
 
     def by_layer(self, of_factors: Sequence[Any]) -> list[list[Any]]:
         return by_layer([state.factors.layer for state in self.states], of_factors)

@@ -226,5 +226,5 @@ def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:
 def warn_adopted(names: Sequence[str]) -> None:
     warn(
         f"oplora: the factors of {len(names)} layer(s) were changed since the last step ({names[0]}"
-        f"{', ...' if len(names) > 1 else ''}); their new values are kept and the generators go on from there."
+        f"{', ...' if len(names) > 1 else ''}); their new values are kept, and training continues from them."
     )

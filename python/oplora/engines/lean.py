@@ -213,7 +213,7 @@ class Lean(State):
                 state.masters[i] = v[i]
 
     def absorb(self, state: LayerState, parameters: list[nn.Parameter]) -> bool:
-        """What a factor holds is what the next step goes on from, so only masters have to follow it; before the first
+        """What a factor holds is what the next step starts from, so only masters have to follow it; before the first
         step also the bases, as when DistributedDataParallel writes rank 0's start into the replicas."""
         if state.is_fresh:
             state.factors.adopt_edits(parameters, lambda: state.engine.generate(state))

@@ -27,8 +27,8 @@ def allocate(count: int, dtype: torch.dtype, device: torch.device = CPU, *, huge
         memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError, ValueError) as error:
         raise OPLoRAMemoryError(
-            f"oplora: no memory for {count} numbers of the generators. Lower hidden_width or the rank r, or adapt "
-            "fewer layers."
+            f"oplora: there is no memory for {count} numbers of the generators. Lower hidden_width or the "
+            "rank r, or adapt fewer layers."
         ) from error
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)

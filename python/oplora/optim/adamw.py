@@ -65,8 +65,10 @@ class AdamW(Resumable):
             found. A and B of one layer may be in groups with other rates and decays, not with other betas and eps.
         lr: preset "auto" finds the rate, and takes of lr a schedule's course and the ratios between groups; by default
             1.0. Else the learning rate of W2 (at the default width), c2 and all other trainable parameters; 1e-3.
-        betas, eps, weight_decay: as in torch.optim.AdamW; by default its betas, and (0.9, 0.99) under preset "auto",
-            where beta1 is the share of the average.
+        betas: as in torch.optim.AdamW; by default its own, and (0.9, 0.99) under preset "auto", where beta1 is the
+            share of the average.
+        eps: as in torch.optim.AdamW.
+        weight_decay: as in torch.optim.AdamW.
         preset: "auto": one hidden unit for all layers, whose gradient finds the learning rate, and factors that are
             averages; 16 bytes an entry, value and gradient counted in (docs/rate.md). "paper": a generator a layer as
             the paper sets it up. "flat": the same with init="keep", and for z, W1 and c1 a rate of 0.01 at the highest
@@ -82,9 +84,10 @@ class AdamW(Resumable):
             weight_rank, its moments as factors; "exact": all of W2 and both its moments. docs/lean.md compares them.
         start: of W2's random rows. "sign": +-1/sqrt(3 H), one random bit each; "uniform": the paper's. By default
             "sign" for state "lean", whose step makes them anew each time, and "uniform" for "exact".
-        weight_rank, moment_rank: of state "lean", 1 to 8 each, by default 2 and 1. A factor entry takes 4 weight_rank
-            + 2 moment_rank + 6 bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells
-            what the truncations drop.
+        weight_rank: of state "lean", 1 to 8, by default 2. A factor entry takes 4 weight_rank + 2 moment_rank + 6
+            bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells what the truncations
+            drop.
+        moment_rank: of state "lean", 1 to 8, by default 1.
         init: "paper": A starts from its generator's random numbers and B at zero, which are written now. "keep": every
             factor keeps the value it has, and the generator adds to it, from nothing on: W2 starts at 0. Layers whose
             B is not zero (a trained adapter, PiSSA, OLoRA) and EVA's are kept in either case, with a warning; so are,

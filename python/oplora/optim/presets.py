@@ -61,8 +61,8 @@ def preset_of(name: str | None, given: dict[str, Any]) -> Preset:
         asked.remove("init")  # it does
     if name == "auto" and asked:
         raise OPLoRAValueError(
-            f"oplora.AdamW: {', '.join(asked)} {'is' if len(asked) == 1 else 'are'} of generators that every layer has "
-            "for itself. Leave preset out, or pass preset='paper' or 'flat'."
+            f"oplora.AdamW: {', '.join(asked)} {'is' if len(asked) == 1 else 'are'} for presets 'paper' and 'flat', "
+            "which have a generator in every layer. Leave preset out, or pass one of these."
         )
     if name not in PRESETS:
         raise OPLoRAValueError(f"oplora: preset is {name!r}, expected {' or '.join(map(repr, PRESETS))}.")

@@ -2,8 +2,8 @@
 
 A state_dict is torch's: {"state": {number of a tensor: {...}}, "param_groups": [...]}. A generated tensor's dict is
 its engines.Entry, as plain tensors and numbers, and "factor", the tensor's own value, so that resuming restores its
-very bits. Without it, as torch.distributed.checkpoint flattens by what is in optimizer.state, the model's values are
-gone on from. Version 0.1 had the generators under a key of their own, by the layer's name.
+very bits. Without it, as torch.distributed.checkpoint flattens by what is in optimizer.state, the model's values
+count. Version 0.1 had the generators under a key of their own, by the layer's name.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -65,7 +65,7 @@ def refuse_without_generators(saved: Mapping[str, Any]) -> None:
     if not any(isinstance(entry, Mapping) and not KINDS.keys().isdisjoint(entry) for entry in entries):
         raise OPLoRAValueError(
             "oplora: this state_dict has no generators: it was saved by another optimizer. Load it there, or start "
-            "anew with init='keep', which goes on from the adapter's present values."
+            "anew with init='keep', which continues from the adapter's present values."
         )
 
 
@@ -118,9 +118,8 @@ def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
         if theirs not in (None, kind):
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} is of an optimizer with {MADE_WITH[theirs]}, this one "
-                f"has {MADE_WITH[kind]}. Neither is made into the other: a W2 trained whole is no seeded start and a "
-                f"change of low rank, and neither is an average. To resume, make the optimizer with "
-                f"{MADE_WITH[theirs]}. To go on with {MADE_WITH[kind]}, load the saved adapter and start anew (with "
+                f"has {MADE_WITH[kind]}. One cannot be converted into the other. To resume, make the optimizer with "
+                f"{MADE_WITH[theirs]}. To continue with {MADE_WITH[kind]}, load the saved adapter and start anew (with "
                 "init='keep', but for preset 'auto'): A and B keep their values, the moments begin at 0."
             )
         wanted = (own.keys() | factor) - {"base", "master"}

@@ -1,7 +1,7 @@
 """One step of all engines: which layers step, that all of them do or none, and what processes tell each other.
 
 oplora.AdamW decides what is stepped with which numbers; here it happens: gather() finds the layers that have gradients
-and goes on from what others wrote into them, step() moves them, on the CPU or on GPUs.
+and continues from what others wrote into them, step() moves them, on the CPU or on GPUs.
 """
 
 from collections.abc import Callable, Sequence
@@ -433,6 +433,7 @@ def refuse_nonfinite(where: Sequence[str], earlier: int = 0) -> None:
     when = f" ({earlier} earlier step{'s' if earlier > 1 else ''}, which the device refused)" if earlier else ""
     raise OPLoRARuntimeError(
         f"oplora: the gradient of {where[0]} {f'and {len(where) - 1} more ' if len(where) > 1 else ''}"
-        f"holds NaN or infinity{when}. Nothing was changed: call zero_grad() and go on with the next batch, "
-        "lower the learning rate, or pass skip_nonfinite=True to skip such steps."
+        f"holds NaN or infinity{when}. Nothing was changed: call zero_grad() and continue with the next batch, "
+        "or pass skip_nonfinite=True to skip such steps. If it happens often, clip gradients (max_grad_norm), or where "
+        "you chose a learning rate, lower it."
     )

@@ -2,13 +2,13 @@
 
 A run's folder gets monitor.jsonl, a JSON object a line:
 
-    {"format": 1, "processes": 1, "layers": [name, ...], "numbers": [name, ...]}     where a run begins, or goes on
+    {"format": 1, "processes": 1, "layers": [name, ...], "numbers": [name, ...]}     where a run begins, or continues
     {"step": 10, "loss": 2.1, "lr": 1e-4, "stats": {"lr": [a number a layer], ...}}
     {"step": 10, "loss": 2.1}, {"step": 10, "eval_loss": 2.2}        what transformers' Trainer logs
 
 "lr" of a line is that of the first group, for preset "auto" a share; "lr" in "stats" is the rate of each layer. The
 numbers are those of oplora.stats, to six digits; null stands for one that is not finite, or not there. Where a run
-went on from a checkpoint, lines of steps that were done again are followed by a header and by newer lines, which count.
+continued from a checkpoint, steps that were done again stand there twice, and the later lines count.
 "processes" is of how many processes the files hold layers: with AdamW(shard=True) of all, each its own file, else 1.
 """
 
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,7 +51,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     On steps in between nothing is computed, and on a GPU nothing is waited for. With several processes the first
     writes; with AdamW(shard=True) each writes its own layers, to monitor-RANK.jsonl. Where tensorboard is installed it
-    gets loss, rate and each number's least, middle and greatest over the layers. An existing file is gone on with.
+    gets loss, rate and each number's least, middle and greatest over the layers; so does a run of wandb or trackio that
+    has begun (by Trainer's report_to, or by init). It adds to a file that is there.
 
     Args:
         folder: of the run, made if need be.
@@ -60,7 +62,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     Raises:
         OPLoRAError: an optimizer that is not oplora's, a folder that cannot be written, a full disk. Where writing
-            fails later there is a warning and the training goes on, unwatched.
+            fails later there is a warning and the training continues, unwatched.
     """
 
     def __init__(self, folder: str | os.PathLike[str], optimizer: Any = None, *, every: int = 10) -> None:
@@ -70,6 +72,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self.optimizer: Any = None
         self._file: TextIO | None = None
         self._board: Any = None
+        self._is_first = False  # of the processes
         self._count = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +89,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     def __call__(self, loss: float | Tensor | None = None, step: int | None = None) -> None:
         """After optimizer.step(). loss: a number or a tensor of one, which is only read on steps that are recorded.
-        step: counted from 1; by default one more than in the call before. A loop that goes on from a checkpoint says
+        step: counted from 1; by default one more than in the call before. A loop that continues from a checkpoint says
         where it is."""
         if self.optimizer is None:
             raise OPLoRATypeError(
@@ -142,7 +145,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         self._file = path.open("a", encoding="utf-8")
         processes = 1 if shards is None else shards.count
         self._append({"format": FORMAT, "processes": processes, "layers": list(numbers), "numbers": _names(numbers)})
-        if rank == 0:
+        self._is_first = rank == 0
+        if self._is_first:
             self._board = _new_board(self.folder)
 
     def _begin_in_training(self, optimizer: Any) -> None:
@@ -166,6 +170,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         line = {key: _rounded(value) for key, value in head.items()}
         self._write({"step": step, **line, "stats": {name: list(map(_rounded, c)) for name, c in columns.items()}})
         self._to_board(step, head, columns)
+        if self._is_first:
+            self._to_trackers(step, head, columns)
 
     def _append(self, line: dict[str, Any]) -> None:
         if self._file is not None:
@@ -180,7 +186,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
 
     def _give_up(self, error: OSError) -> None:
         warnings.warn(
-            f"oplora.Monitor: cannot write to {self.folder}: {error.strerror or error}. The training goes on, "
+            f"oplora.Monitor: cannot write to {self.folder}: {error.strerror or error}. The training continues, "
             "unwatched.",
             stacklevel=4,
         )
@@ -199,7 +205,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         except Exception as error:  # with tensorflow installed its writer raises errors that are no OSErrors
             self._board = None
             warnings.warn(
-                f"oplora.Monitor: cannot write to {self.folder} for TensorBoard: {error}. The training goes on "
+                f"oplora.Monitor: cannot write to {self.folder} for TensorBoard: {error}. The training continues "
                 "without it.",
                 stacklevel=4,
             )
@@ -207,14 +213,39 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def _to_board(self, step: int, head: dict[str, float], columns: dict[str, list[float]] | None = None) -> None:
         if self._board is None:
             return
-        scalars = dict(head)
-        for name, column in (columns or {}).items():
-            if known := [value for value in column if math.isfinite(value)]:
-                scalars |= {f"{name}/min": min(known), f"{name}/max": max(known)}
-                scalars[f"{name}/median"] = statistics.median(known)
         with self._unless_board_fails():
-            for name, value in scalars.items():
+            for name, value in (head | _over_layers(columns or {})).items():
                 self._board.add_scalar(name, value, step)
+
+    def _to_trackers(self, step: int, head: dict[str, float], columns: dict[str, list[float]]) -> None:
+        """Beside what Trainer reports there itself, under names of our own; the step by the name that Trainer uses."""
+        numbers = {f"oplora/{name}": value for name, value in (head | _over_layers(columns)).items()}
+        for tracker in _trackers():
+            try:
+                tracker.log({**numbers, "train/global_step": step})
+            except Exception as error:  # what a tracker raises is its own matter, and must not end the training
+                warnings.warn(f"oplora.Monitor: {tracker.__name__} took no numbers: {error}", stacklevel=4)
+
+
+def _over_layers(columns: dict[str, list[float]]) -> dict[str, float]:
+    """Each number's least, middle and greatest."""
+    scalars: dict[str, float] = {}
+    for name, column in columns.items():
+        if known := [value for value in column if math.isfinite(value)]:
+            scalars |= {
+                f"{name}/min": min(known),
+                f"{name}/max": max(known),
+                f"{name}/median": statistics.median(known),
+            }
+    return scalars
+
+
+def _trackers() -> list[Any]:
+    """Those that somebody imported and that have a run under way; nothing is imported here."""
+    wandb, trackio = (sys.modules.get(name) for name in ("wandb", "trackio"))
+    found = [wandb] if getattr(wandb, "run", None) is not None else []
+    current = getattr(getattr(trackio, "context_vars", None), "current_run", None)
+    return [*found, trackio] if current is not None and current.get() is not None else found
 
 
 def _names(numbers: dict[str, dict[str, float]]) -> list[str]:

@@ -52,7 +52,7 @@ class Part:
             text = file.read_text(encoding="utf-8", errors="replace")  # its line is refused below, by number
         except OSError as error:
             raise OPLoRAFileError(f"oplora plot: cannot read {file}: {error.strerror}.") from error
-        begun = False  # a header came: the step after it is where the run went on
+        begun = False  # a header came: the step after it is where the run continued
         for number, line in enumerate(text.split("\n")[:-1], 1):  # behind the last end of a line is what was torn
             try:
                 record = json.loads(line)
@@ -71,7 +71,7 @@ class Part:
                 part.take(record)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise OPLoRAFileError(
-                    f"oplora plot: line {number} of {file} is none that oplora.Monitor wrote. Was the file edited?"
+                    f"oplora plot: line {number} of {file} was not written by oplora.Monitor. Was the file edited?"
                 ) from error
         return part
 
@@ -130,14 +130,14 @@ class Run:
         if not file.exists():
             raise OPLoRAFileError(
                 f"oplora plot: there is no {file}. Train with oplora.Monitor({str(file.parent)!r}, optimizer), or name "
-                "the folder of a run that was."
+                "the folder of a run that it watched."
             )
         first = Part.read(file)
         if not first.lines:
             raise OPLoRAValueError(f"oplora plot: {file} holds no step yet.")
         others = {} if named else {rank: Part.read(other) for rank, other in _other_files(path).items()}
         steps = sorted(first.lines)
-        # a run that went on with fewer processes, or anew with one, leaves files that say nothing of its steps
+        # a run that continued with fewer processes, or anew with one, leaves files that say nothing of its steps
         lines = [
             [first.lines[step]]
             + [p.lines[step] for rank, p in others.items() if rank < first.lines[step].processes and step in p.lines]
