@@ -525,7 +525,7 @@ REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"adapter": {FC_B: torch.ones(0, 2)}}, r"fc\.lora_B\.weight.*none of them 0"),
     "NaN": ({"adapter": {FC_A: torch.full((2, 7), math.nan)}}, r"fc\.lora_A\.weight.*14 NaN or infinite"),
     "infinity": ({"adapter": {FC_B: torch.full((5, 2), math.inf)}}, r"fc\.lora_B\.weight.*NaN or infinite"),
-    "integer factors": ({"adapter": {FC_A: torch.ones(2, 7, dtype=torch.int32)}}, r"I32.*F32, F16, BF16"),
+    "integer factors": ({"adapter": {FC_A: torch.ones(2, 7, dtype=torch.int32)}}, r"I32.*F64, F32, F16, BF16"),
     "a quantised base": (
         {"base": {"fc.weight": torch.ones(5, 7, dtype=torch.int8)}},
         r"fc\.lora_A.*I8.*quantised",
@@ -542,7 +542,10 @@ REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
         r"lora_magnitude_vector.*DoRA",
     ),
     "a bias of its own": ({"adapter": {PREFIX + "fc.lora_B.bias": torch.ones(5)}}, r"fc\.lora_B\.bias"),
-    "an adapter's name": ({"adapter": {PREFIX + "fc.lora_A.mine.weight": torch.ones(2, 7)}}, "lora_A.mine"),
+    "two adapters": (
+        {"adapter": {PREFIX + "fc.lora_A.mine.weight": torch.ones(2, 7)}},
+        r"several adapters \(None, mine\)",
+    ),
     "no prefix": ({"adapter": {"fc.lora_A.weight": torch.ones(2, 7)}}, "lacks PEFT's prefix"),
     "an unknown tensor": (
         {"adapter": {PREFIX + "fc.gate": torch.ones(5)}},
@@ -632,6 +635,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
     "DoRA": ({"use_dora": True}, "use_dora"),
     "replicated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "a field that no version has": (
+        {"use_future_variant": True},
+        "use_future_variant is True, a field that this version",
+    ),
+    "a start that no version has": ({"init_lora_weights": "future"}, "init_lora_weights is 'future'"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "r as text": ({"r": "2"}, "r is '2'"),
     "r negative": ({"r": -2}, "r is -2"),

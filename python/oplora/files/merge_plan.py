@@ -1,23 +1,35 @@
 """What a merge does to each tensor of the base: found by name, checked by shape, dtype and value.
 
+An adapter's names are those in memory. Where the base has the same, as most have, nothing more is asked; else, or where
+a tensor may be tied to another, model_layout tells what transformers makes of the base.
+
 All that can be checked is checked here, before the first byte is written; OPLoRAValueError says which tensor of the
 adapter does not fit, and why.
 """
 
+import copy
+import math
 import re
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 from ..errors import OPLoRAValueError
+from . import model_layout
 from .merge_base import Base
+from .model_layout import Group, Layout
 from .peft_adapter import KEY_PREFIX, AdapterConfig
-from .tensor_file import FACTOR_DTYPES, FLOATS, StoredTensor, TensorFile, count_nonfinite, read_factor
+from .tensor_file import FACTOR_DTYPES, FLOATS, StoredTensor, TensorFile, count_nonfinite, read_numbers
 
-__all__ = ["Change", "Delta", "plan_merge"]
+__all__ = ["Added", "Change", "Delta", "Plan", "Regrouped", "plan_merge"]
 
-LINEAR_KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
-EMBEDDING_KEY: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])", re.DOTALL)
+# files of older versions of PEFT have the adapter's name between
+LINEAR_KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight", re.DOTALL)
+EMBEDDING_KEY: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?", re.DOTALL)
+MAY_BE_TIED: Final = re.compile(r"head|embed|decoder|output|logits|proj_out|generator|cls|wte", re.IGNORECASE)
+WRAPPERS: Final = ("base_layer", "_orig_mod", "_fsdp_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -32,10 +44,36 @@ class Delta:
 
 @dataclass(frozen=True)
 class Change:
-    """A base tensor's new numbers: the adapter's `replacement`, if any, and `delta`, if any, added."""
+    """A tensor's new numbers: those of `origin`, a file and a tensor in it, by default its own, and `delta` added."""
 
-    replacement: StoredTensor | None = None
+    origin: tuple[Path, StoredTensor] | None = None
     delta: Delta | None = None
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """Changes of tensors in memory that lie on disk in another number or form."""
+
+    group: Group
+    changes: Mapping[str, tuple[StoredTensor, Change]]  # by name in memory; the tensor has its shape and dtype alone
+
+
+@dataclass(frozen=True)
+class Added:
+    """A tensor that the base has not; its place in the file is the writer's."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    change: Change
+
+
+@dataclass(frozen=True)
+class Plan:
+    changes: Mapping[str, Change]  # by the base tensor's name; others stay as they are
+    groups: tuple[Regrouped, ...] = ()
+    added: tuple[Added, ...] = ()
+    config: Mapping[str, Any] | None = None  # config.json of the merged model, where it is not the base's
 
 
 @dataclass
@@ -47,16 +85,17 @@ class _Layer:
     factors: dict[str, StoredTensor] = field(default_factory=dict)  # by "A" and "B"
 
 
-def plan_merge(base: Base, adapter: TensorFile, config: AdapterConfig) -> dict[str, Change]:
-    """The changes by the base tensor's name; a tensor that is not among them stays as it is."""
-    changes = _Planner(base, adapter, config).plan()
-    _check_finite_factors(adapter, changes)
-    return changes
+def plan_merge(base: Base, adapter: TensorFile, config: AdapterConfig) -> Plan:
+    """What is to be written, or why it cannot be."""
+    planner = _Planner(base, adapter, config)
+    plan = planner.plan()
+    _check_finite_factors(adapter, planner.layers.values())
+    return plan
 
 
 def _without_wrappers(name: str) -> str:
-    """PEFT's name in terms of the base model, without the layers that it wrapped around."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+    """PEFT's name in terms of the base model, without what PEFT, torch.compile and FSDP wrapped around its layers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _orientation(layer: _Layer, target: StoredTensor) -> bool | None:
@@ -80,8 +119,9 @@ class _Planner:
         self.base, self.adapter, self.config = base, adapter, config
         self.layers: dict[str, _Layer] = {}
         self.replacements: dict[str, StoredTensor] = {}
+        self.adapter_names: set[str | None] = set()
 
-    def plan(self) -> dict[str, Change]:
+    def plan(self) -> Plan:
         for tensor in self.adapter.tensors:
             self._sort_in(tensor)
         if not self.layers and not self.replacements:
@@ -90,19 +130,91 @@ class _Planner:
             self._check_pair(layer)
         wanted = dict(self.replacements)
         wanted |= {f"{module}.weight": layer.factors["A"] for module, layer in self.layers.items()}
-        targets = {name: self.base.tensors[found] for name, found in self._base_names(wanted).items()}
-        self._check_ties(wanted, targets)
-        changes: dict[str, Change] = {}
+        is_direct = all(name in self.base.tensors for name in wanted)
+        if not is_direct or self._may_be_tied(wanted):
+            for layout, names in self._layouts(wanted):
+                return _OnLayout(self, layout).plan(self._changes(wanted, names, layout))
+            self._refuse_unknown_ties(wanted)
+        names = {name: name for name in wanted} if is_direct else self._base_names(wanted)
+        return Plan({name: change for name, (_, change) in self._changes(wanted, names, None).items()})
+
+    def _changes(
+        self, wanted: Mapping[str, StoredTensor], names: Mapping[str, str], layout: Layout | None
+    ) -> dict[str, tuple[StoredTensor, Change]]:
+        """The tensors that change and how, by their names in memory, or in the base where there is no layout."""
+        targets = {name: self._target(names[name], tensor, layout) for name, tensor in wanted.items()}
+        changes: dict[str, tuple[StoredTensor, Change]] = {}
         for name, tensor in self.replacements.items():
             self._check_replacement(tensor, targets[name])
-            changes[targets[name].name] = Change(replacement=tensor)
-        layers = [(layer, targets[f"{layer.module}.weight"]) for layer in self.layers.values()]
+            changes[names[name]] = targets[name], Change((self.adapter.path, tensor))
+        layers = [(layer, f"{layer.module}.weight") for layer in self.layers.values()]
         # a square weight doesn't show its orientation: the config decides, unless a layer that does show it contradicts
-        contradicted = any(_orientation(layer, target) == (not self.config.fan_in_fan_out) for layer, target in layers)
-        for layer, target in layers:
-            replacement = changes.get(target.name, Change()).replacement
-            changes[target.name] = Change(replacement, self._delta(layer, target, contradicted))
+        contradicted = any(
+            _orientation(layer, targets[name]) == (not self.config.fan_in_fan_out) for layer, name in layers
+        )
+        for layer, name in layers:
+            target = targets[name]
+            origin = changes[names[name]][1].origin if names[name] in changes else None
+            changes[names[name]] = target, Change(origin, self._delta(layer, target, contradicted))
         return changes
+
+    def _target(self, name: str, tensor: StoredTensor, layout: Layout | None) -> StoredTensor:
+        """The tensor to change: the base's, or for one that is not there as such, its name, dtype and shape."""
+        if layout is None:
+            return self.base.tensors[name]
+        if (place := layout.place(name)) is not None:
+            return self.base.tensors[place]
+        if (group := layout.groups.get(name)) is not None:
+            dtypes = {self.base.tensors[stored].dtype for stored in group.stored}
+            dtype = dtypes.pop() if len(dtypes) == 1 else f"{len(dtypes)} dtypes"
+            return StoredTensor(name, dtype, layout.shapes[name], 0, 0)
+        # a new head has as many rows as the adapter has labels
+        return StoredTensor(name, self.float_of_base(tensor.dtype), tensor.shape, 0, 0)
+
+    def float_of_base(self, otherwise: str) -> str:
+        dtypes = [tensor.dtype for tensor in self.base.tensors.values() if tensor.dtype in FLOATS]
+        return statistics.mode(dtypes) if dtypes else otherwise
+
+    # -- what only transformers knows --
+
+    def _may_be_tied(self, wanted: Mapping[str, StoredTensor]) -> bool:
+        return (
+            any(layer.embedding for layer in self.layers.values())
+            or any(len(tensor.shape) == 2 for tensor in self.replacements.values())
+            or any(MAY_BE_TIED.search(".".join(name.split(".")[-2:])) for name in wanted)
+        )
+
+    def _layouts(self, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Layout, dict[str, str]]]:
+        """Those in which all names are found, and what they are called there in memory."""
+        if "model_type" not in self.base.config or not model_layout.is_installed():
+            return
+        stored = {name: tensor.shape for name, tensor in self.base.tensors.items()}
+        for layout in model_layout.candidates(self.base.config, self.config.fields, stored):
+            on_disk = {place: name for name, place in layout.places.items()}
+            if all(layout.place(name) or name in layout.groups or self._is_new(name, layout) for name in wanted):
+                yield layout, {name: name for name in wanted}
+            elif all(name in on_disk for name in wanted):  # of an earlier transformers, which had the names on disk
+                yield layout, {name: on_disk[name] for name in wanted}
+
+    def _is_new(self, name: str, layout: Layout) -> bool:
+        return name in self.replacements and name in layout.shapes
+
+    def _refuse_unknown_ties(self, wanted: Mapping[str, StoredTensor]) -> None:
+        """Where nothing tells which tensors are one, those that often are."""
+        if not self.base.config or self.base.config.get("tie_word_embeddings") is False:
+            return
+        tied = self.base.config.get("tie_word_embeddings") is True
+        embeddings = {f"{layer.module}.weight" for layer in self.layers.values() if layer.embedding}
+        for name, tensor in wanted.items():
+            is_head = f".{name}".endswith(".lm_head.weight") and name in self.base.tensors
+            is_matrix = name in embeddings or (name in self.replacements and len(tensor.shape) == 2)
+            if (is_matrix and (tied or "model_type" in self.base.config)) or (is_head and tied):
+                raise self._refused(
+                    tensor,
+                    "BASE's config.json has tie_word_embeddings, or does not say, and whether this tensor is tied only "
+                    "transformers can tell, which is not installed or does not know the model. Install it, or untie "
+                    "the model (tie_word_embeddings=false), save BASE again and merge into that",
+                )
 
     def _refused(self, tensor: StoredTensor, why: str) -> OPLoRAValueError:
         return OPLoRAValueError(f"{self.adapter.path}: tensor {tensor}: {why}. Nothing was written.")
@@ -115,6 +227,9 @@ class _Planner:
             raise self._refused(tensor, "this is DoRA, which is not W + scaling B A, so merge it with PEFT")
         match = LINEAR_KEY.fullmatch(name) or EMBEDDING_KEY.fullmatch(name)
         if match:
+            self.adapter_names.add(match["adapter"])
+            if len(self.adapter_names) > 1:
+                raise self._refused(tensor, f"the file holds several adapters ({_listed(self.adapter_names)})")
             self._sort_in_factor(tensor, match["module"], match["factor"], match.re is EMBEDDING_KEY)
         elif "lora_" in name:
             raise self._refused(tensor, "expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B")
@@ -126,12 +241,15 @@ class _Planner:
     def _sort_in_factor(self, tensor: StoredTensor, module: str, factor: str, embedding: bool) -> None:
         if tensor.dtype not in FACTOR_DTYPES:
             raise self._refused(tensor, f"expected one of {', '.join(FACTOR_DTYPES)}, so save the adapter in float32")
-        if module != _without_wrappers(module):
+        module = ".".join(part for part in module.split(".") if part == "base_layer" or part not in WRAPPERS)
+        if "base_layer" in module.split("."):
             # MultiheadAttention, whose out_proj PEFT 0.21 adds twice, in training as in merging
             raise self._refused(tensor, "it adapts a layer inside an adapted layer, so merge it with PEFT")
         layer = self.layers.setdefault(module, _Layer(module, embedding))
         if layer.embedding != embedding:
             raise self._refused(tensor, f"{module!r} has other factors already")
+        if factor in layer.factors:
+            raise self._refused(tensor, f"{module!r} has a lora_{factor} already")
         layer.factors[factor] = tensor
 
     def _check_pair(self, layer: _Layer) -> None:
@@ -184,21 +302,16 @@ class _Planner:
             )
         siblings = [other for other in self.base.tensors if module and other.startswith(module + ".")][:4]
         if not siblings:
-            return self._refused(tensor, f"BASE has no tensor {name!r}. Is it another model's adapter?")
+            return self._refused(tensor, f"BASE has no tensor {name!r}. {self._why_unknown()}")
         return self._refused(
             tensor,
             f"BASE has no {name!r} but {siblings}. Quantised and fused layers are not merged: dequantise BASE first",
         )
 
-    def _check_ties(self, wanted: Mapping[str, StoredTensor], targets: Mapping[str, StoredTensor]) -> None:
-        for name, tensor in wanted.items():
-            target = targets[name].name
-            if self.base.tied and f".{target}".endswith(".lm_head.weight"):
-                raise self._refused(
-                    tensor,
-                    f"config.json of BASE has tie_word_embeddings, so a model that loads the merged {target!r} would "
-                    "put the input embedding in its place. Untie the two and save BASE again",
-                )
+    def _why_unknown(self) -> str:
+        if "model_type" in self.base.config and not model_layout.is_installed():
+            return "On disk it may have another name, which transformers tells: install it. Or the model is another one"
+        return "Is it another model's adapter?"
 
     # -- shapes --
 
@@ -241,13 +354,137 @@ class _Planner:
         return self.config.fan_in_fan_out
 
 
-def _check_finite_factors(adapter: TensorFile, changes: Mapping[str, Change]) -> None:
+class _OnLayout:
+    """The changes of a model as it is in memory, brought to disk: under other names, regrouped, untied, with a head."""
+
+    def __init__(self, planner: _Planner, layout: Layout) -> None:
+        self.planner, self.base, self.layout = planner, planner.base, layout
+        self.changes: dict[str, Change] = {}
+        self.regrouped: dict[Group, dict[str, tuple[StoredTensor, Change]]] = {}
+        self.added: list[Added] = []
+        self.config: dict[str, Any] | None = None
+
+    def plan(self, changes: Mapping[str, tuple[StoredTensor, Change]]) -> Plan:
+        families = self._families(changes)
+        for name, (target, change) in changes.items():
+            if name in families:
+                continue
+            if (place := self.layout.places.get(name)) is not None:
+                self.changes[place] = change
+            elif (group := self.layout.groups.get(name)) is not None:
+                self.regrouped.setdefault(group, {})[name] = target, change
+            else:
+                self._add_head(name, target, change)
+        self._change_families(families, changes)
+        groups = tuple(Regrouped(group, changed) for group, changed in self.regrouped.items())
+        return Plan(self.changes, groups, tuple(self.added), self.config)
+
+    def _add_head(self, name: str, target: StoredTensor, change: Change) -> None:
+        """A tensor that the base has not, as it was saved from another class of the same architecture."""
+        layout = self.layout
+        if self.config is None:
+            self.config = {**copy.deepcopy(dict(self.base.config)), "architectures": [layout.class_name]}
+        if target.shape != layout.shapes[name]:
+            labels = [f"LABEL_{number}" for number in range(target.shape[0] if target.shape else 0)]
+            self.config |= {
+                "id2label": {str(number): label for number, label in enumerate(labels)},
+                "label2id": {label: number for number, label in enumerate(labels)},
+            }
+            self.config.pop("num_labels", None)
+            other = layout.with_config(self.config)
+            if other is None or other.shapes[name] != target.shape:
+                assert change.origin is not None
+                raise self.planner._refused(
+                    change.origin[1],
+                    f"BASE has no {name!r}, and a {layout.class_name} has it in the shape {layout.shapes[name]}. Save "
+                    "BASE with the head that the adapter was trained with, and merge into that",
+                )
+        self._add(name, target, change)
+
+    def _add(self, name: str, like: StoredTensor, change: Change) -> None:
+        self.added.append(Added(self.layout.name_on_disk(name), like.dtype, like.shape, change))
+
+    # -- ties --
+
+    def _families(self, changes: Mapping[str, object]) -> dict[str, str]:
+        """Of each tensor that is one with others, of which one changes: the tensor that they all are."""
+        touched = {self.layout.root(name) for name in changes}
+        found = {name: root for name in self.layout.ties if (root := self.layout.root(name)) in touched}
+        return found | {root: root for root in found.values()}
+
+    def _change_families(self, families: Mapping[str, str], changes: Mapping[str, tuple[StoredTensor, Change]]) -> None:
+        diverging = {}
+        for root in dict.fromkeys(families.values()):
+            members = [name for name, other in families.items() if other == root]
+            mine = {name: changes[name] for name in members if name in changes}
+            _, change = mine.get(root, next(iter(mine.values())))
+            trained_as_one = self.planner.config.fields.get("ensure_weight_tying") is True or (
+                # biases are trained where they are; what modules_to_save names is a copy
+                change.delta is None and root.endswith(".bias") and self.planner.config.fields.get("bias") != "none"
+            )
+            if trained_as_one:
+                self.changes |= {self.layout.places[name]: change for name in members if name in self.layout.places}
+            else:
+                diverging[root] = mine
+        if diverging:
+            self._untie(diverging)
+
+    def _untie(self, diverging: Mapping[str, Mapping[str, tuple[StoredTensor, Change]]]) -> None:
+        """PEFT adapts or replaces one of several modules that are one, so in the merged model they are no longer."""
+        config = _untied(self.config or self.base.config)
+        other = self.layout.with_config(config)
+        first = next(iter(next(iter(diverging.values())).values()))
+        still = {} if other is None else {name for root in diverging for name in other.ties if other.root(name) == root}
+        if other is None or still:
+            raise self._refused_tie(first, diverging, still)
+        self.config = config
+        ties = {**{name: self.layout.root(name) for name in self.layout.ties}}
+        for name in [*dict.fromkeys(ties.values()), *ties]:
+            root = ties.get(name, name)
+            if name in other.ties or root in other.ties:
+                continue
+            place = self.layout.place(root)
+            if place is None:
+                raise self._refused_tie(first, diverging, {root})
+            stored = self.base.tensors[place]
+            change = diverging.get(root, {}).get(name, (stored, Change()))[1]
+            origin = change.origin or (self.base.file_of(stored), stored)
+            if (own := self.layout.places.get(name)) is not None:
+                self.changes[own] = Change(None if own == place and change.origin is None else origin, change.delta)
+            else:
+                self._add(name, stored, Change(origin, change.delta))
+
+    def _refused_tie(
+        self, first: tuple[StoredTensor, Change], diverging: Mapping[str, Mapping[str, object]], still: object
+    ) -> OPLoRAValueError:
+        names = ", ".join(repr(name) for changed in diverging.values() for name in changed)
+        change = first[1]
+        tensor = change.delta.A if change.delta else change.origin[1]  # type: ignore[index]
+        return self.planner._refused(
+            tensor,
+            f"the adapter changes {names}, which a {self.layout.class_name} has as one with other tensors, also with "
+            "tie_word_embeddings=false. Merge it with PEFT",
+        )
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """With tie_word_embeddings off, also in the configurations of the model's parts."""
+    parts = {
+        name: _untied(value) for name, value in config.items() if isinstance(value, dict) and name.endswith("config")
+    }
+    return {**copy.deepcopy(dict(config)), **parts, "tie_word_embeddings": False}
+
+
+def _listed(names: set[str | None]) -> str:
+    return ", ".join(sorted(str(name) for name in names))
+
+
+def _check_finite_factors(adapter: TensorFile, layers: Iterable[_Layer]) -> None:
     with adapter.path.open("rb") as file:
-        for delta in (change.delta for change in changes.values() if change.delta):
-            for tensor in (delta.A, delta.B):
-                bad = count_nonfinite(read_factor(file, tensor), "F32")
-                if bad:
-                    raise OPLoRAValueError(
-                        f"{adapter.path}: tensor {tensor} holds {bad} NaN or infinite numbers, expected none: the "
-                        "training diverged, or the file is damaged. Take an earlier checkpoint. Nothing was written."
-                    )
+        for tensor in (tensor for layer in layers for tensor in layer.factors.values()):
+            bad = count_nonfinite(read_numbers(file, tensor, 0, math.prod(tensor.shape)), tensor.dtype)
+            if bad:
+                raise OPLoRAValueError(
+                    f"{adapter.path}: tensor {tensor} holds {bad} NaN or infinite numbers, expected none: the "
+                    "training diverged, or the file is damaged. Take an earlier checkpoint. Nothing was written."
+                )

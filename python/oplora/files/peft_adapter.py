@@ -7,7 +7,7 @@ that asks for more than W + scaling B A.
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,14 +15,23 @@ from typing import Any, Final, TypeVar
 from ..errors import OPLoRAFileError, OPLoRAValueError
 from .tensor_file import TensorFile, read_object, read_tensor_file
 
-__all__ = ["CHANGED_BASE", "CONFIG", "KEY_PREFIX", "WEIGHTS", "AdapterConfig", "parse_config", "read_adapter"]
+__all__ = [
+    "CHANGED_BASE",
+    "CONFIG",
+    "KEY_PREFIX",
+    "WEIGHTS",
+    "AdapterConfig",
+    "parse_config",
+    "read_adapter",
+    "refuse_more",
+]
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 KEY_PREFIX: Final = "base_model.model."  # of every tensor's name, before the module's
 
-# Fields of adapter_config.json that make the adapter something else than W + scaling B A.
-UNSUPPORTED: Final = {
+# Fields of adapter_config.json that make the adapter something else than W + scaling B A, and how.
+MORE: Final = {
     "use_dora": "DoRA rescales every row of the merged weight",
     "use_qalora": "QALoRA pools the inputs of the layer",
     "use_bdlora": "BD-LoRA keeps blocks of the factors only",
@@ -34,9 +43,48 @@ UNSUPPORTED: Final = {
     "target_parameters": "target_parameters adapts parameters that are no layer's weight",
     "layer_replication": "layer_replication changes the base's layers",
     "trainable_token_indices": "trainable_token_indices replaces rows of the embedding",
+    "megatron_config": "Megatron's layers lie in parts",
 }
+# Fields that say nothing of what the adapter's tensors mean, or that are read here.
+KNOWN: Final = frozenset(
+    {
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "bias",
+        "modules_to_save",
+        "ensure_weight_tying",
+        "alora_invocation_string",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "velora_config",
+    }
+)
+OFF: Final[tuple[object, ...]] = (None, False, 0, "", [], {})
 # Starts that also change the base weight, so that the adapter does not fit the base as it is on disk.
 CHANGED_BASE: Final = ("pissa", "corda", "olora", "loftq", "lora_ga")
+STARTS: Final = ("gaussian", "eva", "orthogonal", "mica", "true", "false")  # those that do not
 
 
 @dataclass(frozen=True)
@@ -44,6 +92,7 @@ class AdapterConfig:
     """What adapter_config.json says about ranks and scalings; each pattern with the number it stands for."""
 
     path: Path
+    fields: Mapping[str, Any]  # all of them
     r: int
     lora_alpha: float
     use_rslora: bool
@@ -72,12 +121,26 @@ def _read_config(path: Path) -> AdapterConfig:
         raise OPLoRAValueError(
             f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'. Only LoRA adapters merge."
         )
-    for name, why in UNSUPPORTED.items():
-        if config.get(name):
+    refuse_more(path, config, "Merge this adapter with PEFT's merge_and_unload.")
+    return parse_config(path, config)
+
+
+def refuse_more(path: Path, config: Mapping[str, Any], instead: str, allowed: Collection[str] = ()) -> None:
+    """Of a configuration that asks for more than W + scaling B A, or that may, as it has a field that is unknown here.
+
+    instead: what to do with such an adapter. allowed: fields that may be on nevertheless.
+    """
+    for name, value in config.items():
+        if name in KNOWN or name in allowed or value in OFF:
+            continue
+        if name in MORE:
             raise OPLoRAValueError(
-                f"{path}: {name} is set, and {why}, which is more than W + scaling B A. Merge this adapter with PEFT's "
-                "merge_and_unload."
+                f"{path}: {name} is set, and {MORE[name]}, which is more than W + scaling B A. {instead}"
             )
+        raise OPLoRAValueError(
+            f"{path}: {name} is {value!r}, a field that this version of oplora does not know, so what it makes of the "
+            f"adapter would be a guess. {instead} If it says nothing of the tensors, remove it from {path.name}."
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
         raise OPLoRAValueError(
@@ -85,17 +148,22 @@ def _read_config(path: Path) -> AdapterConfig:
             "the adapter does not fit BASE. Save it with path_initial_model_for_weight_conversion, which turns it "
             "into a plain LoRA."
         )
-    return parse_config(path, config)
+    if isinstance(start, str) and start.lower() not in STARTS:
+        raise OPLoRAValueError(
+            f"{path}: init_lora_weights is {start!r}, a start that this version of oplora does not know: it may have "
+            f"changed the base. {instead}"
+        )
 
 
 def parse_config(path: Path, config: dict[str, Any]) -> AdapterConfig:
     """Ranks and scalings of a LoraConfig written as JSON; `path` is for messages."""
     return AdapterConfig(
         path,
+        config,
         _rank(path, "r", config.get("r")),
         _alpha(path, "lora_alpha", config.get("lora_alpha")),
-        _flag(path, "use_rslora", config.get("use_rslora", False)),
-        _flag(path, "fan_in_fan_out", config.get("fan_in_fan_out", False)),
+        _flag(path, "use_rslora", config.get("use_rslora") or False),
+        _flag(path, "fan_in_fan_out", config.get("fan_in_fan_out") or False),
         tuple(_patterns(path, config, "rank_pattern", _rank)),
         tuple(_patterns(path, config, "alpha_pattern", _alpha)),
     )
