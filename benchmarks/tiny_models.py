@@ -1,8 +1,8 @@
 """Any architecture of transformers, tiny, from the defaults of its configuration: same code, small numbers."""
 
-import inspect
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,15 +14,48 @@ from transformers.models.auto import modeling_auto
 __all__ = ["NotTinyError", "architectures", "build"]
 
 FACTORS: Final = (64, 32, 16, 8, 4, 2, 1)  # by which widths are divided: the first that the model's code takes
-LAYERS: Final = 2
+LAYERS: Final = (2, 4, 8)  # some models have several kinds of layers, in turns
 VOCABULARY: Final = 160
 POSITIONS: Final = 128
-LARGEST: Final = 40_000_000  # parameters
+LARGEST: Final = 100_000_000  # parameters
 # what a class is for, in the order in which one is taken for its architecture
 TASKS: Final = (
-    "CAUSAL_LM IMAGE_TEXT_TO_TEXT MULTIMODAL_LM SEQ_TO_SEQ_CAUSAL_LM MASKED_LM SPEECH_SEQ_2_SEQ CTC IMAGE_CLASSIFICATION "
-    "AUDIO_CLASSIFICATION OBJECT_DETECTION SEMANTIC_SEGMENTATION SEQUENCE_CLASSIFICATION"
-).split()
+    "CAUSAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "MASKED_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "CTC",
+    "IMAGE_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+    "OBJECT_DETECTION",
+    "SEMANTIC_SEGMENTATION",
+    "SEQUENCE_CLASSIFICATION",
+)
+
+RESNET: Final = {"backbone": None, "use_timm_backbone": False, "backbone_config": {"model_type": "resnet"}}
+# what a configuration has no default for, or none that its model takes, or one that needs another library
+SETTINGS: Final[dict[str, dict[str, Any]]] = {
+    "reformer": {"is_decoder": True},
+    "autoformer": {"prediction_length": 4},
+    "informer": {"prediction_length": 4},
+    "time_series_transformer": {"prediction_length": 4},
+    "esm": {"vocab_size": 33},
+    "wav2vec2-bert": {"vocab_size": 32},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl_text": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 48},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "detr": RESNET,
+    "conditional_detr": RESNET,
+    "dab-detr": RESNET,
+    "deformable_detr": RESNET,
+    "table-transformer": RESNET,
+}
 
 WIDTH: Final = re.compile(
     r"(size|sizes|dim|dims|width|widths|channels|d_model|d_ff|d_kv|n_embd|n_inner|ffn|rank|hidden)$"
@@ -37,55 +70,54 @@ class NotTinyError(Exception):
     """The architecture cannot be made tiny from its configuration; the message says why."""
 
 
-def architectures() -> Iterator[tuple[str, str]]:
-    """(model type, class): each type that transformers' auto classes know, with the first task that it has."""
+def architectures() -> Iterator[tuple[str, list[str]]]:
+    """Each model type that transformers' auto classes know, with its classes, the most usual task's first."""
     tasks = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in TASKS]
     others = [name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)]
     tables = [getattr(modeling_auto, name) for name in [*tasks, *others, "MODEL_MAPPING_NAMES"]]
     for kind in CONFIG_MAPPING.keys():  # noqa: SIM118
         found = [table[kind] for table in tables if kind in table]
-        if found:
-            yield kind, found[0] if isinstance(found[0], str) else found[0][0]
+        names = [name for names in found for name in ([names] if isinstance(names, str) else names)]
+        if names:
+            yield kind, list(dict.fromkeys(names))
 
 
-def build(kind: str, class_name: str) -> nn.Module:
-    """The model with random weights, float32, on the CPU."""
-    model_class = getattr(transformers, class_name, None)
-    if model_class is None:
-        raise NotTinyError(f"transformers has no {class_name}")
+def build(kind: str, class_names: Sequence[str]) -> nn.Module:
+    """The first class that can be made, with random weights, float32, on the CPU."""
     reasons = []
-    for factor in FACTORS:
+    for class_name, layers, factor in itertools.product(class_names, LAYERS, FACTORS):
         try:
-            config = CONFIG_MAPPING[kind]()
-            _shrink(config, factor)
+            model_class = getattr(transformers, class_name)
+            config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
+            _shrink(config, factor, layers)
             with torch.device("meta"):
-                count = sum(p.numel() for p in model_class(config).parameters())
+                counts = [p.numel() for p in model_class(config).parameters()]
+            if sum(counts) > LARGEST or 0 in counts:
+                reasons.append(
+                    f"{class_name} has {sum(counts):,} parameters in {len(counts)} tensors, {counts.count(0)} of them empty"
+                )
+                continue
+            torch.manual_seed(0)
+            return model_class(config).float().eval()
         except Exception as error:  # whatever a model's code raises of numbers that it does not take
-            reasons.append(f"{type(error).__name__}: {error}")
-            continue
-        if count > LARGEST:
-            reasons.append(f"{count:,} parameters")
-            continue
-        torch.manual_seed(0)
-        return model_class(config).float().eval()
-    raise NotTinyError(
-        reasons[-1].splitlines()[0][:200] if "parameters" in reasons[0] else reasons[0].splitlines()[0][:200]
-    )
+            text = " ".join(str(error).split())
+            reasons.append(f"{class_name}: {type(error).__name__}: {text[:200]}")
+    raise NotTinyError(reasons[0])
 
 
-def _shrink(config: PretrainedConfig, factor: int) -> None:
+def _shrink(config: PretrainedConfig, factor: int, most: int) -> None:
     """Widths divided by `factor`; few layers, words and positions."""
-    layers = {}
+    lengths = {}
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
-            _shrink(value, factor)
+            _shrink(value, factor, most)
         elif isinstance(value, dict) and name.endswith("_config"):
             continue
         elif type(value) is int:
-            small = _small(name, value, factor)
+            small = _small(name, value, factor, most)
             if small != value:
                 if LAYER_COUNT.search(name):
-                    layers[value] = small
+                    lengths[value] = small
                 setattr(config, name, small)
         elif isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
             if WIDTH.search(name) and not NO_WIDTH.search(name):
@@ -93,17 +125,17 @@ def _shrink(config: PretrainedConfig, factor: int) -> None:
             elif name == "depths":
                 setattr(config, name, type(value)(1 for _ in value))
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) in layers and len(value) > layers[len(value)]:
-            setattr(config, name, value[: layers[len(value)]])
+        if isinstance(value, list) and len(value) in lengths:
+            setattr(config, name, value[: lengths[len(value)]])
 
 
-def _small(name: str, value: int, factor: int) -> int:
+def _small(name: str, value: int, factor: int, most: int) -> int:
     if name.endswith("_token_id") or name.endswith("_token_index"):
         return min(value, VOCABULARY - 1)
     if "vocab" in name:
         return min(value, VOCABULARY)
-    if LAYER_COUNT.search(name) and value > LAYERS:
-        return LAYERS
+    if LAYER_COUNT.search(name):
+        return min(value, most)
     if "max_position" in name or name in ("n_positions", "max_source_positions", "max_target_positions"):
         return min(value, POSITIONS)
     if WIDTH.search(name) and not NO_WIDTH.search(name):

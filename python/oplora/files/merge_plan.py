@@ -29,6 +29,7 @@ __all__ = ["Added", "Change", "Delta", "Plan", "Regrouped", "plan_merge"]
 LINEAR_KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight", re.DOTALL)
 EMBEDDING_KEY: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?", re.DOTALL)
 MAY_BE_TIED: Final = re.compile(r"head|embed|decoder|output|logits|proj_out|generator|cls|wte", re.IGNORECASE)
+CONV1D_NAMES: Final = re.compile(r"c_\w+|q_attn")
 WRAPPERS: Final = ("base_layer", "_orig_mod", "_fsdp_wrapped_module")
 
 
@@ -131,7 +132,7 @@ class _Planner:
         wanted = dict(self.replacements)
         wanted |= {f"{module}.weight": layer.factors["A"] for module, layer in self.layers.items()}
         is_direct = all(name in self.base.tensors for name in wanted)
-        if not is_direct or self._may_be_tied(wanted):
+        if not is_direct or self._may_be_tied(wanted) or self._may_be_transposed():
             for layout, names in self._layouts(wanted):
                 return _OnLayout(self, layout).plan(self._changes(wanted, names, layout))
             self._refuse_unknown_ties(wanted)
@@ -148,14 +149,17 @@ class _Planner:
             self._check_replacement(tensor, targets[name])
             changes[names[name]] = targets[name], Change((self.adapter.path, tensor))
         layers = [(layer, f"{layer.module}.weight") for layer in self.layers.values()]
-        # a square weight doesn't show its orientation: the config decides, unless a layer that does show it contradicts
+        # a square weight doesn't show its orientation: the model tells, or the config, unless a layer contradicts it
         contradicted = any(
             _orientation(layer, targets[name]) == (not self.config.fan_in_fan_out) for layer, name in layers
         )
         for layer, name in layers:
             target = targets[name]
             origin = changes[names[name]][1].origin if names[name] in changes else None
-            changes[names[name]] = target, Change(origin, self._delta(layer, target, contradicted))
+            told: bool | None = None if contradicted else self.config.fan_in_fan_out
+            if layout is not None and (transposed := layout.is_transposed(names[name])) is not None:
+                told = transposed
+            changes[names[name]] = target, Change(origin, self._delta(layer, target, told))
         return changes
 
     def _target(self, name: str, tensor: StoredTensor, layout: Layout | None) -> StoredTensor:
@@ -183,6 +187,10 @@ class _Planner:
             or any(len(tensor.shape) == 2 for tensor in self.replacements.values())
             or any(MAY_BE_TIED.search(".".join(name.split(".")[-2:])) for name in wanted)
         )
+
+    def _may_be_transposed(self) -> bool:
+        """GPT-2's Conv1D among other layers: the one fan_in_fan_out of the configuration is right for some of them."""
+        return any(CONV1D_NAMES.fullmatch(module.rpartition(".")[2]) for module in self.layers)
 
     def _layouts(self, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Layout, dict[str, str]]]:
         """Those in which all names are found, and what they are called there in memory."""
@@ -324,7 +332,7 @@ class _Planner:
         if tensor.dtype != target.dtype and (tensor.dtype not in FACTOR_DTYPES or target.dtype not in FLOATS):
             raise self._refused(tensor, f"can't be converted to {target.dtype}, which BASE's {target.name!r} has")
 
-    def _delta(self, layer: _Layer, target: StoredTensor, contradicted: bool) -> Delta:
+    def _delta(self, layer: _Layer, target: StoredTensor, told: bool | None) -> Delta:
         A, B = layer.factors["A"], layer.factors["B"]
         if target.dtype not in FLOATS:
             raise self._refused(
@@ -338,20 +346,20 @@ class _Planner:
         fits = target.shape in shapes and B.shape[2:] == (1,) * (len(A.shape) - 2)
         if not fits or (layer.embedding and len(adapted) != 2):
             raise self._refused(A, f"with lora_B of shape {B.shape} it adapts {shapes[0]}, but BASE has {target}")
-        transposed = layer.embedding or (len(adapted) == 2 and self._is_transposed(layer, target, contradicted))
+        transposed = layer.embedding or (len(adapted) == 2 and self._is_transposed(layer, target, told))
         return Delta(A, B, self.config.scaling(layer.module, A.shape[0]), transposed)
 
-    def _is_transposed(self, layer: _Layer, target: StoredTensor, contradicted: bool) -> bool:
+    def _is_transposed(self, layer: _Layer, target: StoredTensor, told: bool | None) -> bool:
         orientation = _orientation(layer, target)
         if orientation is not None:
             return orientation
-        if contradicted:
+        if told is None:
             raise self._refused(
                 layer.factors["A"],
                 f"BASE's {target} is square, and {self.config.path.name} says fan_in_fan_out = "
                 f"{self.config.fan_in_fan_out}, which other layers contradict. Correct it there",
             )
-        return self.config.fan_in_fan_out
+        return told
 
 
 class _OnLayout:

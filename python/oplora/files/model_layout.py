@@ -154,6 +154,14 @@ class Layout:
             (self.places[one] for one in (root, *self.ties) if self.root(one) == root and one in self.places), None
         )
 
+    def is_transposed(self, name: str) -> bool | None:
+        """Whether a layer keeps its weight as (in, out), as GPT-2's Conv1D does; None where it is no linear layer."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        return isinstance(module, Conv1D) if isinstance(module, Conv1D | torch.nn.Linear) else None
+
     def with_config(self, config: Mapping[str, Any]) -> "Layout | None":
         """The same class with another configuration; None where it does not take it."""
         try:
