@@ -93,9 +93,7 @@ def build(kind: str, class_names: Sequence[str]) -> nn.Module:
             with torch.device("meta"):
                 counts = [p.numel() for p in model_class(config).parameters()]
             if sum(counts) > LARGEST or 0 in counts:
-                reasons.append(
-                    f"{class_name} has {sum(counts):,} parameters in {len(counts)} tensors, {counts.count(0)} of them empty"
-                )
+                reasons.append(f"{class_name} has {sum(counts):,} parameters, {counts.count(0)} tensors empty")
                 continue
             torch.manual_seed(0)
             return model_class(config).float().eval()

@@ -20,14 +20,11 @@ from ..errors import OPLoRAValueError
 from . import model_layout
 from .merge_base import Base
 from .model_layout import Group, Layout
-from .peft_adapter import KEY_PREFIX, AdapterConfig
+from .peft_adapter import KEY_PREFIX, AdapterConfig, FactorKey, factor_of
 from .tensor_file import FACTOR_DTYPES, FLOATS, StoredTensor, TensorFile, count_nonfinite, read_numbers
 
 __all__ = ["Added", "Change", "Delta", "Plan", "Regrouped", "plan_merge"]
 
-# files of older versions of PEFT have the adapter's name between
-LINEAR_KEY: Final = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight", re.DOTALL)
-EMBEDDING_KEY: Final = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?", re.DOTALL)
 MAY_BE_TIED: Final = re.compile(r"head|embed|decoder|output|logits|proj_out|generator|cls|wte", re.IGNORECASE)
 CONV1D_NAMES: Final = re.compile(r"c_\w+|q_attn")
 WRAPPERS: Final = ("base_layer", "_orig_mod", "_fsdp_wrapped_module")
@@ -233,12 +230,11 @@ class _Planner:
         name = tensor.name.removeprefix(KEY_PREFIX)
         if ".lora_magnitude_vector" in name:
             raise self._refused(tensor, "this is DoRA, which is not W + scaling B A, so merge it with PEFT")
-        match = LINEAR_KEY.fullmatch(name) or EMBEDDING_KEY.fullmatch(name)
-        if match:
-            self.adapter_names.add(match["adapter"])
+        if found := factor_of(name):
+            self.adapter_names.add(found.adapter)
             if len(self.adapter_names) > 1:
                 raise self._refused(tensor, f"the file holds several adapters ({_listed(self.adapter_names)})")
-            self._sort_in_factor(tensor, match["module"], match["factor"], match.re is EMBEDDING_KEY)
+            self._sort_in_factor(tensor, found)
         elif "lora_" in name:
             raise self._refused(tensor, "expected lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B")
         elif (plain := _without_wrappers(name)) in self.replacements:
@@ -246,19 +242,19 @@ class _Planner:
         else:
             self.replacements[plain] = tensor
 
-    def _sort_in_factor(self, tensor: StoredTensor, module: str, factor: str, embedding: bool) -> None:
+    def _sort_in_factor(self, tensor: StoredTensor, key: FactorKey) -> None:
         if tensor.dtype not in FACTOR_DTYPES:
             raise self._refused(tensor, f"expected one of {', '.join(FACTOR_DTYPES)}, so save the adapter in float32")
-        module = ".".join(part for part in module.split(".") if part == "base_layer" or part not in WRAPPERS)
+        module = ".".join(part for part in key.module.split(".") if part == "base_layer" or part not in WRAPPERS)
         if "base_layer" in module.split("."):
             # MultiheadAttention, whose out_proj PEFT 0.21 adds twice, in training as in merging
             raise self._refused(tensor, "it adapts a layer inside an adapted layer, so merge it with PEFT")
-        layer = self.layers.setdefault(module, _Layer(module, embedding))
-        if layer.embedding != embedding:
+        layer = self.layers.setdefault(module, _Layer(module, key.is_embedding))
+        if layer.embedding != key.is_embedding:
             raise self._refused(tensor, f"{module!r} has other factors already")
-        if factor in layer.factors:
-            raise self._refused(tensor, f"{module!r} has a lora_{factor} already")
-        layer.factors[factor] = tensor
+        if key.factor in layer.factors:
+            raise self._refused(tensor, f"{module!r} has a lora_{key.factor} already")
+        layer.factors[key.factor] = tensor
 
     def _check_pair(self, layer: _Layer) -> None:
         if len(layer.factors) < 2:

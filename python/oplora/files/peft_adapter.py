@@ -13,21 +13,26 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ..errors import OPLoRAFileError, OPLoRAValueError
-from .tensor_file import TensorFile, read_object, read_tensor_file
+from .tensor_file import TensorFile, parse_object, read_object, read_tensor_file
 
 __all__ = [
     "CHANGED_BASE",
     "CONFIG",
     "KEY_PREFIX",
+    "METADATA",
     "WEIGHTS",
     "AdapterConfig",
+    "FactorKey",
+    "factor_of",
     "parse_config",
     "read_adapter",
+    "read_fields",
     "refuse_more",
 ]
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+METADATA: Final = "adapter_config"  # of a file that stands alone: its header's entry with the configuration
 KEY_PREFIX: Final = "base_model.model."  # of every tensor's name, before the module's
 
 # Fields of adapter_config.json that make the adapter something else than W + scaling B A, and how.
@@ -109,20 +114,28 @@ class AdapterConfig:
 
 
 def read_adapter(adapter: Path) -> tuple[AdapterConfig, TensorFile]:
-    """What the folder's adapter_config.json says, and the header of its weights."""
-    if not os.path.isdir(adapter):
-        raise OPLoRAFileError(f"ADAPTER {str(adapter)!r} is no folder. Give the folder that save_pretrained wrote.")
-    return _read_config(adapter / CONFIG), _read_adapter_weights(adapter)
-
-
-def _read_config(path: Path) -> AdapterConfig:
-    config = read_object(path)
+    """What the configuration of a folder, or of a file that stands alone, says, and the header of its weights."""
+    weights = _read_weights(adapter)
+    path, config = read_fields(adapter, weights)
     if config.get("peft_type") != "LORA":
         raise OPLoRAValueError(
             f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'. Only LoRA adapters merge."
         )
     refuse_more(path, config, "Merge this adapter with PEFT's merge_and_unload.")
-    return parse_config(path, config)
+    return parse_config(path, config), weights
+
+
+def read_fields(adapter: Path, weights: TensorFile) -> tuple[Path, dict[str, Any]]:
+    """The configuration, and the file that it is in."""
+    if adapter.is_dir():
+        return adapter / CONFIG, read_object(adapter / CONFIG)
+    text = weights.metadata().get(METADATA)
+    if text is None:
+        raise OPLoRAFileError(
+            f"{adapter} has no configuration in its header, which would tell its rank and scale. Give the folder with "
+            f"{CONFIG} and {WEIGHTS}, or a file that oplora.save_adapter wrote."
+        )
+    return adapter, parse_object(adapter, text.encode())
 
 
 def refuse_more(path: Path, config: Mapping[str, Any], instead: str, allowed: Collection[str] = ()) -> None:
@@ -192,6 +205,31 @@ def _flag(path: Path, name: str, value: object) -> bool:
     return value
 
 
+# ---- names of tensors ----
+
+# files of older versions of PEFT have the adapter's name between
+FACTOR_KEYS: Final = (
+    re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?\.weight", re.DOTALL),
+    re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(\.(?P<adapter>[^.]+))?", re.DOTALL),
+)
+
+
+@dataclass(frozen=True)
+class FactorKey:
+    module: str
+    factor: str  # "A" or "B"
+    adapter: str | None
+    is_embedding: bool
+
+
+def factor_of(name: str) -> FactorKey | None:
+    """What the name of a tensor, without KEY_PREFIX, says of an A or B; None of another tensor."""
+    for is_embedding, pattern in enumerate(FACTOR_KEYS):
+        if match := pattern.fullmatch(name):
+            return FactorKey(match["module"], match["factor"], match["adapter"], bool(is_embedding))
+    return None
+
+
 N = TypeVar("N")
 
 
@@ -210,7 +248,13 @@ def _patterns(
         yield pattern, number(path, f"{name}[{key!r}]", value)
 
 
-def _read_adapter_weights(adapter: Path) -> TensorFile:
+def _read_weights(adapter: Path) -> TensorFile:
+    if os.path.isfile(adapter):
+        return read_tensor_file(adapter)
+    if not os.path.isdir(adapter):
+        raise OPLoRAFileError(
+            f"ADAPTER {str(adapter)!r} is no folder and no file. Give the folder that save_pretrained wrote."
+        )
     path = adapter / WEIGHTS
     if not os.path.exists(path) and os.path.exists(adapter / "adapter_model.bin"):
         raise OPLoRAFileError(

@@ -28,6 +28,7 @@ __all__ = [
     "TensorFile",
     "count_nonfinite",
     "damaged",
+    "parse_object",
     "read_factors",
     "read_into",
     "read_numbers",
@@ -76,10 +77,11 @@ def read_object(path: Path) -> dict[str, Any]:
     _check_regular(path)
     if path.stat().st_size > JSON_BYTES:
         raise OPLoRAFileError(f"{path} has more than {JSON_BYTES:,} bytes, which is no sensible JSON file.")
-    return _parse_object(path, path.read_bytes())
+    return parse_object(path, path.read_bytes())
 
 
-def _parse_object(path: Path, text: bytes) -> dict[str, Any]:
+def parse_object(path: Path, text: bytes) -> dict[str, Any]:
+    """The JSON object that `text`, which is in the file, holds."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -127,6 +129,10 @@ class TensorFile:
     header: bytes  # from the first byte to the last before the numbers
     tensors: tuple[StoredTensor, ...]  # in the order of their offsets, which leave no gap
 
+    def metadata(self) -> dict[str, str]:
+        found = json.loads(self.header[8:]).get("__metadata__")  # safetensors has checked it
+        return found if isinstance(found, dict) else {}
+
     def nbytes(self) -> int:
         return self.tensors[-1].end if self.tensors else len(self.header)
 
@@ -145,7 +151,7 @@ def read_tensor_file(path: Path) -> TensorFile:
         if not 2 <= length <= min(size - 8, JSON_BYTES):
             raise damaged(path, f"its header has {length} bytes")
         text = file.read(length)
-    entries = _parse_object(path, text)
+    entries = parse_object(path, text)
     entries.pop("__metadata__", None)
     tensors = sorted(
         (_parse_tensor(path, name, entry, 8 + length) for name, entry in entries.items()),

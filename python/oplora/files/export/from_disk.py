@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
-from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS, AdapterConfig, parse_config
+from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS, AdapterConfig, parse_config, read_fields, refuse_more
+from ..peft_adapter import METADATA as ADAPTER_CONFIG
 from ..tensor_file import StoredTensor, read_object, read_tensor_file
 from . import diffusers
 from .layers import Component, LoRALayer, component_name, refuse_extras
@@ -57,7 +58,10 @@ def _read(source: Path, component: str | None) -> Iterator[Component]:
         for folder in folders:
             yield _read_peft(folder, folder.name)
     elif file.is_file() and file.suffix == ".safetensors":
-        yield from _read_diffusers(file)
+        if ADAPTER_CONFIG in read_tensor_file(file).metadata():
+            yield _read_peft(file, component)
+        else:
+            yield from _read_diffusers(file)
     else:
         there = ", ".join(sorted(os.listdir(source))[:SHOWN]) if source.is_dir() else "nothing"
         raise OPLoRAFileError(
@@ -67,17 +71,18 @@ def _read(source: Path, component: str | None) -> Iterator[Component]:
 
 
 def _read_peft(folder: Path, component: str | None) -> Component:
-    path = folder / CONFIG
-    config = read_object(path)
+    weights = folder / WEIGHTS if folder.is_dir() else folder
+    path, config = read_fields(folder, read_tensor_file(weights))
     if config.get("peft_type") != "LORA":
         raise OPLoRATypeError(
             f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA': diffusers' and kohya's files hold no "
             "other."
         )
     refuse_extras(str(path), SimpleNamespace(**config))
+    refuse_more(path, config, "Save it with PEFT, for PEFT.", allowed=("use_dora",))
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in _tensors(folder / WEIGHTS).items()}
-    layers = _layers(folder / WEIGHTS, tensors, parse_config(path, config))
+    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in _tensors(weights).items()}
+    layers = _layers(weights, tensors, parse_config(path, config))
     try:
         name = component or component_name(kind)
     except OPLoRAValueError as error:
