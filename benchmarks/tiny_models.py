@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from transformers.models.auto import modeling_auto
 __all__ = ["NotTinyError", "architectures", "build"]
 
 FACTORS: Final = (64, 32, 16, 8, 4, 2, 1)  # by which widths are divided: the first that the model's code takes
-LAYERS: Final = (2, 4, 8)  # some models have several kinds of layers, in turns
+LAYERS: Final = (2, 4, 8, 64)  # some models have several kinds of layers, in turns, or name some by number
 VOCABULARY: Final = 160
 POSITIONS: Final = 128
 LARGEST: Final = 100_000_000  # parameters
@@ -90,6 +91,9 @@ def build(kind: str, class_names: Sequence[str]) -> nn.Module:
             model_class = getattr(transformers, class_name)
             config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
             _shrink(config, factor, layers)
+            with tempfile.TemporaryDirectory() as folder:  # a configuration that can be saved but not loaded is none
+                config.save_pretrained(folder)
+                type(config).from_pretrained(folder)
             with torch.device("meta"):
                 counts = [p.numel() for p in model_class(config).parameters()]
             if sum(counts) > LARGEST or 0 in counts:

@@ -634,6 +634,7 @@ def test_merge_refuses_names_with_two_meanings(tmp_path: Path) -> None:
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
     "DoRA": ({"use_dora": True}, "use_dora"),
+    "target_parameters that are no names": ({"target_parameters": [3]}, "target_parameters is [3], expected names"),
     "replicated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "a field that no version has": (
         {"use_future_variant": True},

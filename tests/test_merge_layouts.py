@@ -22,6 +22,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -221,6 +223,51 @@ def test_router_of_a_mixture_is_replaced(tmp_path: Path) -> None:
     assert_same_logits(adapted, MixtralForCausalLM.from_pretrained(merge(tmp_path)))
     names = load_file(tmp_path / "out/model.safetensors").keys()
     assert names == load_file(tmp_path / "base/model.safetensors").keys()
+
+
+# ---- parameters that are no layer's weight ----
+
+
+def moe(dtype: torch.dtype = torch.float32) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    size = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+    }
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}  # square: shapes tell nothing
+    config = Qwen3MoeConfig(vocab_size=97, intermediate_size=40, decoder_sparse_step=1, **size, **experts)
+    return Qwen3MoeForCausalLM(config).to(dtype)
+
+
+EXPERTS = {
+    "one of two": {"target_parameters": ["experts.down_proj"]},
+    "both, one inside the other": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "with ranks and scales of their own": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {r".*\.gate_up_proj": 3},
+        "alpha_pattern": {r".*\.down_proj": 7},
+    },
+    "what all-linear makes of a mixture": {"target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_experts_are_merged_each_on_disk(tmp_path: Path, case: str) -> None:
+    adapted = adapt(moe(), tmp_path, **{"target_modules": ["q_proj"], **EXPERTS[case]})
+    merged = Qwen3MoeForCausalLM.from_pretrained(merge(tmp_path))
+    expected = adapted.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_experts_without_transformers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapt(moe(), tmp_path, target_modules=[], **EXPERTS["one of two"])
+    monkeypatch.setattr(model_layout, "is_installed", lambda: False)
+    with pytest.raises(OPLoRAError, match=r"experts\.lora_A\.weight.*only transformers can tell.*Install it"):
+        merge(tmp_path)
 
 
 # ---- keys and dtypes of other writers ----

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -33,6 +33,7 @@ from ..errors import OPLoRAError, OPLoRAFileError, OPLoRAValueError
 from . import atomic
 from .merge_base import CONFIG, INDEX, Base, read_base
 from .merge_plan import Added, Change, Delta, Plan, Regrouped, plan_merge
+from .model_layout import Group
 from .peft_adapter import read_adapter
 from .tensor_file import (
     FLOATS,
@@ -223,7 +224,7 @@ class _Writer:
             block = slice(top, min(top + height, rows))
             numbers = _start_numbers(source, stored, tensor, block)
             if product is not None:
-                _add(numbers, *product, block, FLOATS[tensor.dtype][0])
+                _add(numbers, tensor.shape, *product, block, FLOATS[tensor.dtype][0])
                 if count_nonfinite(numbers, tensor.dtype):
                     before = _start_numbers(source, stored, tensor, block)
                     _check_overflow(tensor, numbers, count_nonfinite(before, tensor.dtype))
@@ -233,7 +234,8 @@ class _Writer:
     def _product(self, delta: Delta | None, tensor: StoredTensor) -> _Product | None:
         if delta is None:
             return None
-        return delta, *read_factors(self.reader(self.adapter.path), delta.A, delta.B, tensor.dtype)
+        dtype = "F32" if delta.experts else tensor.dtype
+        return delta, *read_factors(self.reader(self.adapter.path), delta.A, delta.B, dtype)
 
     # -- tensors that transformers regroups --
 
@@ -245,35 +247,35 @@ class _Writer:
         self.advance(numbers.nbytes)
 
     def _merge_group(self, regrouped: Regrouped) -> dict[str, NDArray[Any]]:
-        import torch
-
         group, tensors = regrouped.group, {}
         for name in group.stored:
             stored = self.base.tensors[name]
             numbers = read_numbers(self.reader(self.base.file_of(stored)), stored, 0, math.prod(stored.shape))
             tensors[name] = _as_torch(numbers.reshape(stored.shape), stored.dtype)
         loaded = group.load(tensors)
-        again = group.store({name: loaded[name] for name in group.names})
+        self._check_way_back(group, tensors, group.store({name: loaded[name] for name in group.names}))
+        del tensors
+        for name, (target, change) in regrouped.changes.items():
+            numbers = _as_numpy(loaded[name].contiguous()).reshape(target.shape[0], -1)
+            rows = slice(0, target.shape[0])
+            if change.origin is not None:
+                numbers = _start_numbers(self.reader(change.origin[0]), change.origin[1], target, rows)
+            if (product := self._product(change.delta, target)) is not None:
+                before = count_nonfinite(numbers, target.dtype)
+                _add(numbers, target.shape, *product, rows, FLOATS[target.dtype][0])
+                _check_overflow(target, numbers, before)
+            loaded[name] = _as_torch(numbers.reshape(target.shape), target.dtype)
+        merged = group.store({name: loaded[name] for name in group.names})
+        return {name: _as_numpy(merged[name].contiguous()) for name in group.stored}
+
+    def _check_way_back(self, group: Group, tensors: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+        """What transformers regroups it must be able to bring back, to the bit."""
         if again.keys() != tensors.keys() or any(not _same_bits(again[name], tensors[name]) for name in tensors):
             raise OPLoRAValueError(
                 f"transformers makes of {', '.join(map(repr, group.stored[:3]))} what it does not bring back to them, "
                 "so the merged tensors cannot be stored as BASE's are. Load BASE with transformers, save it again, and "
                 "merge into that, or merge with PEFT. Nothing was written."
             )
-        for name, (target, change) in regrouped.changes.items():
-            before = _as_numpy(loaded[name].contiguous())
-            if change.origin is not None:
-                before = _start_numbers(
-                    self.reader(change.origin[0]), change.origin[1], target, slice(0, target.shape[0])
-                ).reshape(target.shape)
-            numbers = before.reshape(target.shape[0], -1).copy()
-            if (product := self._product(change.delta, target)) is not None:
-                _add(numbers, *product, slice(0, target.shape[0]), FLOATS[target.dtype][0])
-                _check_overflow(target, numbers, count_nonfinite(before, target.dtype))
-            loaded[name] = _as_torch(numbers.reshape(target.shape), target.dtype)
-        with torch.no_grad():
-            merged = group.store({name: loaded[name] for name in group.names})
-        return {name: _as_numpy(merged[name].contiguous()) for name in group.stored}
 
 
 def nbytes(added: Added) -> int:
@@ -319,8 +321,8 @@ def _as_numpy(tensor: Any) -> NDArray[Any]:
 
 
 def _same_bits(one: Any, other: Any) -> bool:
-    mine, theirs = (_as_numpy(tensor.contiguous()) for tensor in (one, other))
-    return mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()
+    mine, theirs = (_as_numpy(tensor.contiguous()).reshape(-1).view(np.uint8) for tensor in (one, other))
+    return one.shape == other.shape and np.array_equal(mine, theirs)
 
 
 def _start_numbers(origin: BufferedReader, stored: StoredTensor, tensor: StoredTensor, block: slice) -> NDArray[Any]:
@@ -342,13 +344,21 @@ def _rounded(numbers: NDArray[Any], dtype: str, wanted: str) -> NDArray[Any]:
 
 def _add(
     W: NDArray[Any],
+    shape: tuple[int, ...],
     delta: Delta,
     A: NDArray[np.float32],
     B: NDArray[np.float32],
     block: slice,
     dtype: _core.DType,
 ) -> None:
-    if delta.transposed:
+    """On rows [block] of a tensor of a shape; `W` has the rest of the shape as columns."""
+    if delta.experts:
+        As = A.reshape(delta.experts, -1, A.shape[1])
+        Bs = B.reshape(B.shape[0], -1, delta.experts)
+        for matrix, expert in zip(W.reshape(-1, *shape[1:]), range(block.start, block.stop), strict=True):
+            own = np.ascontiguousarray(Bs[:, :, expert])
+            _core.merge(matrix, As[expert], own, delta.scaling, dtype=dtype, transposed=delta.transposed)
+    elif delta.transposed:
         _core.merge(W, np.ascontiguousarray(A[:, block]), B, delta.scaling, dtype=dtype, transposed=True)
     else:
         _core.merge(W, A, B[block], delta.scaling, dtype=dtype)

@@ -32,12 +32,17 @@ WRAPPERS: Final = ("base_layer", "_orig_mod", "_fsdp_wrapped_module")
 
 @dataclass(frozen=True)
 class Delta:
-    """scaling B A on a weight seen as rows and columns; `transposed` as in _core.merge."""
+    """scaling B A on a weight seen as rows and columns; `transposed` as in _core.merge.
+
+    With experts, on each matrix of a stack of as many: A of shape (experts r, in) has theirs one after the other, B of
+    shape (out, r experts) in turns.
+    """
 
     A: StoredTensor
     B: StoredTensor
     scaling: float
     transposed: bool
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,15 @@ class Plan:
 
 @dataclass
 class _Layer:
-    """The adapter's tensors of one module."""
+    """The adapter's tensors of one module, or of one of its parameters (target_parameters)."""
 
     module: str
     embedding: bool
+    target: str = ""  # the tensor that it adapts, as it is called in memory
+    depth: int = 0  # how many of PEFT's layers are around this one: a module whose second parameter is adapted has two
+    experts: int | None = None
+    r: int = 0
+    scaling: float = 0.0
     factors: dict[str, StoredTensor] = field(default_factory=dict)  # by "A" and "B"
 
 
@@ -124,17 +134,57 @@ class _Planner:
             self._sort_in(tensor)
         if not self.layers and not self.replacements:
             raise OPLoRAValueError(f"{self.adapter.path} holds no tensors. Save the adapter again.")
+        has_parameters = bool(self.config.fields.get("target_parameters"))
         for layer in self.layers.values():
-            self._check_pair(layer)
-        wanted = dict(self.replacements)
-        wanted |= {f"{module}.weight": layer.factors["A"] for module, layer in self.layers.items()}
+            if layer.depth and not has_parameters:
+                # MultiheadAttention, whose out_proj PEFT 0.21 adds twice, in training as in merging
+                first = next(iter(layer.factors.values()))
+                raise self._refused(first, "it adapts a layer inside an adapted layer, so merge it with PEFT")
+            self._check_is_pair(layer)
+        if has_parameters:
+            return self._plan_parameters()
+        for layer in self.layers.values():
+            layer.target = f"{layer.module}.weight"
+            self._check_ranks(layer, layer.module)
+        wanted = self._wanted()
         is_direct = all(name in self.base.tensors for name in wanted)
         if not is_direct or self._may_be_tied(wanted) or self._may_be_transposed():
-            for layout, names in self._layouts(wanted):
-                return _OnLayout(self, layout).plan(self._changes(wanted, names, layout))
+            for layout in self._candidates():
+                if (names := self._names_in(layout, wanted)) is not None:
+                    return _OnLayout(self, layout).plan(self._changes(wanted, names, layout))
             self._refuse_unknown_ties(wanted)
         names = {name: name for name in wanted} if is_direct else self._base_names(wanted)
         return Plan({name: change for name, (_, change) in self._changes(wanted, names, None).items()})
+
+    def _wanted(self) -> dict[str, StoredTensor]:
+        """By the name in memory: every tensor that changes, and one of the adapter's that says so."""
+        return self.replacements | {layer.target: layer.factors["A"] for layer in self.layers.values()}
+
+    def _plan_parameters(self) -> Plan:
+        """Of an adapter on parameters that are no layer's weight, as experts are: only the model knows their order."""
+        for layout in self._candidates():
+            own = {layer.module: self._parameters_of(layer.module, layout) for layer in self.layers.values()}
+            for layer in self.layers.values():
+                around = own[layer.module][::-1]  # the last is outermost
+                layer.target = around[layer.depth] if layer.depth < len(around) else f"{layer.module}.weight"
+                shape = layout.shapes.get(layer.target, ())
+                layer.experts = shape[0] if len(shape) == 3 else None
+            wanted = self._wanted()
+            if (names := self._names_in(layout, wanted)) is not None:
+                for layer in self.layers.values():
+                    self._check_ranks(layer, layer.target if own[layer.module] else layer.module)
+                return _OnLayout(self, layout).plan(self._changes(wanted, names, layout))
+        raise self._refused(
+            self.adapter.tensors[0],
+            "target_parameters adapts parameters that are no layer's weight, and which they are only transformers can "
+            "tell, which is not installed or does not know BASE. Install it, or merge with PEFT",
+        )
+
+    def _parameters_of(self, module: str, layout: Layout) -> list[str]:
+        """The parameters of a module that target_parameters names, the one that PEFT wraps first before others."""
+        targets = self.config.fields["target_parameters"]
+        names = [name for name in layout.shapes if name.rpartition(".")[0] == module]
+        return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
 
     def _changes(
         self, wanted: Mapping[str, StoredTensor], names: Mapping[str, str], layout: Layout | None
@@ -145,7 +195,7 @@ class _Planner:
         for name, tensor in self.replacements.items():
             self._check_replacement(tensor, targets[name])
             changes[names[name]] = targets[name], Change((self.adapter.path, tensor))
-        layers = [(layer, f"{layer.module}.weight") for layer in self.layers.values()]
+        layers = [(layer, layer.target) for layer in self.layers.values()]
         # a square weight doesn't show its orientation: the model tells, or the config, unless a layer contradicts it
         contradicted = any(
             _orientation(layer, targets[name]) == (not self.config.fan_in_fan_out) for layer, name in layers
@@ -153,6 +203,10 @@ class _Planner:
         for layer, name in layers:
             target = targets[name]
             origin = changes[names[name]][1].origin if names[name] in changes else None
+            if layer.experts:
+                assert layout is not None
+                changes[names[name]] = target, Change(origin, self._delta_of_experts(layer, target, layout))
+                continue
             told: bool | None = None if contradicted else self.config.fan_in_fan_out
             if layout is not None and (transposed := layout.is_transposed(names[name])) is not None:
                 told = transposed
@@ -189,17 +243,19 @@ class _Planner:
         """GPT-2's Conv1D among other layers: the one fan_in_fan_out of the configuration is right for some of them."""
         return any(CONV1D_NAMES.fullmatch(module.rpartition(".")[2]) for module in self.layers)
 
-    def _layouts(self, wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Layout, dict[str, str]]]:
-        """Those in which all names are found, and what they are called there in memory."""
-        if "model_type" not in self.base.config or not model_layout.is_installed():
-            return
-        stored = {name: tensor.shape for name, tensor in self.base.tensors.items()}
-        for layout in model_layout.candidates(self.base.config, self.config.fields, stored):
-            on_disk = {place: name for name, place in layout.places.items()}
-            if all(layout.place(name) or name in layout.groups or self._is_new(name, layout) for name in wanted):
-                yield layout, {name: name for name in wanted}
-            elif all(name in on_disk for name in wanted):  # of an earlier transformers, which had the names on disk
-                yield layout, {name: on_disk[name] for name in wanted}
+    def _candidates(self) -> Iterator[Layout]:
+        if "model_type" in self.base.config and model_layout.is_installed():
+            stored = {name: tensor.shape for name, tensor in self.base.tensors.items()}
+            yield from model_layout.candidates(self.base.config, self.config.fields, stored)
+
+    def _names_in(self, layout: Layout, wanted: Mapping[str, StoredTensor]) -> dict[str, str] | None:
+        """What the adapter's names are called in memory, if all are found there."""
+        if all(layout.place(name) or name in layout.groups or self._is_new(name, layout) for name in wanted):
+            return {name: name for name in wanted}
+        on_disk = {place: name for name, place in layout.places.items()}
+        if all(name in on_disk for name in wanted):  # of an earlier transformers, which had the names on disk
+            return {name: on_disk[name] for name in wanted}
+        return None
 
     def _is_new(self, name: str, layout: Layout) -> bool:
         return name in self.replacements and name in layout.shapes
@@ -209,7 +265,7 @@ class _Planner:
         if not self.base.config or self.base.config.get("tie_word_embeddings") is False:
             return
         tied = self.base.config.get("tie_word_embeddings") is True
-        embeddings = {f"{layer.module}.weight" for layer in self.layers.values() if layer.embedding}
+        embeddings = {layer.target for layer in self.layers.values() if layer.embedding}
         for name, tensor in wanted.items():
             is_head = f".{name}".endswith(".lm_head.weight") and name in self.base.tensors
             is_matrix = name in embeddings or (name in self.replacements and len(tensor.shape) == 2)
@@ -222,7 +278,8 @@ class _Planner:
                 )
 
     def _refused(self, tensor: StoredTensor, why: str) -> OPLoRAValueError:
-        return OPLoRAValueError(f"{self.adapter.path}: tensor {tensor}: {why}. Nothing was written.")
+        end = "" if why.endswith("?") else "."
+        return OPLoRAValueError(f"{self.adapter.path}: tensor {tensor}: {why}{end} Nothing was written.")
 
     def _sort_in(self, tensor: StoredTensor) -> None:
         if not tensor.name.startswith(KEY_PREFIX):
@@ -245,33 +302,37 @@ class _Planner:
     def _sort_in_factor(self, tensor: StoredTensor, key: FactorKey) -> None:
         if tensor.dtype not in FACTOR_DTYPES:
             raise self._refused(tensor, f"expected one of {', '.join(FACTOR_DTYPES)}, so save the adapter in float32")
-        module = ".".join(part for part in key.module.split(".") if part == "base_layer" or part not in WRAPPERS)
-        if "base_layer" in module.split("."):
-            # MultiheadAttention, whose out_proj PEFT 0.21 adds twice, in training as in merging
-            raise self._refused(tensor, "it adapts a layer inside an adapted layer, so merge it with PEFT")
-        layer = self.layers.setdefault(module, _Layer(module, key.is_embedding))
+        parts = [part for part in key.module.split(".") if part == "base_layer" or part not in WRAPPERS]
+        depth, module = parts.count("base_layer"), _without_wrappers(key.module)
+        layer = self.layers.setdefault(".".join(parts), _Layer(module, key.is_embedding, depth=depth))
         if layer.embedding != key.is_embedding:
             raise self._refused(tensor, f"{module!r} has other factors already")
         if key.factor in layer.factors:
             raise self._refused(tensor, f"{module!r} has a lora_{key.factor} already")
         layer.factors[key.factor] = tensor
 
-    def _check_pair(self, layer: _Layer) -> None:
+    def _check_is_pair(self, layer: _Layer) -> None:
         if len(layer.factors) < 2:
             factor, tensor = next(iter(layer.factors.items()))
             raise self._refused(
                 tensor, f"{layer.module!r} has no lora_{'B' if factor == 'A' else 'A'}, so save the adapter again"
             )
-        A, B = layer.factors["A"], layer.factors["B"]
-        r = self.config.rank(layer.module)
-        for tensor in (A, B):
+        for tensor in layer.factors.values():
             if len(tensor.shape) < 2 or 0 in tensor.shape:
                 raise self._refused(tensor, "expected at least two sizes, none of them 0")
-        if A.shape[0] != r:
-            raise self._refused(A, f"expected {r} rows, the rank that {self.config.path.name} gives {layer.module!r}")
-        if B.shape[1] != r:
+
+    def _check_ranks(self, layer: _Layer, name: str) -> None:
+        """name: what rank_pattern and alpha_pattern are matched with."""
+        A, B = layer.factors["A"], layer.factors["B"]
+        layer.r = self.config.rank(name)
+        layer.scaling = self.config.scaling(name, layer.r)
+        rows = layer.r * (layer.experts or 1)
+        if A.shape[0] != rows:
+            times = f", times {layer.experts} experts" if layer.experts else ""
+            raise self._refused(A, f"expected {rows} rows, the rank that {self.config.path.name} gives {name!r}{times}")
+        if B.shape[1] != rows:
             raise self._refused(
-                B, f"expected {r} columns, the rank of its lora_A (layers with groups are not merged here)"
+                B, f"expected {rows} columns, the rank of its lora_A (layers with groups are not merged here)"
             )
 
     # -- names --
@@ -314,7 +375,7 @@ class _Planner:
 
     def _why_unknown(self) -> str:
         if "model_type" in self.base.config and not model_layout.is_installed():
-            return "On disk it may have another name, which transformers tells: install it. Or the model is another one"
+            return "On disk it may have another name, which transformers tells: install it. Or is it another model's?"
         return "Is it another model's adapter?"
 
     # -- shapes --
@@ -343,7 +404,17 @@ class _Planner:
         if not fits or (layer.embedding and len(adapted) != 2):
             raise self._refused(A, f"with lora_B of shape {B.shape} it adapts {shapes[0]}, but BASE has {target}")
         transposed = layer.embedding or (len(adapted) == 2 and self._is_transposed(layer, target, told))
-        return Delta(A, B, self.config.scaling(layer.module, A.shape[0]), transposed)
+        return Delta(A, B, layer.scaling, transposed)
+
+    def _delta_of_experts(self, layer: _Layer, target: StoredTensor, layout: Layout) -> Delta:
+        A, B = layer.factors["A"], layer.factors["B"]
+        transposed = layout.has_transposed_experts(layer.target)
+        adapted = (A.shape[1], B.shape[0]) if transposed else (B.shape[0], A.shape[1])
+        if target.dtype not in FLOATS or target.shape != (layer.experts, *adapted):
+            raise self._refused(
+                A, f"with lora_B of shape {B.shape} it adapts {(layer.experts, *adapted)}, but BASE has {target}"
+            )
+        return Delta(A, B, layer.scaling, transposed, layer.experts)
 
     def _is_transposed(self, layer: _Layer, target: StoredTensor, told: bool | None) -> bool:
         orientation = _orientation(layer, target)
@@ -438,9 +509,8 @@ class _OnLayout:
         config = _untied(self.config or self.base.config)
         other = self.layout.with_config(config)
         first = next(iter(next(iter(diverging.values())).values()))
-        still = {} if other is None else {name for root in diverging for name in other.ties if other.root(name) == root}
-        if other is None or still:
-            raise self._refused_tie(first, diverging, still)
+        if other is None or any(other.root(name) in diverging for name in other.ties):
+            raise self._refused_tie(first, diverging)
         self.config = config
         ties = {**{name: self.layout.root(name) for name in self.layout.ties}}
         for name in [*dict.fromkeys(ties.values()), *ties]:
@@ -448,8 +518,8 @@ class _OnLayout:
             if name in other.ties or root in other.ties:
                 continue
             place = self.layout.place(root)
-            if place is None:
-                raise self._refused_tie(first, diverging, {root})
+            if place is None or other.shapes[name] != self.base.tensors[place].shape:
+                raise self._refused_tie(first, diverging)
             stored = self.base.tensors[place]
             change = diverging.get(root, {}).get(name, (stored, Change()))[1]
             origin = change.origin or (self.base.file_of(stored), stored)
@@ -459,7 +529,7 @@ class _OnLayout:
                 self._add(name, stored, Change(origin, change.delta))
 
     def _refused_tie(
-        self, first: tuple[StoredTensor, Change], diverging: Mapping[str, Mapping[str, object]], still: object
+        self, first: tuple[StoredTensor, Change], diverging: Mapping[str, Mapping[str, object]]
     ) -> OPLoRAValueError:
         names = ", ".join(repr(name) for changed in diverging.values() for name in changed)
         change = first[1]
@@ -474,7 +544,9 @@ class _OnLayout:
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
     """With tie_word_embeddings off, also in the configurations of the model's parts."""
     parts = {
-        name: _untied(value) for name, value in config.items() if isinstance(value, dict) and name.endswith("config")
+        name: _untied(value)
+        for name, value in config.items()
+        if isinstance(value, dict) and value.keys() & {"model_type", "tie_word_embeddings"}
     }
     return {**copy.deepcopy(dict(config)), **parts, "tie_word_embeddings": False}
 

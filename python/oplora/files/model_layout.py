@@ -9,10 +9,13 @@ torch and transformers are imported when a layout is asked for: most merges need
 
 import copy
 import importlib.util
+import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +74,7 @@ class Layout:
         self.class_name, self.config, self._stored = class_name, dict(config), stored
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self._model = model_class(_config_class(config).from_dict(dict(config)))
+            self._model = model_class(_as_transformers_reads(config))
         self._state = self._model.state_dict()
         self._conversions = get_model_conversion_mapping(self._model)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
@@ -162,6 +165,10 @@ class Layout:
         module = self._model.get_submodule(name.rpartition(".")[0])
         return isinstance(module, Conv1D) if isinstance(module, Conv1D | torch.nn.Linear) else None
 
+    def has_transposed_experts(self, name: str) -> bool:
+        """Whether a stack of matrices is (experts, in, out); PEFT asks the module, and so does this."""
+        return bool(getattr(self._model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
     def with_config(self, config: Mapping[str, Any]) -> "Layout | None":
         """The same class with another configuration; None where it does not take it."""
         try:
@@ -206,6 +213,13 @@ def _config_class(config: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[config["model_type"]]
+
+
+def _as_transformers_reads(config: Mapping[str, Any]) -> Any:
+    """It writes infinity in JSON's words, and fills in what older versions left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(config))
+        return _config_class(config).from_pretrained(folder)
 
 
 def _listed(value: object) -> list[Any]:

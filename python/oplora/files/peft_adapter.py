@@ -86,6 +86,7 @@ KNOWN: Final = frozenset(
         "velora_config",
     }
 )
+MERGED: Final = ("target_parameters",)  # what a merge on disk can nevertheless
 OFF: Final[tuple[object, ...]] = (None, False, 0, "", [], {})
 # Starts that also change the base weight, so that the adapter does not fit the base as it is on disk.
 CHANGED_BASE: Final = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -121,7 +122,10 @@ def read_adapter(adapter: Path) -> tuple[AdapterConfig, TensorFile]:
         raise OPLoRAValueError(
             f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'. Only LoRA adapters merge."
         )
-    refuse_more(path, config, "Merge this adapter with PEFT's merge_and_unload.")
+    refuse_more(path, config, "Merge this adapter with PEFT's merge_and_unload.", MERGED)
+    targets = config.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise OPLoRAValueError(f"{path}: target_parameters is {targets!r}, expected names. Save the adapter again.")
     return parse_config(path, config), weights
 
 
