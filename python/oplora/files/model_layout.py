@@ -10,6 +10,7 @@ torch and transformers are imported when a layout is asked for: most merges need
 import copy
 import importlib.util
 import json
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -188,19 +189,31 @@ def candidates(
     """
     import transformers
 
-    if config.get("model_type") not in transformers.CONFIG_MAPPING:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING or not _is_sane(config, len(stored)):
         return
     mapping = adapter.get("auto_mapping") or {}
     names = [mapping.get("base_model_class")] if isinstance(mapping, dict) else []
-    auto = getattr(transformers, TASKS.get(str(adapter.get("task_type")), ""), None)
+    task = TASKS.get(str(adapter.get("task_type")))
+    auto = None if task is None else getattr(transformers, task)
     names += [_class_of(auto, config), *_listed(config.get("architectures")), _class_of(transformers.AutoModel, config)]
-    for name in dict.fromkeys(names):
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+    for name in dict.fromkeys(name for name in names if isinstance(name, str)):
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             try:
-                yield Layout(kind.__name__, config, stored)
+                yield Layout(found.__name__, config, stored)
             except Exception:  # whatever a model's code raises of a configuration that it does not take
                 continue
+
+
+def _is_sane(config: Mapping[str, Any], tensors: int) -> bool:
+    """Whether there are so many layers as a checkpoint of so many tensors can have: each costs time and memory here."""
+    for name, value in config.items():
+        if isinstance(value, dict) and not _is_sane(value, tensors):
+            return False
+        if type(value) is int and value > 1000 + 4 * tensors and re.search("layer|depth|block|expert", str(name)):
+            return False
+    return True
 
 
 def _class_of(auto: Any, config: Mapping[str, Any]) -> str | None:
