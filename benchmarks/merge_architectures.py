@@ -98,7 +98,21 @@ def _compare(model_class: Any, folder: Path, adapter: str) -> Row:
     changed = sum(_difference(start[name], tensor) > 1e-4 for name, tensor in expected.items())
     is_right = difference <= TOLERANCE and changed > 0
     row: Row = {"result": "right" if is_right else "wrong", "difference": difference, "changed": changed}
-    return row if is_right else {**row, "why": f"{worst} differs"}
+    if is_right:
+        return row
+    if (why := _why_not_pefts_either(model_class, folder, path, expected)) is not None:
+        return {"result": "PEFT", "why": why}
+    return {**row, "why": f"{worst} differs"}
+
+
+def _why_not_pefts_either(model_class: Any, folder: Path, path: Path, expected: dict[str, torch.Tensor]) -> str | None:
+    """What keeps PEFT from making the model of the file that it wrote of it, if anything does."""
+    try:
+        loaded = PeftModel.from_pretrained(_load(model_class, folder / "base"), str(path)).merge_and_unload()
+        worst, difference = _worst(_tensors(loaded), expected)
+    except Exception as error:
+        return f"does not load what it saved: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"loads another {worst} than it saved" if difference > TOLERANCE else None
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:

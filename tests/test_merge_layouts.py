@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -213,6 +214,17 @@ def test_new_head_of_another_width_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OPLoRAError, match=r"score\.weight.*has it in the shape \(2, 24\).*Save BASE with the head"):
         merge(tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_new_head_over_layers_that_nobody_has_is_refused_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    BertForMaskedLM(BertConfig(vocab_size=97, **size)).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")  # its pooler is random
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(OPLoRAError, match=r"lack 'bert\.pooler\.dense\.bias', which a BertForSequenceClassification"):
+        merge(tmp_path)
 
 
 def test_router_of_a_mixture_is_replaced(tmp_path: Path) -> None:

@@ -450,6 +450,7 @@ class _OnLayout:
                 self.regrouped.setdefault(group, {})[name] = target, change
             else:
                 self._add_head(name, target, change)
+        self._check_head(changes)
         self._change_families(families, changes)
         groups = tuple(Regrouped(group, changed) for group, changed in self.regrouped.items())
         return Plan(self.changes, groups, tuple(self.added), self.config)
@@ -475,6 +476,19 @@ class _OnLayout:
                     "BASE with the head that the adapter was trained with, and merge into that",
                 )
         self._add(name, target, change)
+
+    def _check_head(self, changes: Mapping[str, tuple[StoredTensor, Change]]) -> None:
+        """Of a class that the base was not saved from, all must be there: what is not would be random when loaded."""
+        lacking = sorted(
+            name for name in self.layout.parameters - changes.keys() if not self.layout.place(name) and self.added
+        )
+        if lacking := [name for name in lacking if name not in self.layout.groups]:
+            change = next(iter(changes.values()))[1]
+            raise self.planner._refused(
+                _tensor_of(change),
+                f"BASE and the adapter lack {lacking[0]!r}, which a {self.layout.class_name} has: it would be random. "
+                "Save BASE from that class, as it was when the adapter was trained, and merge into that",
+            )
 
     def _add(self, name: str, like: StoredTensor, change: Change) -> None:
         self.added.append(Added(self.layout.name_on_disk(name), like.dtype, like.shape, change))
@@ -532,13 +546,19 @@ class _OnLayout:
         self, first: tuple[StoredTensor, Change], diverging: Mapping[str, Mapping[str, object]]
     ) -> OPLoRAValueError:
         names = ", ".join(repr(name) for changed in diverging.values() for name in changed)
-        change = first[1]
-        tensor = change.delta.A if change.delta else change.origin[1]  # type: ignore[index]
         return self.planner._refused(
-            tensor,
+            _tensor_of(first[1]),
             f"the adapter changes {names}, which a {self.layout.class_name} has as one with other tensors, also with "
             "tie_word_embeddings=false. Merge it with PEFT",
         )
+
+
+def _tensor_of(change: Change) -> StoredTensor:
+    """One of the adapter's, of which a change is."""
+    if change.delta is not None:
+        return change.delta.A
+    assert change.origin is not None
+    return change.origin[1]
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Layout:
 
     Attributes:
         class_name: of the model.
-        shapes: of every tensor in memory, by name.
+        shapes: of every tensor in memory, by name; parameters: those that are no buffers.
         places: the tensor on disk of a name in memory, where one is the other.
         ties: of the tensors that are another's, that other.
     """
@@ -79,6 +79,7 @@ class Layout:
         self._state = self._model.state_dict()
         self._conversions = get_model_conversion_mapping(self._model)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        self.parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         self.ties: dict[str, str] = dict(self._model.all_tied_weights_keys)
         self.places: dict[str, str] = {}
         self._patterns: dict[str, tuple[str, str]] = {}  # of a name on disk: what it begins in memory, the rule's name
