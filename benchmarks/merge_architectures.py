@@ -149,8 +149,13 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return greatest / max(float(other[other.isfinite()].abs().max()), 1e-30) if greatest else 0.0
 
 
+def _tied(model: Any) -> set[str]:
+    """LoRA on one of several modules that are one changes all of them when PEFT merges it, which is another model."""
+    return set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+
+
 def _on_layers(model: Any) -> LoraConfig | None:
-    tied = set(model.all_tied_weights_keys) | set(model.all_tied_weights_keys.values())
+    tied = _tied(model)
     kind = getattr(model.config, "model_type", None)
     names = [
         name
@@ -162,7 +167,8 @@ def _on_layers(model: Any) -> LoraConfig | None:
 
 
 def _on_embedding(model: Any) -> LoraConfig | None:
-    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
+    layers = [name for name in linear if f"{name}.weight" not in _tied(model)]
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):

@@ -163,16 +163,18 @@ class _Planner:
     def _plan_parameters(self) -> Plan:
         """Of an adapter on parameters that are no layer's weight, as experts are: only the model knows their order."""
         for layout in self._candidates():
-            own = {layer.module: self._parameters_of(layer.module, layout) for layer in self.layers.values()}
-            for layer in self.layers.values():
-                around = own[layer.module][::-1]  # the last is outermost
+            named = {}  # what patterns are matched with
+            for place, layer in self.layers.items():
+                around = self._parameters_of(layer.module, layout)[::-1]  # the last is outermost
                 layer.target = around[layer.depth] if layer.depth < len(around) else f"{layer.module}.weight"
                 shape = layout.shapes.get(layer.target, ())
-                layer.experts = shape[0] if len(shape) == 3 else None
+                layer.experts = shape[0] if around and len(shape) == 3 else None
+                named[place] = layer.target if around else layer.module
             wanted = self._wanted()
-            if (names := self._names_in(layout, wanted)) is not None:
-                for layer in self.layers.values():
-                    self._check_ranks(layer, layer.target if own[layer.module] else layer.module)
+            is_each_one = len({layer.target for layer in self.layers.values()}) == len(self.layers)
+            if is_each_one and (names := self._names_in(layout, wanted)) is not None:
+                for place, layer in self.layers.items():
+                    self._check_ranks(layer, named[place])
                 return _OnLayout(self, layout).plan(self._changes(wanted, names, layout))
         raise self._refused(
             self.adapter.tensors[0],
@@ -511,8 +513,9 @@ class _OnLayout:
                 # biases are trained where they are; what modules_to_save names is a copy
                 change.delta is None and root.endswith(".bias") and self.planner.config.fields.get("bias") != "none"
             )
-            if trained_as_one:
-                self.changes |= {self.layout.places[name]: change for name in members if name in self.layout.places}
+            places = [self.layout.places[name] for name in members if name in self.layout.places]
+            if trained_as_one and places:
+                self.changes |= dict.fromkeys(places, change)
             else:
                 diverging[root] = mine
         if diverging:
