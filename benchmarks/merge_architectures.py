@@ -130,7 +130,10 @@ def _save_adapter(model: nn.Module, config: LoraConfig, path: Path) -> PeftModel
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    adapted.save_pretrained(path)
+    try:
+        adapted.save_pretrained(path)
+    except NotImplementedError:  # a model that does not tell its embeddings, whose own weights PEFT would save too
+        adapted.save_pretrained(path, save_embedding_layers=False)
     return adapted
 
 
@@ -167,7 +170,7 @@ def _on_layers(model: Any) -> LoraConfig | None:
 
 
 def _on_embedding(model: Any) -> LoraConfig | None:
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
+    linear = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D) and name]
     layers = [name for name in linear if f"{name}.weight" not in _tied(model)]
     try:
         embedding = model.get_input_embeddings()

@@ -105,10 +105,13 @@ def log_probabilities(model: Path, adapter: Path | None = None) -> dict[int, flo
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
     server = xllamacpp.Server(params)
-    request = {"prompt": PROMPT, "n_predict": 1, "temperature": 1.0, "n_probs": TOP, "ignore_eos": True}
-    answer = server.handle_completions(request)
-    answer = json.loads(answer) if isinstance(answer, str) else answer
-    return {entry["id"]: entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    for seed in range(20):  # a token that is half a character is answered by nothing
+        request = {"prompt": PROMPT, "n_predict": 1, "temperature": 1.0, "n_probs": TOP, "seed": seed}
+        answer = server.handle_completions(request | {"ignore_eos": True, "cache_prompt": False})
+        answer = json.loads(answer) if isinstance(answer, str) else answer
+        if (told := answer["choices"][0]["logprobs"]) is not None:
+            return {entry["id"]: entry["logprob"] for entry in told["content"][0]["top_logprobs"]}
+    raise AssertionError(f"no token in {seed + 1} was told: {answer}")
 
 
 def greatest_difference(model: nn.Module, found: dict[int, float]) -> float:
