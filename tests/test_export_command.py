@@ -96,6 +96,53 @@ def test_keys_of_older_scripts_are_read(tmp_path):
     assert set(load_file(tmp_path / "new" / FILE)) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
 
 
+def products(path: Path) -> dict[str, torch.Tensor]:
+    """scaling B A by layer, and magnitudes, whatever ranks the factors have."""
+    tensors = load_file(path)
+    found = {}
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            B = tensors[key.replace("lora_A", "lora_B")]
+            found[key] = (B.flatten(1).double() @ A.flatten(1).double()).float()
+        elif "magnitude" in key:
+            found[key] = A
+    return found
+
+
+@pytest.fixture(scope="module")
+def all_bases(bases: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    flux = tiny_pipelines.save(tiny_pipelines.PIPELINES["flux"](), tmp_path_factory.mktemp("flux"))
+    return {**bases, "flux": str(flux)}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:.*this adapter has DoRA")
+def test_kohyas_file_becomes_diffusers_that_the_model_gives(case, all_bases, tmp_path):
+    model = mapping(adapted(case), case)
+    oplora.save_adapter(model, tmp_path / "kohya.safetensors", format="kohya")
+    oplora.save_adapter(model, tmp_path / "expected.safetensors", format="diffusers")
+    base = all_bases[CASES[case][0]]
+    assert export(tmp_path / "kohya.safetensors", tmp_path / "ours.safetensors", "diffusers", "--base", base) == 0
+    ours, expected = (products(tmp_path / f"{name}.safetensors") for name in ("ours", "expected"))
+    assert ours.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (ours[key] - tensor).abs().max() <= 2e-6 * tensor.abs().max(), key
+
+
+def test_alpha_of_a_transformer_is_read_as_diffusers_reads_it(tmp_path):
+    torch.manual_seed(0)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    width = tiny_pipelines.PIPELINES["flux"]().transformer.transformer_blocks[0].attn.to_q.weight.shape[1]
+    factors = {f"{name}.lora_A.weight": torch.randn(2, width), f"{name}.lora_B.weight": torch.randn(width, 2)}
+    save_file({**factors, f"{name}.alpha": torch.tensor(5.0)}, tmp_path / FILE)
+    assert export(tmp_path, tmp_path / "ours", "diffusers") == 0
+    pipeline = tiny_pipelines.PIPELINES["flux"]()
+    pipeline.load_lora_weights(tmp_path, weight_name=FILE)
+    theirs = pipeline.transformer.transformer_blocks[0].attn.to_q.get_delta_weight("default_0")
+    (ours,) = products(tmp_path / "ours" / FILE).values()
+    assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
 def test_command_runs_as_a_program_and_names_what_is_wrong(tmp_path):
     command = [sys.executable, "-m", "oplora", "export", str(tmp_path), str(tmp_path / "out"), "--format", "kohya"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -188,6 +235,41 @@ def test_text_encoder_without_a_base_is_no_peft_folder(tmp_path, capsys):
     oplora.save_adapter(adapted("sd, rsLoRA"), tmp_path, format="diffusers")
     assert "Name the pipeline's folder with --base" in refused(capsys, tmp_path, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+def test_alpha_that_diffusers_does_not_load_is_refused(tmp_path, capsys):
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(4, 2)}
+    save_file({**factors, f"{name}.alpha": torch.tensor(5.0)}, tmp_path / FILE)
+    message = refused(capsys, tmp_path, tmp_path / "out", "kohya")
+    assert "layers of unet have .alpha keys" in message and "Multiply each B by its alpha / rank" in message
+
+
+KOHYA = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+ODD_KOHYA = {
+    "another model's": (
+        {f"{KOHYA}_x.lora_down.weight": (2, 4), f"{KOHYA}_x.lora_up.weight": (4, 2)},
+        "1 of 1 layers are none",
+    ),
+    "LoKr": ({f"{KOHYA}.lokr_w1": (2, 2), f"{KOHYA}.alpha": ()}, "lokr_w1. LoHa, LoKr and the like"),
+    "half a layer": ({f"{KOHYA}.lora_down.weight": (2, 4)}, "1 of 1 layers are not lora_down, lora_up and alpha"),
+    "two ranks": ({f"{KOHYA}.lora_down.weight": (2, 4), f"{KOHYA}.lora_up.weight": (4, 3)}, "do not go together"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_KOHYA)
+def test_kohyas_file_that_does_not_fit_is_refused_by_name(case, bases, tmp_path, capsys):
+    shapes, message = ODD_KOHYA[case]
+    save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "in.safetensors")
+    arguments = (tmp_path / "in.safetensors", tmp_path / "out", "diffusers", "--base", bases["sd"])
+    assert message in refused(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kohyas_file_without_a_base_asks_for_it(tmp_path, capsys):
+    save_file({f"{KOHYA}.lora_down.weight": torch.ones(2, 4)}, tmp_path / "in.safetensors")
+    message = refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "diffusers")
+    assert "is in kohya's format" in message and "Name the pipeline's folder with --base" in message
 
 
 def test_damaged_file_is_refused(tmp_path, capsys):

@@ -58,7 +58,7 @@ def component(name: str, model: nn.Module, r: int = 1) -> Component:
 
 
 def entries(one: Component) -> list[kohya.Entry]:
-    return kohya._entries(one, kohya._family([one]))
+    return kohya._entries(one, kohya.family_of([one]))
 
 
 def as_key(name: str) -> str:
@@ -71,7 +71,7 @@ def test_stable_diffusions_keys_are_diffusers_paths_each_used_once(version):
     expected = {as_key(layer.name): layer.lora_A.shape[1:] for layer in one.layers}
     assert len(expected) == len(one.layers) > 250
     assert {entry.name: entry.down.shape[1:] for entry in entries(one)} == expected
-    assert kohya._family([one]).version == version
+    assert kohya.family_of([one]).version == version
 
 
 def test_sdxls_keys_are_those_of_its_authors_model_each_used_once():
@@ -198,6 +198,20 @@ def test_header_says_what_sd_scripts_looks_for(case, version, module, dim, tmp_p
     assert ("conv_dim" in json.loads(metadata["ss_network_args"])) == ("conv" in case or case == "sdxl")
 
 
+def test_dora_says_who_leaves_it_out_when_saved_and_in_the_header(tmp_path):
+    with pytest.warns(UserWarning, match="has DoRA. ComfyUI reads.*sd-scripts and diffusers leave it out"):
+        oplora.save_adapter(adapted("sd, DoRA"), tmp_path, format="kohya")
+    with safe_open(tmp_path / FILE, "pt") as file:
+        assert "left out by sd-scripts" in file.metadata()["dora_scale"]
+
+
+@pytest.mark.filterwarnings("error:oplora.save_adapter")
+def test_header_of_plain_lora_has_no_word_of_dora(tmp_path):
+    oplora.save_adapter(adapted("sd, rsLoRA"), tmp_path, format="kohya")
+    with safe_open(tmp_path / FILE, "pt") as file:
+        assert "dora_scale" not in file.metadata()
+
+
 def test_every_key_of_a_file_belongs_to_a_module_and_none_is_of_a_generator(tmp_path):
     oplora.save_adapter(adapted("sdxl"), tmp_path, format="kohya")
     kinds = r"(lora_unet|lora_te1|lora_te2)_\w+\.(lora_down\.weight|lora_up\.weight|alpha)"
@@ -271,7 +285,7 @@ def test_family_follows_from_the_layers_where_there_is_no_configuration(version)
     layers = tuple(
         layer for layer in component("unet", meta_unet(version)).layers if layer.name.endswith(tuple(ATTENTION))
     )
-    assert kohya._family([Component("unet", layers, "", {})]).version == version
+    assert kohya.family_of([Component("unet", layers, "", {})]).version == version
 
 
 def test_layers_that_fit_several_families_are_refused(tmp_path):

@@ -1,6 +1,5 @@
 """``python -m oplora merge``: equal to PEFT's own merge, bounded in memory, and whole or absent."""
 
-import contextlib
 import copy
 import itertools
 import json
@@ -525,7 +524,7 @@ REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "no rows": ({"adapter": {FC_B: torch.ones(0, 2)}}, r"fc\.lora_B\.weight.*none of them 0"),
     "NaN": ({"adapter": {FC_A: torch.full((2, 7), math.nan)}}, r"fc\.lora_A\.weight.*14 NaN or infinite"),
     "infinity": ({"adapter": {FC_B: torch.full((5, 2), math.inf)}}, r"fc\.lora_B\.weight.*NaN or infinite"),
-    "integer factors": ({"adapter": {FC_A: torch.ones(2, 7, dtype=torch.int32)}}, r"I32.*F32, F16, BF16"),
+    "integer factors": ({"adapter": {FC_A: torch.ones(2, 7, dtype=torch.int32)}}, r"I32.*F64, F32, F16, BF16"),
     "a quantised base": (
         {"base": {"fc.weight": torch.ones(5, 7, dtype=torch.int8)}},
         r"fc\.lora_A.*I8.*quantised",
@@ -542,7 +541,10 @@ REFUSED_ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
         r"lora_magnitude_vector.*DoRA",
     ),
     "a bias of its own": ({"adapter": {PREFIX + "fc.lora_B.bias": torch.ones(5)}}, r"fc\.lora_B\.bias"),
-    "an adapter's name": ({"adapter": {PREFIX + "fc.lora_A.mine.weight": torch.ones(2, 7)}}, "lora_A.mine"),
+    "two adapters": (
+        {"adapter": {PREFIX + "fc.lora_A.mine.weight": torch.ones(2, 7)}},
+        r"several adapters \(None, mine\)",
+    ),
     "no prefix": ({"adapter": {"fc.lora_A.weight": torch.ones(2, 7)}}, "lacks PEFT's prefix"),
     "an unknown tensor": (
         {"adapter": {PREFIX + "fc.gate": torch.ones(5)}},
@@ -631,7 +633,13 @@ def test_merge_refuses_names_with_two_meanings(tmp_path: Path) -> None:
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "VERA"}, "peft_type is 'VERA'"),
     "DoRA": ({"use_dora": True}, "use_dora"),
+    "target_parameters that are no names": ({"target_parameters": [3]}, "target_parameters is [3], expected names"),
     "replicated layers": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "a field that no version has": (
+        {"use_future_variant": True},
+        "use_future_variant is True, a field that this version",
+    ),
+    "a start that no version has": ({"init_lora_weights": "future"}, "init_lora_weights is 'future'"),
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "r as text": ({"r": "2"}, "r is '2'"),
     "r negative": ({"r": -2}, "r is -2"),
@@ -764,8 +772,13 @@ def test_merge_refuses_a_loop_as_base(tmp_path: Path) -> None:
 
 def assert_merges_or_refuses(folder: Path) -> None:
     out = folder / "out"
-    with contextlib.suppress(OPLoRAError):
-        merge_checkpoint(folder / "base", folder / "adapter", out, overwrite=True, progress=False)
+    shutil.rmtree(out, ignore_errors=True)
+    refused = False
+    try:
+        merge_checkpoint(folder / "base", folder / "adapter", out, progress=False)
+    except OPLoRAError:
+        refused = True
+    assert out.exists() != refused
     assert not list(folder.glob(".oplora*"))
 
 
@@ -817,7 +830,16 @@ def test_merge_survives_any_header(tmp_path: Path, header: dict[str, Any], place
 
 
 CONFIG_NAMES = st.sampled_from(
-    ["peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"]
+    [
+        *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
+        *("target_parameters", "auto_mapping", "task_type", "ensure_weight_tying", "init_lora_weights", "use_future"),
+    ]
+)
+BASE_CONFIG_NAMES = st.sampled_from(
+    [
+        *("architectures", "tie_word_embeddings", "vocab_size", "hidden_size", "num_hidden_layers", "id2label"),
+        *("num_attention_heads", "text_config", "quantization_config", "dtype", "auto_map"),
+    ]
 )
 
 
@@ -828,6 +850,39 @@ CONFIG_NAMES = st.sampled_from(
 def test_merge_survives_any_config(tmp_path: Path, config: dict[str, Any]) -> None:
     tiny(tmp_path, **config)
     assert_merges_or_refuses(tmp_path)
+
+
+@FUZZ
+@given(
+    kind=st.sampled_from(["llama", "gpt2", "bert", "llava"]) | JSON,
+    base=st.dictionaries(BASE_CONFIG_NAMES, JSON | st.just(["LlamaForCausalLM"]), max_size=4),
+    adapter=st.dictionaries(CONFIG_NAMES, JSON, max_size=2),
+    name=st.sampled_from(["fc", "model.embed_tokens", "lm_head", "transformer.h.0.attn.c_proj"]),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_merge_survives_any_config_of_the_base(
+    tmp_path: Path, kind: Any, base: dict[str, Any], adapter: dict[str, Any], name: str
+) -> None:
+    tiny(tmp_path, base_name=name, adapter_name=name, **adapter)
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": kind, **base}))
+    assert_merges_or_refuses(tmp_path)
+
+
+@FUZZ
+@given(fields=st.dictionaries(CONFIG_NAMES, JSON, max_size=3) | JSON, text=st.booleans(), size=st.integers(0, 300))
+def test_merge_survives_any_file_that_stands_alone(tmp_path: Path, fields: Any, text: bool, size: int) -> None:
+    tiny(tmp_path)
+    place = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **(fields if isinstance(fields, dict) else {})}
+    metadata = {"adapter_config": json.dumps(whole if text else fields)}
+    save_file(load_file(place), tmp_path / "adapter.safetensors", metadata)
+    place.unlink()
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "adapter.safetensors").rename(tmp_path / "adapter")
+    try:
+        assert_merges_or_refuses(tmp_path)
+    finally:
+        (tmp_path / "adapter").unlink()
 
 
 @FUZZ

@@ -452,7 +452,9 @@ def test_saving_again_keeps_what_users_wrote_into_the_model_card(tmp_path: Path)
 
 
 def test_unknown_format_and_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(oplora.OPLoRAError, match="format is 'zip', expected one of 'peft', 'diffusers', 'kohya'"):
+    with pytest.raises(
+        oplora.OPLoRAError, match="format is 'zip', expected one of 'peft', 'plain', 'diffusers', 'kohya'"
+    ):
         oplora.save_adapter(make_model(), tmp_path, format="zip")
     with pytest.raises(oplora.OPLoRAError, match="Net has no adapter"):
         oplora.save_adapter(Net(), tmp_path)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import test_trainer
@@ -550,6 +551,13 @@ def test_picture_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) ->
     with pytest.raises(oplora.OPLoRAError, match=r"cannot write .*unknown"):
         plot_run(tmp_path, tmp_path / "old.unknown")
     assert (tmp_path / "old.unknown").read_text() == "old"
+
+
+def test_plot_leaves_the_callers_backend(tmp_path: Path) -> None:
+    made_up_run(tmp_path, 1, 1)
+    with matplotlib.rc_context({"backend": "svg"}):
+        plot_run(tmp_path)
+        assert matplotlib.get_backend() == "svg"
 
 
 def test_plot_without_matplotlib_says_what_to_install(

@@ -32,6 +32,8 @@ unet, text_encoder and so on, or diffusers' pytorch_lora_weights.safetensors. OU
 FORMATS = """\
 formats:
   peft       a folder a component, for PeftModel.from_pretrained
+  plain      the same of PEFT's folders, of any model, with rank and alpha one number and the scales in B: for
+             llama.cpp's converter and other readers that take lora_alpha for all layers
   diffusers  pytorch_lora_weights.safetensors, for pipeline.load_lora_weights
   kohya      pytorch_lora_weights_kohya.safetensors, for ComfyUI, sd-scripts and others: SD 1.x, 2.x, SDXL, Flux
 
@@ -117,7 +119,7 @@ def _plot(options: argparse.Namespace) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="the adapter")
     parser.add_argument("out", metavar="OUT", help="folder or file to write")
-    parser.add_argument("--format", required=True, choices=("peft", "diffusers", "kohya"))
+    parser.add_argument("--format", required=True, choices=("peft", "plain", "diffusers", "kohya"))
     parser.add_argument(
         "--base",
         metavar="DIR",
@@ -146,7 +148,8 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "adapter",
         metavar="ADAPTER",
-        help="folder with adapter_config.json and adapter_model.safetensors, as save_pretrained writes it",
+        help="folder with adapter_config.json and adapter_model.safetensors, as save_pretrained writes it, or one "
+        "file that oplora.save_adapter wrote",
     )
     parser.add_argument("out", metavar="OUT", help="new folder for the merged model")
     parser.add_argument(

@@ -1,10 +1,13 @@
 """Into a model and out of it again: wrap() injects LoRA, merge() folds it in. PEFT does both."""
 
+import collections
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
+from .adapters import unwrapped
 from .config import OPLoRAConfig
 from .errors import OPLoRATypeError, OPLoRAValueError
 
@@ -53,7 +56,10 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
 
 
 def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module:
-    """The base model with the adapter folded in: W + scaling B A, and plain layers again.
+    """The base model with the adapter folded in: W + scaling B A, and plain layers again, by PEFT's own unloading.
+
+    Of modules that share one weight, as a tied head and embedding do, those that are adapted get one of their own: the
+    merged model gives what the adapted one gave, where PEFT alone would change both.
 
     Args:
         model: a PeftModel, or a model with injected PEFT layers (transformers' and diffusers' add_adapter).
@@ -63,28 +69,103 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
         OPLoRAError: no adapter to fold, one of a type that PEFT does not merge, or NaN in a merged weight; the model is
             left as it was.
     """
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    model = unwrapped(model)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise OPLoRAValueError(f"oplora.merge: {type(model).__name__} has no adapter to fold in.")
     try:
-        for _, layer in layers:  # on a copy first: PEFT raises in the middle, with some layers merged and gone
-            copy.deepcopy(layer).merge(safe_merge=True, adapter_names=adapter_names)
-        if isinstance(model, PeftModel):
-            merged: nn.Module = model.merge_and_unload(safe_merge=True, adapter_names=adapter_names)
-            return merged
-        for _, layer in layers:
-            layer.merge(safe_merge=True, adapter_names=adapter_names)
+        _try(model, adapter_names)
+        _part(model, layers)
+        for tuner in (tuners := _tuners(model)):
+            tuner.merge_and_unload(adapter_names=adapter_names)
     except NotImplementedError as error:
         raise OPLoRATypeError(
             f"oplora.merge: PEFT cannot merge an adapter of this type ({error}). Save it with oplora.save_adapter and "
             "load it beside its base."
         ) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise OPLoRAValueError(f"oplora.merge: {error}") from error
-    for name, layer in layers:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())
-    return model
+    for module in model.modules():
+        if getattr(module, "_hf_peft_config_loaded", False):  # transformers' and diffusers' own mark of an adapter
+            module._hf_peft_config_loaded = False  # type: ignore[assignment]
+    is_wrapped = any(module is tuners[0] for module in model.modules())
+    return tuners[0].model if is_wrapped else model  # type: ignore[no-any-return]
+
+
+def _tuners(model: nn.Module) -> list[Any]:
+    """PEFT's object for a model with adapters: a PeftModel's own, or one for what had add_adapter called."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if own := [module for module in model.modules() if isinstance(module, BaseTuner)]:
+        return own
+    found = []
+    for module in model.modules():
+        if isinstance(configs := getattr(module, "peft_config", None), dict) and configs:
+            kind = PEFT_TYPE_TO_TUNER_MAPPING[next(iter(configs.values())).peft_type]
+            tuner: Any = kind.__new__(kind)  # its __init__ would add the adapter once more
+            nn.Module.__init__(tuner)
+            tuner.model, tuner.peft_config = module, configs
+            found.append(tuner)
+    return found
+
+
+def _try(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raises what merging would raise, on copies: PEFT raises in the middle, with some layers merged and gone.
+
+    Of plain LoRA one layer of a kind is tried, and others where their numbers might not be finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tried = set()
+    inside: tuple[str, ...] = ()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer) or name.startswith(inside):
+            continue
+        inside += (f"{name}.",)
+        kind = _kind(layer, adapter_names)
+        if kind not in tried or kind is None or not _is_finite(layer, adapter_names):
+            twin: Any = copy.deepcopy(layer)
+            while isinstance(twin, BaseTunerLayer):
+                twin.merge(safe_merge=True, adapter_names=adapter_names)
+                twin = vars(twin)["_modules"]["base_layer"]
+        tried.add(kind)
+
+
+def _adapters(layer: Any, adapter_names: list[str] | None) -> list[str]:
+    return [name for name in adapter_names or layer.active_adapters if name in layer.lora_A]
+
+
+def _kind(layer: Any, adapter_names: list[str] | None) -> tuple[Any, ...] | None:
+    """What layers of plain LoRA have in common that merge alike; None of other layers."""
+    from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Linear
+
+    if type(layer) not in (Linear, Conv1d, Conv2d, Conv3d) or not _adapters(layer, adapter_names):
+        return None
+    base = layer.get_base_layer()
+    of_adapters = tuple((n, layer.lora_bias[n], n in layer.lora_variant) for n in _adapters(layer, adapter_names))
+    return type(layer), type(base), base.weight.dtype, base.bias is None, getattr(base, "groups", 1), of_adapters
+
+
+def _is_finite(layer: Any, adapter_names: list[str] | None) -> bool:
+    """Whether W + scaling B A surely is, by the greatest entries: |(B A)_ij| <= max |B| max_j sum_k |A_kj|."""
+    weight = layer.get_base_layer().weight
+    bound = max(abs(end) for end in map(float, weight.detach().aminmax()))
+    for name in _adapters(layer, adapter_names):
+        A, B = (factor[name].weight.detach().float() for factor in (layer.lora_A, layer.lora_B))
+        if name in layer.lora_variant or (layer.lora_bias[name] and not layer.lora_B[name].bias.isfinite().all()):
+            return False
+        bound += abs(layer.scaling[name]) * float(B.abs().max() * A.flatten(1).abs().sum(0).max())
+    return bound < 0.99 * torch.finfo(weight.dtype).max
+
+
+def _part(model: nn.Module, layers: list[Any]) -> None:
+    """Gives adapted modules whose weight is another's too one of their own; the last that has it keeps it."""
+    holders = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for base in dict.fromkeys(layer.get_base_layer() for layer in layers):
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, nn.Parameter) and holders[id(weight)] > 1:
+            holders[id(weight)] -= 1
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ..errors import OPLoRAFileError
 from .tensor_file import StoredTensor, TensorFile, damaged, read_object, read_tensor_file
 
-__all__ = ["Base", "read_base"]
+__all__ = ["CONFIG", "INDEX", "Base", "read_base"]
 
+CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 # The same weights in another format: in OUT they would still be the unmerged ones.
@@ -25,19 +26,22 @@ class Base:
     files: tuple[TensorFile, ...]
     tensors: Mapping[str, StoredTensor]
     others: tuple[Path, ...]  # files to copy, relative to root, which is then a folder
-    tied: bool  # the config says that lm_head is the input embedding
+    config: Mapping[str, Any]  # what config.json says; {} where there is none
 
     def nbytes(self) -> int:
         return sum(file.nbytes() for file in self.files) + sum(
             (self.root / other).stat().st_size for other in self.others
         )
 
+    def file_of(self, tensor: StoredTensor) -> Path:
+        return next(file.path for file in self.files if tensor in file.tensors)
+
 
 def read_base(base: Path) -> Base:
     """The headers of all weight files, checked against each other and the index, and what else is to be copied."""
     if os.path.isfile(base):
         file = read_tensor_file(base)
-        return Base(base, (file,), {tensor.name: tensor for tensor in file.tensors}, (), False)
+        return Base(base, (file,), {tensor.name: tensor for tensor in file.tensors}, (), {})
     if not os.path.isdir(base):
         raise OPLoRAFileError(
             f"BASE {str(base)!r} does not exist. Give a local folder or .safetensors file; a model on the Hub is "
@@ -55,7 +59,8 @@ def read_base(base: Path) -> Base:
         )
     files = tuple(read_tensor_file(base / name) for name in names)
     others = tuple(sorted(_other_files(base, keep_index=indexed is not None)))
-    return Base(base, files, _tensors_by_name(base, files, indexed), others, _is_tied(base))
+    config = read_object(base / CONFIG) if os.path.isfile(base / CONFIG) else {}
+    return Base(base, files, _tensors_by_name(base, files, indexed), others, config)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -109,9 +114,3 @@ def _raise(error: OSError) -> None:
 
 def _is_weights(name: str) -> bool:
     return Path(name).suffix in OTHER_WEIGHTS or name.endswith(".index.json")
-
-
-def _is_tied(base: Path) -> bool:
-    if not os.path.isfile(base / "config.json"):
-        return False
-    return read_object(base / "config.json").get("tie_word_embeddings") is True

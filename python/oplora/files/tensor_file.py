@@ -28,7 +28,8 @@ __all__ = [
     "TensorFile",
     "count_nonfinite",
     "damaged",
-    "read_factor",
+    "parse_object",
+    "read_factors",
     "read_into",
     "read_numbers",
     "read_object",
@@ -55,7 +56,7 @@ ITEM_BYTES: Final = {
     )
     for dtype in dtypes.split()
 }
-FACTOR_DTYPES: Final = ("F32", "F16", "BF16")  # exact in float32, in which the core takes A and B
+FACTOR_DTYPES: Final = ("F64", "F32", "F16", "BF16")
 
 
 def damaged(path: Path, what: str) -> OPLoRAFileError:
@@ -76,10 +77,11 @@ def read_object(path: Path) -> dict[str, Any]:
     _check_regular(path)
     if path.stat().st_size > JSON_BYTES:
         raise OPLoRAFileError(f"{path} has more than {JSON_BYTES:,} bytes, which is no sensible JSON file.")
-    return _parse_object(path, path.read_bytes())
+    return parse_object(path, path.read_bytes())
 
 
-def _parse_object(path: Path, text: bytes) -> dict[str, Any]:
+def parse_object(path: Path, text: bytes) -> dict[str, Any]:
+    """The JSON object that `text`, which is in the file, holds."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -127,6 +129,10 @@ class TensorFile:
     header: bytes  # from the first byte to the last before the numbers
     tensors: tuple[StoredTensor, ...]  # in the order of their offsets, which leave no gap
 
+    def metadata(self) -> dict[str, str]:
+        found = json.loads(self.header[8:]).get("__metadata__")  # safetensors has checked it
+        return found if isinstance(found, dict) else {}
+
     def nbytes(self) -> int:
         return self.tensors[-1].end if self.tensors else len(self.header)
 
@@ -145,7 +151,7 @@ def read_tensor_file(path: Path) -> TensorFile:
         if not 2 <= length <= min(size - 8, JSON_BYTES):
             raise damaged(path, f"its header has {length} bytes")
         text = file.read(length)
-    entries = _parse_object(path, text)
+    entries = parse_object(path, text)
     entries.pop("__metadata__", None)
     tensors = sorted(
         (_parse_tensor(path, name, entry, 8 + length) for name, entry in entries.items()),
@@ -204,16 +210,32 @@ def read_numbers(file: BufferedReader, tensor: StoredTensor, first: int, count: 
 
 
 def to_float32(numbers: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """The exact values of numbers stored as one of FACTOR_DTYPES."""
+    """The values of numbers stored as one of FACTOR_DTYPES, exact but for F64."""
     if dtype == "BF16":
         return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return numbers.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # infinity is refused where it is
+        return numbers.astype(np.float32, copy=False)
 
 
-def read_factor(file: BufferedReader, tensor: StoredTensor) -> NDArray[np.float32]:
-    """A whole A or B as a matrix in float32; convolutions' kernels lie along the columns."""
-    numbers = read_numbers(file, tensor, 0, math.prod(tensor.shape))
-    return to_float32(numbers, tensor.dtype).reshape(tensor.shape[0], -1)
+def read_factors(
+    file: BufferedReader, A: StoredTensor, B: StoredTensor, dtype: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Whole A and B as matrices in float32, for a product in `dtype`; convolutions' kernels lie along the columns.
+
+    float64 is more than float32 holds. For a product in F64 each is its rounding and the rest, and their product one of
+    three times the rank, A = [a; rest of a; a], B = [b, b, rest of b], which lacks the product of the rests, 2^-48.
+    """
+    (a, rest_of_a), (b, rest_of_b) = (_read_in_two(file, tensor) for tensor in (A, B))
+    if dtype != "F64" or (rest_of_a is None and rest_of_b is None):
+        return a, b
+    rest_of_a, rest_of_b = (np.zeros_like(x) if rest is None else rest for x, rest in ((a, rest_of_a), (b, rest_of_b)))
+    return np.concatenate([a, rest_of_a, a]), np.concatenate([b, b, rest_of_b], axis=1)
+
+
+def _read_in_two(file: BufferedReader, tensor: StoredTensor) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    numbers = read_numbers(file, tensor, 0, math.prod(tensor.shape)).reshape(tensor.shape[0], -1)
+    rounded = to_float32(numbers, tensor.dtype)
+    return rounded, (numbers - rounded).astype(np.float32) if tensor.dtype == "F64" else None
 
 
 def count_nonfinite(numbers: NDArray[Any], dtype: str) -> int:

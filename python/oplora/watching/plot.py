@@ -180,10 +180,9 @@ def plot_run(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     run = Run.read(source)
     target = (source.parent if source.is_file() else source) / "monitor.png" if out is None else Path(out)
     try:
-        import matplotlib
+        import matplotlib.figure  # noqa: F401 # not pyplot, which has a backend and windows: those are the caller's
     except ImportError as error:
         raise OPLoRAError("oplora plot: matplotlib is not installed. Run: pip install matplotlib") from error
-    matplotlib.use("Agg")
     figure = _draw(run)
     try:
         with atomic.file(target) as new:

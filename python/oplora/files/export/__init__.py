@@ -9,6 +9,7 @@ from . import diffusers, from_disk, from_model, kohya, peft
 
 __all__ = ["export_adapter", "save_adapter"]
 
+PEFTS: Final = ("peft", "plain")
 SAVERS: Final = {"diffusers": diffusers.save, "kohya": kohya.save}
 
 
@@ -19,10 +20,13 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
         model: a PeftModel; a model with an injected adapter (transformers' and diffusers' add_adapter); a diffusers
             pipeline; or a mapping of names to such models, {"unet": unet, "text_encoder": text_encoder}.
         path: the folder to write; files of the same names in it are replaced, each in one move once all are written.
-            For "diffusers" and "kohya" it may be the file itself, NAME.safetensors.
+            It may be the file itself, NAME.safetensors, where there is one adapter; in "peft" and "plain" its header
+            then holds the configuration.
         format: "peft": adapter_config.json and adapter_model.safetensors, for PeftModel.from_pretrained. Adapters with
             a name other than "default" go into a subfolder of that name, as PEFT does; the components of a pipeline or
             mapping into one each.
+            "plain": the same for readers that take lora_alpha for all layers, as llama.cpp's converter: rank and alpha
+            are one number, and what rsLoRA, alpha_pattern and rank_pattern make of them is folded into B.
             "diffusers": pytorch_lora_weights.safetensors, for pipeline.load_lora_weights. The scale is folded into B
             (alpha = r).
             "kohya": pytorch_lora_weights_kohya.safetensors, for ComfyUI, sd-scripts and others, of Stable Diffusion 1.x
@@ -39,11 +43,18 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
     """
     if format in SAVERS:
         SAVERS[format](from_model.read_components(model), Path(path))
-    elif format == "peft":
-        for name, component in from_model.components_of(model).items():
-            peft.save(component, Path(path) / name)
+    elif format in PEFTS:
+        parts = from_model.components_of(model)
+        if Path(path).suffix == ".safetensors" and len(parts) > 1:
+            raise OPLoRAValueError(
+                f"oplora.save_adapter: a file in PEFT's format holds the adapter of one model, and here are "
+                f'{", ".join(parts)}. Give a folder, or format="diffusers".'
+            )
+        for name, component in parts.items():
+            place = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / name
+            peft.save(component, place, is_plain=format == "plain")
     else:
-        known = ", ".join(map(repr, ["peft", *SAVERS]))
+        known = ", ".join(map(repr, [*PEFTS, *SAVERS]))
         raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected one of {known}.")
 
 
@@ -58,9 +69,14 @@ def export_adapter(
 
     Args:
         source, base, component: as for from_disk.read_components.
-        out: the folder to write, or for "diffusers" and "kohya" a .safetensors file.
-        format: "peft", "diffusers" or "kohya".
+        out: the folder to write, or a .safetensors file; for "peft" a folder.
+        format: "peft", "plain", "diffusers" or "kohya". "plain" is made of PEFT's folders, of any model.
     """
+    if format == "plain":
+        if base is not None or component is not None:
+            raise OPLoRAValueError("--base and --component say nothing to format plain, which keeps the layers' names.")
+        peft.save_plain(Path(source), Path(out))
+        return
     components = from_disk.read_components(Path(source), None if base is None else Path(base), component)
     if format == "peft":
         peft.save_components(components, Path(out))

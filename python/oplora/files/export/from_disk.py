@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Final
@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
-from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS, AdapterConfig, parse_config
-from ..tensor_file import StoredTensor, read_object, read_tensor_file
-from . import diffusers
-from .layers import Component, LoRALayer, component_name, refuse_extras
+from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS, AdapterConfig, parse_config, read_fields, refuse_more
+from ..peft_adapter import METADATA as ADAPTER_CONFIG
+from ..tensor_file import read_object, read_tensor_file
+from . import diffusers, from_kohya
+from .layers import BaseWeights, Component, LoRALayer, component_name, refuse_extras
 
 __all__ = ["read_components"]
 
@@ -27,7 +28,9 @@ SUFFIXES: Final = {
     "A": (".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"),
     "B": (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight"),
     "magnitude": (".lora_magnitude_vector.weight", ".lora_magnitude_vector"),
+    "alpha": (".alpha",),
 }
+ALPHA: Final = ".alpha"  # diffusers reads it of transformers, as kohya's: the scale is alpha / r
 SHOWN: Final = 5  # names in a message
 
 
@@ -36,7 +39,7 @@ def read_components(source: Path, base: Path | None = None, component: str | Non
 
     Args:
         source: a PEFT folder; a folder of them, each called as its component ("unet", "text_encoder"); or diffusers'
-            pytorch_lora_weights.safetensors, or the folder that it is in.
+            pytorch_lora_weights.safetensors, or the folder that it is in; or kohya's file, which needs `base`.
         base: folder of the pipeline that the adapter is for. Every layer must be there with the same shape; DoRA's
             norms are taken from its weights.
         component: the place of a single PEFT folder in a pipeline, where its configuration does not tell.
@@ -45,11 +48,11 @@ def read_components(source: Path, base: Path | None = None, component: str | Non
         OPLoRAError: no adapter there; keys that fit only in part; an adapter that is not LoRA or DoRA on linear and
             convolutional layers; one of another model than `base`.
     """
-    found = list(_read(source, component))
+    found = list(_read(source, base, component))
     return [_on_base(one, base) for one in found] if base is not None else found
 
 
-def _read(source: Path, component: str | None) -> Iterator[Component]:
+def _read(source: Path, base: Path | None, component: str | None) -> Iterator[Component]:
     file = source / diffusers.FILE if source.is_dir() else source
     if (source / CONFIG).is_file():
         yield _read_peft(source, component)
@@ -57,7 +60,10 @@ def _read(source: Path, component: str | None) -> Iterator[Component]:
         for folder in folders:
             yield _read_peft(folder, folder.name)
     elif file.is_file() and file.suffix == ".safetensors":
-        yield from _read_diffusers(file)
+        if ADAPTER_CONFIG in read_tensor_file(file).metadata():
+            yield _read_peft(file, component)
+        else:
+            yield from _read_file(file, base)
     else:
         there = ", ".join(sorted(os.listdir(source))[:SHOWN]) if source.is_dir() else "nothing"
         raise OPLoRAFileError(
@@ -67,17 +73,18 @@ def _read(source: Path, component: str | None) -> Iterator[Component]:
 
 
 def _read_peft(folder: Path, component: str | None) -> Component:
-    path = folder / CONFIG
-    config = read_object(path)
+    weights = folder / WEIGHTS if folder.is_dir() else folder
+    path, config = read_fields(folder, read_tensor_file(weights))
     if config.get("peft_type") != "LORA":
         raise OPLoRATypeError(
             f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA': diffusers' and kohya's files hold no "
             "other."
         )
     refuse_extras(str(path), SimpleNamespace(**config))
+    refuse_more(path, config, "Save it with PEFT, for PEFT.", allowed=("use_dora",))
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in _tensors(folder / WEIGHTS).items()}
-    layers = _layers(folder / WEIGHTS, tensors, parse_config(path, config))
+    tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in _tensors(weights).items()}
+    layers = _layers(weights, tensors, parse_config(path, config))
     try:
         name = component or component_name(kind)
     except OPLoRAValueError as error:
@@ -88,8 +95,12 @@ def _read_peft(folder: Path, component: str | None) -> Component:
     return Component(name, layers, kind, {})
 
 
-def _read_diffusers(path: Path) -> Iterator[Component]:
+def _read_file(path: Path, base: Path | None) -> Iterator[Component]:
+    """diffusers' file, or kohya's."""
     tensors = _tensors(path)
+    if from_kohya.is_kohya(tensors):
+        yield from from_kohya.read(path, tensors, base)
+        return
     with safe_open(path, "pt") as file:
         metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     parts: dict[str, dict[str, Tensor]] = {}
@@ -103,6 +114,11 @@ def _read_diffusers(path: Path) -> Iterator[Component]:
             f"({', '.join(unknown[:SHOWN])}), expected unet, transformer or text_encoder. Is it a file of diffusers?"
         )
     for name, part in parts.items():
+        if name != "transformer" and any(key.endswith(ALPHA) for key in part):
+            raise OPLoRAValueError(
+                f"{path}: layers of {name} have .alpha keys, which diffusers does not load. Multiply each B by its "
+                "alpha / rank and remove them, or take the file that the training program wrote."
+            )
         own = {key.removeprefix(f"{name}."): value for key, value in metadata.items() if key.startswith(f"{name}.")}
         refuse_extras(f"{path} ({name})", SimpleNamespace(**own))
         yield Component(name, _layers(path, part, parse_config(path, own) if own else None), "", {})
@@ -134,7 +150,7 @@ def _layers(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig | N
 
 
 def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: AdapterConfig | None) -> LoRALayer:
-    A, B, magnitude = (
+    A, B, magnitude, alpha = (
         None if (tensor := parts.get(part)) is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         for part in SUFFIXES
     )
@@ -146,25 +162,14 @@ def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: AdapterCo
             f"{path}: layer {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
             f"{f', with rank {config.rank(name)} in its configuration' if config else ''}. They do not go together."
         )
-    for what, tensor in (("lora_A", A), ("lora_B", B), ("lora_magnitude_vector", magnitude)):
+    for what, tensor in (("lora_A", A), ("lora_B", B), ("lora_magnitude_vector", magnitude), ("alpha", alpha)):
         if tensor is not None and not tensor.isfinite().all():
             raise OPLoRAValueError(f"{path}: {what} of layer {name} holds NaN or infinity. Take an earlier checkpoint.")
-    scaling = config.scaling(name, r) if config else 1.0
+    scaling = config.scaling(name, r) if config else 1.0 if alpha is None else float(alpha) / r
     return LoRALayer(name, A, B, scaling, None if magnitude is None else magnitude.flatten())
 
 
 # ---- the model that an adapter is for ----
-
-
-@dataclass(frozen=True)
-class BaseWeights:
-    folder: Path
-    tensors: Mapping[str, tuple[Path, StoredTensor]]
-
-    def find(self, layer: str) -> tuple[Path, StoredTensor] | None:
-        """The weight of a layer, whose path has a level more or less in some versions of transformers."""
-        names = (layer, f"text_model.{layer}", layer.removeprefix("text_model."))
-        return next((self.tensors[f"{n}.weight"] for n in names if f"{n}.weight" in self.tensors), None)
 
 
 def _on_base(component: Component, base: Path) -> Component:
@@ -177,14 +182,14 @@ def _on_base(component: Component, base: Path) -> Component:
         )
     config = read_object(folder / "config.json")
     kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
-    files = [read_tensor_file(path) for path in sorted(folder.glob("*.safetensors"))]
-    tensors = {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors}
-    weights = BaseWeights(folder, tensors)
-    layers = tuple(_with_norms(layer, *_weight_of(layer, weights)) for layer in component.layers)
+    weights = BaseWeights.of(folder)
+    for layer in component.layers:
+        _check_shape(layer, weights)
+    layers = tuple(_with_norms(layer, weights) for layer in component.layers)
     return Component(component.name, layers, kind, config)
 
 
-def _weight_of(layer: LoRALayer, base: BaseWeights) -> tuple[Path, StoredTensor]:
+def _check_shape(layer: LoRALayer, base: BaseWeights) -> None:
     found = base.find(layer.name)
     what = f"the adapter's layer {layer.name}"
     if found is None:
@@ -197,14 +202,10 @@ def _weight_of(layer: LoRALayer, base: BaseWeights) -> tuple[Path, StoredTensor]
             f"{base.folder}: {what} is for a weight of shape {wanted}, and there it is {there}. The adapter was "
             "trained on another architecture."
         )
-    return found
 
 
-def _with_norms(layer: LoRALayer, path: Path, stored: StoredTensor) -> LoRALayer:
+def _with_norms(layer: LoRALayer, base: BaseWeights) -> LoRALayer:
     if layer.magnitude is None:
         return layer
-    with safe_open(path, "pt") as file:
-        weight = file.get_tensor(stored.name).to(layer.lora_A.dtype).flatten(1)
-    delta = layer.folded().flatten(1) @ layer.lora_A.flatten(1)
-    base_norm, norm = weight.norm(dim=1), (weight + delta).norm(dim=1)
+    base_norm, norm = base.norms(layer)
     return replace(layer, base_norm=base_norm, norm=norm)

@@ -10,7 +10,7 @@ one matrix for q, k and v. A LoRA on each of the three is then one of the ranks'
 stand on a diagonal.
 
 dora_scale is what ComfyUI's formula needs. It divides by ||W0||, PEFT by ||W0 + scaling * B A||, each by rows, so
-dora_scale = m ||W0|| / ||W0 + scaling * B A||. diffusers takes the key for m itself, which it is not.
+dora_scale = m ||W0|| / ||W0 + scaling * B A||. sd-scripts leaves the key out without a word, diffusers with a warning.
 """
 
 import json
@@ -24,12 +24,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ...errors import OPLoRATypeError, OPLoRAValueError
+from ...errors import OPLoRATypeError, OPLoRAValueError, warn
 from .layers import Component, LoRALayer, path_in_file
 from .saving import place, write_file
 
-__all__ = ["FILE", "save"]
+__all__ = ["FILE", "FLUX", "Family", "family_of", "key_of", "rows_of", "save", "swap_halves"]
 
+DORA: Final = "read by ComfyUI; left out by sd-scripts and diffusers, where the adapter is another one"
 FILE: Final = "pytorch_lora_weights_kohya.safetensors"
 
 
@@ -118,7 +119,7 @@ class Entry:
 
 def save(components: Iterable[Component], path: Path) -> None:
     components = list(components)
-    family = _family(components)
+    family = family_of(components)
     tensors: dict[str, Tensor] = {}
     entries = [entry for component in components for entry in _entries(component, family)]
     entries = _scales_folded(entries, family)
@@ -128,10 +129,16 @@ def save(components: Iterable[Component], path: Path) -> None:
         tensors[f"{entry.name}.alpha"] = torch.tensor(entry.alpha)
         if entry.dora_scale is not None:
             tensors[f"{entry.name}.dora_scale"] = entry.dora_scale.contiguous()
+    if any(entry.dora_scale is not None for entry in entries):
+        warn(
+            "oplora.save_adapter: this adapter has DoRA. ComfyUI reads its dora_scale in kohya's format; sd-scripts "
+            "and diffusers leave it out, so the adapter is another one there. For diffusers save with "
+            'format="diffusers".'
+        )
     write_file(tensors, _metadata(family, entries), place(path, FILE))
 
 
-def _family(components: Sequence[Component]) -> Family:
+def family_of(components: Sequence[Component]) -> Family:
     by_name = {component.name: component for component in components}
     if (unet := by_name.get("unet")) is not None and unet.kind in ("UNet2DConditionModel", ""):
         return _unet_family(unet, "text_encoder_2" in by_name)
@@ -179,13 +186,11 @@ def _entries(component: Component, family: Family) -> list[Entry]:
             f"oplora.save_adapter: kohya's format of {family.version} has no place for {component.name}; it has "
             f"{', '.join(family.prefixes)}."
         )
-    prefix = family.prefixes[component.name]
     parts: dict[str, dict[int, LoRALayer]] = {}
     entries = []
     for layer in component.layers:
         _refuse_groups(component, layer)
-        name, part = _name(component, layer, family)
-        key = f"{prefix}_{name.replace('.', '_')}"
+        key, part = key_of(component, layer.name, family)
         if part is not None:
             parts.setdefault(key, {})[part] = layer
         else:
@@ -202,21 +207,39 @@ def _refuse_groups(component: Component, layer: LoRALayer) -> None:
         )
 
 
-def _name(component: Component, layer: LoRALayer, family: Family) -> tuple[str, int | None]:
+def key_of(component: Component, layer: str, family: Family) -> tuple[str, int | None]:
+    """What a layer's keys begin with, and which part it is where several layers are one matrix."""
+    name, part = _name(component, layer, family)
+    return f"{family.prefixes[component.name]}_{name.replace('.', '_')}", part
+
+
+def rows_of(key: str, part: int | None, width: int) -> slice:
+    """Those of a part in its matrix, of a model of that width."""
+    if part is None:
+        return slice(None)
+    heights = _heights(key, width)
+    return slice(sum(heights[:part]), sum(heights[: part + 1]))
+
+
+def _heights(key: str, width: int) -> list[int]:
+    return [times * width for times in FLUX_PARTS["linear1" if key.endswith("linear1") else "qkv"]]
+
+
+def _name(component: Component, layer: str, family: Family) -> tuple[str, int | None]:
     named: tuple[str, int | None] | None
     if component.name.startswith("text_encoder"):
         is_t5 = family is FLUX and component.name == "text_encoder_2"
-        named = layer.name if is_t5 else path_in_file(component.name, layer.name), None
+        named = layer if is_t5 else path_in_file(component.name, layer), None
     elif family is FLUX:
-        named = _flux_name(layer.name)
+        named = _flux_name(layer)
     elif family is SDXL:
-        named = _sdxl_name(layer.name, component.config)
+        named = _sdxl_name(layer, component.config)
     else:
-        named = layer.name, None
+        named = layer, None
     if named is None:
         raise OPLoRATypeError(
             f"oplora.save_adapter: kohya's format of {family.version} has no name for layer "
-            f'{component.name}.{layer.name}. Leave it out of target_modules, or save with format="diffusers".'
+            f'{component.name}.{layer}. Leave it out of target_modules, or save with format="diffusers".'
         )
     return named
 
@@ -260,11 +283,11 @@ def _flux_name(name: str) -> tuple[str, int | None] | None:
 def _entry(key: str, layer: LoRALayer, swapped: bool) -> Entry:
     up, dora_scale = layer.lora_B, _dora_scale(layer)
     if swapped:  # diffusers has scale before shift there, Flux's own code shift before scale
-        up, dora_scale = _swap_halves(up), None if dora_scale is None else _swap_halves(dora_scale)
+        up, dora_scale = swap_halves(up), None if dora_scale is None else swap_halves(dora_scale)
     return Entry(key, layer.lora_A, up, layer.scaling * layer.r, dora_scale)
 
 
-def _swap_halves(rows: Tensor) -> Tensor:
+def swap_halves(rows: Tensor) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1])
 
 
@@ -283,7 +306,7 @@ def _dora_scale(layer: LoRALayer) -> Tensor | None:
 def _fused(key: str, parts: Mapping[int, LoRALayer]) -> Entry:
     """One LoRA of several on rows of one matrix; parts without one keep their rows."""
     first = next(iter(parts.values()))
-    heights = [times * first.lora_A.shape[1] for times in FLUX_PARTS["linear1" if key.endswith("linear1") else "qkv"]]
+    heights = _heights(key, first.lora_A.shape[1])
     for part, layer in parts.items():
         if layer.lora_B.shape[0] != heights[part] or layer.lora_A.shape[1] != first.lora_A.shape[1]:
             raise OPLoRAValueError(
@@ -296,8 +319,7 @@ def _fused(key: str, parts: Mapping[int, LoRALayer]) -> Entry:
     up = down.new_zeros(sum(heights), len(down))
     column = 0
     for part, layer in sorted(parts.items()):
-        row = sum(heights[:part])
-        up[row : row + heights[part], column : column + layer.r] = layer.folded()
+        up[rows_of(key, part, first.lora_A.shape[1]), column : column + layer.r] = layer.folded()
         column += 0 if shared else layer.r
     return Entry(key, down, up, float(len(down)), _fused_dora_scale(layers, len(heights)))
 
@@ -332,7 +354,9 @@ def _metadata(family: Family, entries: Sequence[Entry]) -> dict[str, str]:
     arguments = {}
     if convolutions:
         arguments["conv_dim"], arguments["conv_alpha"] = _rank_and_alpha(convolutions)
+    dora = {"dora_scale": DORA} if any(entry.dora_scale is not None for entry in entries) else {}
     return {
+        **dora,
         "format": "pt",
         "ss_v2": str(family is SD2),
         "ss_base_model_version": family.version,

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import OPLoRATypeError, OPLoRAValueError
 from ..peft_adapter import CHANGED_BASE
+from ..tensor_file import StoredTensor, read_tensor_file
 
 __all__ = [
+    "BaseWeights",
     "Component",
     "LoRALayer",
     "component_name",
@@ -60,6 +64,32 @@ class Component:
     layers: tuple[LoRALayer, ...]
     kind: str  # the class of the module: "UNet2DConditionModel"; "" where a file does not tell
     config: Mapping[str, Any]  # of the module, as diffusers and transformers write it; may be empty
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """The weights of a part of a pipeline on disk."""
+
+    folder: Path
+    tensors: Mapping[str, tuple[Path, StoredTensor]]
+
+    @classmethod
+    def of(cls, folder: Path) -> "BaseWeights":
+        files = [read_tensor_file(path) for path in sorted(folder.glob("*.safetensors"))]
+        return cls(folder, {tensor.name: (file.path, tensor) for file in files for tensor in file.tensors})
+
+    def find(self, layer: str) -> tuple[Path, StoredTensor] | None:
+        """The weight of a layer, whose path has a level more or less in some versions of transformers."""
+        names = (layer, f"text_model.{layer}", layer.removeprefix("text_model."))
+        return next((self.tensors[f"{n}.weight"] for n in names if f"{n}.weight" in self.tensors), None)
+
+    def norms(self, layer: LoRALayer) -> tuple[Tensor, Tensor]:
+        """||W0|| and ||W0 + scaling * B A|| of each row."""
+        found = self.find(layer.name)
+        assert found is not None
+        with safe_open(found[0], "pt") as file:
+            weight = file.get_tensor(found[1].name).to(layer.lora_A.dtype).flatten(1)
+        return weight.norm(dim=1), (weight + layer.folded().flatten(1) @ layer.lora_A.flatten(1)).norm(dim=1)
 
 
 def component_name(kind: str) -> str:

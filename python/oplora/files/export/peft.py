@@ -5,32 +5,38 @@ the old config differs from the new one there is none for a moment, in which PEF
 """
 
 import copy
+import json
 import re
 import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...adapters import unwrapped
-from ...errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError
+from ...errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
 from .. import atomic
-from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS
+from ..peft_adapter import CONFIG, KEY_PREFIX, METADATA, WEIGHTS
+from . import plain
 from .layers import Component
-from .saving import writing
+from .saving import write_file, writing
 
-__all__ = ["save", "save_components"]
+__all__ = ["save", "save_components", "save_plain"]
 
 CARD: Final = "README.md"
 
 
-def save(model: nn.Module, path: Path) -> None:
-    """Every adapter of a PeftModel, or of a model that it was injected into."""
+def save(model: nn.Module, path: Path, *, is_plain: bool = False) -> None:
+    """Every adapter of a PeftModel, or of a model that it was injected into; into a .safetensors file its only one.
+
+    is_plain: with every scale folded into B, as plain.fold does.
+    """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -46,9 +52,45 @@ def save(model: nn.Module, path: Path) -> None:
             raise OPLoRARuntimeError(
                 f"oplora.save_adapter: layer {name} is merged into its base. Call model.unmerge_adapter() first."
             )
-    _write_folder(
-        path, model.save_pretrained if isinstance(model, PeftModel) else lambda new: _save_injected(model, new)
-    )
+    configs: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
+    if not is_plain:
+        _warn_of_scales(configs)
+
+    def write(folder: str) -> None:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(folder)
+        else:
+            _save_injected(model, folder)
+        if is_plain:
+            plain.fold(Path(folder))
+
+    if path.suffix == ".safetensors":
+        _write_file(path, write, list(configs))
+    else:
+        _write_folder(path, write)
+
+
+def save_plain(source: Path, path: Path) -> None:
+    """A PEFT folder, or a folder of them, with the scales folded into B."""
+    folders = [source] if (source / CONFIG).is_file() else [file.parent for file in sorted(source.glob(f"*/{CONFIG}"))]
+    if not folders:
+        raise OPLoRAFileError(
+            f'SOURCE {str(source)!r} holds no {CONFIG}, and format "plain" is made of PEFT\'s folders. Make one of it '
+            "first: --format peft."
+        )
+    for folder in folders:
+
+        def write(new: str, folder: Path = folder) -> None:
+            for name in (CONFIG, WEIGHTS):
+                if not (folder / name).is_file():
+                    raise OPLoRAFileError(f"{folder / name} is missing or no regular file.")
+                shutil.copy(folder / name, new)
+            plain.fold(Path(new))
+
+        if path.suffix == ".safetensors":
+            _write_file(path, write, [one.name for one in folders])
+        else:
+            _write_folder(path / folder.relative_to(source), write)
 
 
 def save_components(components: Iterable[Component], path: Path) -> None:
@@ -109,6 +151,33 @@ def _write_folder(path: Path, write: Callable[[str], object]) -> None:
         if (path / CARD).is_file():
             shutil.copy(path / CARD, new)  # PEFT adds to the one that is there
         write(str(new))
+
+
+def _write_file(path: Path, write: Callable[[str], object], adapters: Sequence[str]) -> None:
+    """What `write` puts into a folder as one file: the tensors, with the configuration in the header."""
+    if len(adapters) != 1:
+        raise OPLoRAValueError(
+            f"oplora.save_adapter: {path.name} is to hold {len(adapters)} adapters ({', '.join(adapters)}), and a file "
+            "holds one. Give a folder: each then goes into a subfolder of its name."
+        )
+    with tempfile.TemporaryDirectory() as folder:  # what PEFT writes is small beside what it adapts
+        write(folder)
+        (config,) = Path(folder).rglob(CONFIG)
+        tensors = load_file(config.with_name(WEIGHTS))
+        text = json.dumps(json.loads(config.read_text()), sort_keys=True)
+    write_file(tensors, {"format": "pt", METADATA: text}, path)
+
+
+def _warn_of_scales(configs: Mapping[str, Any]) -> None:
+    """Readers that take lora_alpha alone scale such an adapter wrongly, and none says so."""
+    for adapter, config in configs.items():
+        names = ("use_rslora", "alpha_pattern", "rank_pattern")
+        if found := [name for name in names if getattr(config, name, None)]:
+            warn(
+                f"oplora.save_adapter: adapter {adapter!r} has {' and '.join(found)}, which PEFT reads. Readers that "
+                "take lora_alpha for all layers, as llama.cpp's converter does, scale it wrongly without a word: save "
+                'it for them with format="plain".'
+            )
 
 
 def _save_injected(model: Any, folder: str) -> None:
