@@ -154,10 +154,12 @@ FACES = Task("a small U-Net, 60 emoji of faces", portraits.FACES, 300, portraits
 OTHER = dataclasses.replace(
     SMALL, title="a small GPT-2, from the Bible to Python's reference", make=text.OTHER, targets=("c_attn", "c_proj")
 )
+OTHER_LONG = dataclasses.replace(OTHER, title="the small GPT-2, ten times as many steps", steps=10 * OTHER.steps)
 CONFIRMING = {
     "other model": Interleaved.of(OTHER, 4, 8, checkpoints=8, seeds=2),
     "portraits": Interleaved.of(FACES, 3, 8, checkpoints=10, seeds=2),
     "small long": Interleaved.of(LONG, 4, 5, growth=1, checkpoints=8, seeds=2),
+    "other long": Interleaved.of(OTHER_LONG, 5, 5, growth=1, checkpoints=8, seeds=2),
 }
 UP_TO_SEEDS = (1, 3, 5)  # so many with all tasks, then so many, ...
 
