@@ -48,7 +48,7 @@ CXX ?= g++
 KERNELS := $(patsubst csrc/cuda/%.cu,%,$(wildcard csrc/cuda/*.cu))
 LOADED := $(sort $(shell awk '!/^\#/ && NF { print $$1 }' tests/cuda/loads.txt))
 CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
-CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/* tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
+CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/*.h tests/cuda/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
 CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
     -Icsrc/cuda -Icsrc/core -Icsrc/shared -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
 # what each of the three builds compiles kernels with, and everything else
