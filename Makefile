@@ -114,7 +114,7 @@ test: build lint programs test-c asan tsan test-cuda cuda pytest docs
 programs: build
 	$(MAKE) --jobs=$(JOBS) --output-sync=target --no-print-directory compiled
 
-compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvcc/%.fatbin) \
+compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(C_THREADED:%=build/tsan/%) $(KERNELS:%=build/nvcc/%.fatbin) \
     $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%)) \
     build/cuda/liboplora_cuda_on_cpu.so
 
