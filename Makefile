@@ -3,7 +3,7 @@
 #   make demo      fine-tune SmolLM2-135M with LoRA at 1e-4 and with OP-LoRA, save, reload, compare, draw: five minutes
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled,
 #                  pytest, the documentation
-#   make tsan      the core on two threads under the thread sanitizer
+#   make tsan      the core on two threads under the thread sanitizer, a minute
 #   make ports     the C tests by clang and on AArch64 (cross compiler and qemu-user, some minutes), where these are
 #                  installed: the same digests
 #   make test-cuda the CUDA kernels, executed on the CPU; no CUDA needed (tests/cuda_on_cpu/README.md)
@@ -108,13 +108,13 @@ demo: $(VENV)/.demo
 	@echo "  your own loop     optimizer = oplora.AdamW(model); docs/index.md"
 	@echo "  your trainer      docs/trainers.md"
 
-test: build lint programs test-c asan tsan test-cuda cuda pytest docs
+test: build lint programs test-c asan test-cuda cuda pytest docs
 
 # all that the targets behind it compile, on all cores
 programs: build
 	$(MAKE) --jobs=$(JOBS) --output-sync=target --no-print-directory compiled
 
-compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(C_THREADED:%=build/tsan/%) $(KERNELS:%=build/nvcc/%.fatbin) \
+compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvcc/%.fatbin) \
     $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%)) \
     build/cuda/liboplora_cuda_on_cpu.so
 
