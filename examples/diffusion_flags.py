@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from diffusers.optimization import SchedulerType
-from plumbing import number, parser_of
+from plumbing import add_preset, number, parser_of
 
 LR = 1e-4  # where none is found
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -60,12 +60,7 @@ def flags_of(doc: str, argv: list[str] | None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("OP-LoRA").add_argument
-    add(
-        "--preset",
-        choices=("auto", "paper", "flat"),
-        default="auto",
-        help="auto finds the learning rate; paper and flat have a generator in every layer and take --lr",
-    )
+    add_preset(add, "--lr")
     add("--hidden-width", type=size, help="units of a generator, for presets paper and flat (default: 32)")
     add("--oplora-state", choices=("lean", "exact"), help="how these generators are kept (default: lean)")
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from plumbing import number, parser_of
+from plumbing import add_preset, number, parser_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPLORA_LR = 1e-3  # of presets that take a rate
@@ -31,12 +31,7 @@ def flags_of(doc: str) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("OP-LoRA").add_argument
-    add(
-        "--preset",
-        choices=("auto", "paper", "flat"),
-        default="auto",
-        help="auto finds the learning rate; paper and flat have a generator in every layer and take --oplora-lr",
-    )
+    add_preset(add, "--oplora-lr")
     add("--oplora-lr", type=float, help=f"peak learning rate of presets paper and flat (default: {OPLORA_LR:g})")
     add("--hidden-width", type=number(int, 1), help="units of a generator, for presets paper and flat (default: 32)")
 

@@ -68,6 +68,16 @@ def number(kind: Callable[[str], Any], low: float, high: float = math.inf, open_
     return parse
 
 
+def add_preset(add: Callable[..., Any], rate: str) -> None:
+    """The flag --preset, beside `rate`, the flag that the paper's presets need."""
+    add(
+        "--preset",
+        choices=("auto", "paper", "flat"),
+        default="auto",
+        help=f"auto finds the learning rate; paper and flat have a generator in every layer and take {rate}",
+    )
+
+
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 

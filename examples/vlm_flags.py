@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from plumbing import number, parser_of
+from plumbing import add_preset, number, parser_of
 from vlm_model import DTYPES
 
 PROJECTOR_WIDTH, LANGUAGE_WIDTH = 768, 32  # the paper's for LLaVA's projector, and for everything else
@@ -32,12 +32,7 @@ def flags_of(doc: str) -> argparse.Namespace:
     add("--lora-dropout", type=float, default=0.0, help="on the adapter's input")
 
     add = parser.add_argument_group("OP-LoRA").add_argument
-    add(
-        "--preset",
-        choices=("auto", "paper", "flat"),
-        default="auto",
-        help="auto finds the learning rate; paper and flat have a generator in every layer and take --lr",
-    )
+    add_preset(add, "--lr")
     add(
         "--hidden-width",
         type=number(int, 1),

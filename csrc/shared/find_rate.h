@@ -24,13 +24,14 @@ OPLORA_SHARED double oplora_exp_of_small(double x) {
  * takes steps. In a long run a signal of 0 asks for too little: then v strays from the start as a random walk does. At half
  * of the scale it gets no farther, whatever the rate. The aim is in between. */
 OPLORA_SHARED void oplora_find(oplora_found *f, double signal, double gain, double recent) {
-    const double fastest = 0.7, growth = 4, decay = 2, steepness = 2, search = 200; /* docs/rate.md, "The rule" */
+    const double fastest = 0.7, growth = 4, decay = 2, steepness = 2; /* docs/rate.md, "The rule" */
+    const double search = 200, long_run = 0.4;                        /* "The long run" */
     const double last = f->signal;
     f->signal = (last + signal) / 2;
     f->scale = (f->scale + f->rate * gain) / 2;
     f->recent = (f->recent + recent) / 2;
     if (last * f->signal < 0) f->pace /= 2;
-    const double aim = f->steps > search ? 0.4 * (1 - search / f->steps) : 0;
+    const double aim = f->steps > search ? long_run * (1 - search / f->steps) : 0;
     double slope = f->scale > 0 ? steepness * (f->signal / f->scale - aim) : 0;
     slope = slope > 1 ? 1 : slope < -1 ? -1 : slope;
     if (slope > 0 && f->recent < 0) slope = 0;
