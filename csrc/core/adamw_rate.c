@@ -105,19 +105,23 @@ static void TY(rate_measure_task)(const TY(rate_job) *job, int64_t s, int64_t ta
                   n = left < TASK_ROWS ? left : TASK_ROWS;
     const T *const v = l->generated + span->row + at;
     double *const sums = job->partial + RATE_SUMS * task;
-    int64_t nonfinite;
     T u[TASK_ROWS], room[TASK_ROWS];
-    sums[0] = k->square_sum(factor->g + at, n, &nonfinite);
-    sums[1] = (double)nonfinite;
-    sums[2] = sums[3] = sums[4] = 0;
-    if (!factor->listens) return;
-    const T *const g = TY(oplora_bounded_gradient)(factor->g + at, n, sums[0], room);
-    const double of_v = k->dot_double(g, v, n);
-    sums[2] = of_v;
-    sums[4] = of_v - k->dot_double(g, factor->out + at, n);
-    if (factor->base) sums[2] -= k->dot_double(g, factor->base + at, n);
-    k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->constants[s], u);
-    sums[3] = k->dot_double(g, u, n);
+    const T *const raw = factor->g + at;
+    const T *const column[] = {raw, v, factor->out + at, u, factor->base ? factor->base + at : NULL};
+    const int64_t columns = factor->base ? 5 : 4;
+    double dot[5] = {0};
+    if (factor->listens) k->rate_direction(raw, l->exp_avg_sq + span->row + at, n, &job->constants[s], u);
+    k->dot_double(column, factor->listens ? columns : 1, raw, n, dot);
+    sums[0] = dot[0];
+    sums[1] = TY(oplora_nonfinite_in)(raw, n, dot[0]);
+    const T *const g = TY(oplora_bounded_gradient)(raw, n, dot[0], room);
+    if (factor->listens && g != raw) { /* some do not count as they are */
+        k->rate_direction(g, l->exp_avg_sq + span->row + at, n, &job->constants[s], u);
+        k->dot_double(column + 1, columns - 1, g, n, dot + 1);
+    }
+    sums[2] = dot[1] - dot[4];
+    sums[3] = dot[3];
+    sums[4] = dot[1] - dot[2];
 }
 
 /* Tasks as a range for the caller's threads. */

@@ -84,7 +84,7 @@
      axpy_##type##_##isa, \
      dot_##type##_##isa, \
      dot_double_##type##_##isa, \
-     square_sum_##type##_##isa, \
+     count_nonfinite_##type##_##isa, \
      adamw_##type##_##isa, \
      uniform_dot_##type##_##isa, \
      uniform_axpy_##type##_##isa, \

@@ -7,6 +7,8 @@
 #include "mode.h"
 #include "workspace.h"
 
+#include <math.h>
+
 #define OPLORA_TEMPLATE "../core/each_dispatch.h"
 #include "../shared/each_type.h"
 

@@ -13,8 +13,8 @@ typedef struct {
     const char *name;
     void (*axpy)(const T *const *column, const T *h, int64_t count, T *restrict v, int64_t n);
     void (*dot)(const T *const *column, int64_t count, const T *g, int64_t n, double *out);
-    double (*dot_double)(const T *a, const T *b, int64_t n);
-    double (*square_sum)(const T *g, int64_t n, int64_t *nonfinite);
+    void (*dot_double)(const T *const *column, int64_t count, const T *g, int64_t n, double *out);
+    int64_t (*count_nonfinite)(const T *g, int64_t n);
     void (*adamw)(T *p, T *m, T *s, const T *g, T h, T h_next, T *v, int64_t n,
                   const TY(oplora_adamw_constants) *constants);
     double (*uniform_dot)(const oplora_stream *s, uint32_t vector, int64_t first, const T *x, int64_t n);
@@ -41,3 +41,14 @@ typedef struct {
 } TY(oplora_kernels);
 
 const TY(oplora_kernels) *TY(oplora_dispatch)(void);
+
+static inline double TY(oplora_dot_double)(const T *a, const T *b, int64_t n) {
+    double sum;
+    TY(oplora_dispatch)()->dot_double(&a, 1, b, n, &sum);
+    return sum;
+}
+
+/* How many of n numbers are NaN or infinite, of which the sum of squares is known: only if it isn't finite are there any. */
+static inline double TY(oplora_nonfinite_in)(const T *g, int64_t n, double squares) {
+    return isfinite(squares) ? 0 : (double)TY(oplora_dispatch)()->count_nonfinite(g, n);
+}

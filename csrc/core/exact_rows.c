@@ -31,9 +31,10 @@ void TY(oplora_exact_run_tasks)(const TY(exact_job) *job, int64_t begin, int64_t
 }
 
 void TY(oplora_exact_square_task)(const TY(exact_task) *t) {
-    int64_t nonfinite;
-    t->partial[t->plan->layer->H] = TY(oplora_dispatch)()->square_sum(t->factor->g + t->offset, t->count, &nonfinite);
-    t->partial[t->plan->layer->H + 1] = (double)nonfinite;
+    const T *const g = t->factor->g + t->offset;
+    const double squares = TY(oplora_dot_double)(g, g, t->count);
+    t->partial[t->plan->layer->H] = squares;
+    t->partial[t->plan->layer->H + 1] = TY(oplora_nonfinite_in)(g, t->count, squares);
 }
 
 /* First pass: this task's share of dh, for units that are on. */

@@ -8,9 +8,8 @@
 #include "number.h"
 
 void TY(oplora_hidden)(const T *z, const T *W1, const T *c1, int64_t H, int64_t Z, T *h) {
-    const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     for (int64_t j = 0; j < H; j++) {
-        const T pre = (T)(kernels->dot_double(W1 + j * Z, z, Z) + c1[j]);
+        const T pre = (T)(TY(oplora_dot_double)(W1 + j * Z, z, Z) + c1[j]);
         h[j] = pre > 0 ? pre : 0;
     }
 }

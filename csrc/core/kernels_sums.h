@@ -65,26 +65,41 @@ static void FN(dot)(const T *const *column, int64_t count, const T *g, int64_t n
     }
 }
 
-/* a . b with every product and sum in double, in eight lanes. */
-static double FN(dot_double)(const T *a, const T *b, int64_t n) {
-    FN(doubles) s[PIECES] = {{0}};
-    double lanes[8], sum = 0;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
+/* out[k] = column[k] . g with every product and sum in double, in eight lanes. Four columns at a time read g once. */
+static inline __attribute__((always_inline)) void FN(dot_double_body)(const T *const *column, const int count,
+                                                                      const T *g, int64_t n, double *out) {
+    FN(doubles) s[4][PIECES] = {{{0}}};
+    double lanes[8];
+    const int64_t whole = n & ~(int64_t)7;
+    for (int64_t i = 0; i < whole; i += 8) {
 #pragma GCC unroll 4
-        for (int q = 0; q < PIECES; q++) s[q] += WIDENED(a + i + q * FN(DOUBLES)) * WIDENED(b + i + q * FN(DOUBLES));
+        for (int q = 0; q < PIECES; q++) {
+            const int64_t at = i + q * FN(DOUBLES);
+            const FN(doubles) x = WIDENED(g + at);
+#pragma GCC unroll 4
+            for (int k = 0; k < count; k++) s[k][q] += WIDENED(column[k] + at) * x;
+        }
     }
-    memcpy(lanes, s, 64);
-    for (int l = 0; i < n; i++, l++) lanes[l] += (double)a[i] * b[i];
-    for (int l = 0; l < 8; l++) sum += lanes[l];
-    return sum;
+#pragma GCC unroll 4
+    for (int k = 0; k < count; k++) {
+        memcpy(lanes, s[k], 64);
+        for (int64_t i = whole; i < n; i++) lanes[i - whole] += (double)column[k][i] * g[i];
+        out[k] = 0;
+        for (int l = 0; l < 8; l++) out[k] += lanes[l];
+    }
 }
 
-/* ||g||^2 in double, and how many entries are NaN or infinite. */
-static double FN(square_sum)(const T *g, int64_t n, int64_t *nonfinite) {
+static void FN(dot_double)(const T *const *column, int64_t count, const T *g, int64_t n, double *out) {
+    int64_t k = 0;
+    for (; k + 4 <= count; k += 4) FN(dot_double_body)(column + k, 4, g, n, out + k);
+    for (; k + 2 <= count; k += 2) FN(dot_double_body)(column + k, 2, g, n, out + k);
+    for (; k < count; k++) FN(dot_double_body)(column + k, 1, g, n, out + k);
+}
+
+/* How many of the numbers are NaN or infinite. */
+static int64_t FN(count_nonfinite)(const T *g, int64_t n) {
     const T largest = sizeof(T) == sizeof(float) ? (T)0x1.fffffep127 : (T)0x1.fffffffffffffp1023;
     int64_t bad = 0;
     for (int64_t i = 0; i < n; i++) bad += !(g[i] <= largest && g[i] >= -largest);
-    *nonfinite = bad;
-    return FN(dot_double)(g, g, n);
+    return bad;
 }

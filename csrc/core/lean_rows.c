@@ -172,9 +172,10 @@ void TY(oplora_lean_square_part)(const TY(lean_plan) *p, int64_t part, double sq
     squares[0] = squares[1] = 0;
     for (int64_t c = TY(lean_part_begin)(p, part); c < TY(lean_part_begin)(p, part + 1); c++) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(p->layer, c);
-        int64_t nonfinite;
-        squares[0] += TY(oplora_dispatch)()->square_sum(chunk.factor->g + chunk.entry, chunk.rows, &nonfinite);
-        squares[1] += (double)nonfinite;
+        const T *const g = chunk.factor->g + chunk.entry;
+        const double square = TY(oplora_dot_double)(g, g, chunk.rows);
+        squares[0] += square;
+        squares[1] += TY(oplora_nonfinite_in)(g, chunk.rows, square);
     }
 }
 

@@ -12,7 +12,7 @@
 
 #include <string.h>
 
-static double dot(const double *a, const double *b, int64_t n) { return oplora_dispatch_f64()->dot_double(a, b, n); }
+static double dot(const double *a, const double *b, int64_t n) { return oplora_dot_double_f64(a, b, n); }
 
 /* y += c x */
 static void axpy(double c, const double *x, double *y, int64_t n) { oplora_dispatch_f64()->axpy(&x, &c, 1, y, n); }
