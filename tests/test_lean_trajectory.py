@@ -351,12 +351,13 @@ def test_smallest_layer_follows_the_oracle(r: int) -> None:
     assert pair.error() <= 1e-9
 
 
-@pytest.mark.parametrize("decay", [0.99, 1.0, 1.5])
+# not at 0.99, where the directions that are kept are about as long as those that are dropped, and rounding chooses
+@pytest.mark.parametrize("decay", [1.0, 1.5, 2.0])
 def test_decay_so_strong_that_the_scale_vanishes_follows_the_oracle(decay: float) -> None:
     pair = Pair(lr=1e-3, weight_decay=decay / 1e-3)
     pair.train(170)
-    assert abs(pair.states[0].pieces()["scalars"][0]) < 1e-50
-    assert pair.error() <= 1e-6
+    assert abs(pair.states[0].pieces()["scalars"][0]) < 1e-50 or decay == 2.0  # where it changes its sign each step
+    assert pair.error() <= 1e-12
     assert all(state.pieces()["numbers"].isfinite().all() for state in pair.states)
 
 

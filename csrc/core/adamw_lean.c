@@ -183,7 +183,8 @@ static void TY(lean_start_chunks)(int64_t begin, int64_t end, void *context) {
             const int64_t left = chunk.entry + chunk.rows - entry, n = left < LEAN_BLOCK ? left : LEAN_BLOCK;
             T *const out = chunk.factor->out + entry;
             memset(out, 0, (size_t)n * sizeof(T));
-            if (chunk.factor->random) TY(oplora_lean_random_update)(work->layer, chunk.range, work->x, entry, n, out);
+            if (chunk.factor->random)
+                TY(oplora_lean_random_update)(work->layer, chunk.range, work->x, entry, n, NULL, out);
         }
     }
 }

@@ -21,7 +21,7 @@ typedef struct {
     void (*uniform_axpy)(const oplora_stream *s, uint32_t vector, int64_t first, T coefficient, T *y, int64_t n);
     void (*sign_words)(const oplora_stream *s, uint32_t group, int64_t first, int64_t n, uint32_t *words);
     void (*sign_dot)(const uint32_t *words, const int *bit, int64_t count, const T *x, int64_t n, double *out);
-    void (*sign_axpy)(const uint32_t *words, const int *bit, const T *coefficient, int64_t count, T *y, int64_t n);
+    void (*sign_axpy)(const uint32_t *words, const T *coefficient, T *y, int64_t n);
     void (*lean_scale)(const TY(oplora_moment) *R, const T *g, int64_t n, const TY(oplora_lean_constants) *constants,
                        T *row, T *scaled);
     void (*lean_second)(TY(oplora_moment) *m, TY(oplora_moment) *S, TY(oplora_moment) *R, const T *g, const T *base,

@@ -139,29 +139,95 @@ static void FN(sign_dot)(const uint32_t *words, const int *bit, int64_t count, c
     }
 }
 
-static inline __attribute__((always_inline)) void FN(sign_axpy_block)(const uint32_t *words, const int *bit,
-                                                                      const T *coefficient, int64_t count, T *block) {
-    const FN(piece) zero = {0};
-#pragma GCC unroll 8
-    for (int q = 0; q < SUM_PIECES; q++) {
-        const FN(words) word = WORDS(words + q * FN(PIECE));
-        FN(piece) v = VECTOR(block + q * FN(PIECE));
-        for (int64_t k = 0; k < count; k++) v += SIGNED(word, 31 - bit[k], zero + coefficient[k]);
-        *(FN(piece) *)(block + q * FN(PIECE)) = v;
-    }
+/* ---- y += sums of signed coefficients, four units at a time: rows with the same four signs share their sum, of which there
+ * are sixteen. Where that many fit into two registers they are looked up, else the sum is made for each row. ---- */
+
+#if defined(__clang__) /* it shuffles by variable places lane by lane */
+#define LOOKS_UP 0
+#else
+#define LOOKS_UP (SUM_PIECES <= 2)
+#endif
+
+/* Some fours of the units whose signs share a word, those with a unit that is on: which, where their units begin among the
+ * ones that are on, and their sums if they are looked up. */
+typedef struct {
+    int count, place[OPLORA_SIGNS / 4], first[OPLORA_SIGNS / 4 + 1], bit[OPLORA_SIGNS];
+    T coefficient[OPLORA_SIGNS];
+    FN(piece) sums[OPLORA_SIGNS / 4][SUM_PIECES];
+} FN(fours);
+
+/* The sums of four coefficients under sixteen patterns of signs: bit b changes the b-th. */
+static inline __attribute__((always_inline)) void FN(sign_sums)(const T *four, T *sums) {
+    const T a = four[0], b = four[1], c = four[2], d = four[3];
+#pragma omp simd
+    for (int signs = 0; signs < 16; signs++)
+        sums[signs] = (((signs & 1 ? -a : a) + (signs & 2 ? -b : b)) + (signs & 4 ? -c : c)) + (signs & 8 ? -d : d);
 }
 
-/* y[i] += sum over k of +-coefficient[k], added in the order of k. */
-static void FN(sign_axpy)(const uint32_t *words, const int *bit, const T *coefficient, int64_t count, T *y, int64_t n) {
+static inline __attribute__((always_inline)) void FN(find_fours)(const T *coefficient, FN(fours) *to) {
+    int units = 0;
+    to->count = 0;
+    for (int four = 0; four < OPLORA_SIGNS / 4; four++) {
+        const T *const c = coefficient + 4 * four;
+        if (c[0] == 0 && c[1] == 0 && c[2] == 0 && c[3] == 0) continue;
+        to->place[to->count] = four;
+        to->first[to->count] = units;
+        for (int b = 0; b < 4; b++)
+            if (c[b] != 0) to->bit[units] = 4 * four + b, to->coefficient[units++] = c[b];
+        T sums[16];
+        if (LOOKS_UP) FN(sign_sums)(c, sums), memcpy(to->sums[to->count], sums, sizeof sums);
+        to->count++;
+    }
+    to->first[to->count] = units;
+}
+
+/* Adds the i-th four's sums to sixteen rows. A unit that is off adds 0 to sums that are looked up, which changes none. */
+static inline __attribute__((always_inline)) void FN(add_four)(const FN(words) *word, const FN(fours) *fours, int i,
+                                                               FN(piece) *v) {
+    const FN(piece) zero = {0};
+    FN(piece) sum[SUM_PIECES] = {{0}};
+#if !defined(__clang__)
+    for (int q = 0; LOOKS_UP && q < SUM_PIECES; q++) {
+        const FN(bit_words) signs = __builtin_convertvector(word[q] >> (4 * fours->place[i]), FN(bit_words));
+        v[q] += SUM_PIECES == 1 ? __builtin_shuffle(fours->sums[i][0], signs)
+                                : __builtin_shuffle(fours->sums[i][0], fours->sums[i][SUM_PIECES / 2], signs);
+    }
+    if (LOOKS_UP) return;
+#endif
+    for (int k = fours->first[i]; k < fours->first[i + 1]; k++)
+#pragma GCC unroll 8
+        for (int q = 0; q < SUM_PIECES; q++)
+            sum[q] += SIGNED(word[q], 31 - fours->bit[k], zero + fours->coefficient[k]);
+#pragma GCC unroll 8
+    for (int q = 0; q < SUM_PIECES; q++) v[q] += sum[q];
+}
+
+static inline
+    __attribute__((always_inline)) void FN(sign_axpy_rows)(const uint32_t *words, const FN(fours) *fours, T *block) {
+    FN(words) word[SUM_PIECES];
+    FN(piece) v[SUM_PIECES];
+#pragma GCC unroll 8
+    for (int q = 0; q < SUM_PIECES; q++) word[q] = WORDS(words + q * FN(PIECE)), v[q] = VECTOR(block + q * FN(PIECE));
+    for (int i = 0; i < fours->count; i++) FN(add_four)(word, fours, i, v);
+#pragma GCC unroll 8
+    for (int q = 0; q < SUM_PIECES; q++) *(FN(piece) *)(block + q * FN(PIECE)) = v[q];
+}
+
+/* y[i] += +-coefficient[j] over the units j of the words, 0 where one is off; summed by fours of units, whose sums are added
+ * in order. */
+static void FN(sign_axpy)(const uint32_t *words, const T *coefficient, T *y, int64_t n) {
     const int64_t whole = n & ~(int64_t)15;
     T padded[16] = {0};
-    for (int64_t i = 0; i < whole; i += 16) FN(sign_axpy_block)(words + i, bit, coefficient, count, y + i);
+    FN(fours) fours;
+    FN(find_fours)(coefficient, &fours);
+    for (int64_t i = 0; i < whole; i += 16) FN(sign_axpy_rows)(words + i, &fours, y + i);
     if (whole == n) return;
     memcpy(padded, y + whole, (size_t)(n - whole) * sizeof(T));
-    FN(sign_axpy_block)(words + whole, bit, coefficient, count, padded);
+    FN(sign_axpy_rows)(words + whole, &fours, padded);
     memcpy(y + whole, padded, (size_t)(n - whole) * sizeof(T));
 }
 
+#undef LOOKS_UP
 #undef WORDS
 #undef SUM_PIECES
 #undef UNIFORM

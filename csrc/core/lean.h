@@ -12,6 +12,7 @@
 enum {
     SMALL_WORK = 1 << 16, /* rows times (1 + H / 32): a layer up to this is one thread's work, */
     LARGE_WORK = 1 << 21, /* one above this is spread over the threads, and between them one that is much of all */
+    MOST_WORDS = 1 << 17, /* that stay between the passes: half of a second-level cache */
     RANK = OPLORA_MOST_RANK,
     BASIS = OPLORA_MOST_BASIS
 };
@@ -60,6 +61,7 @@ typedef struct {
     double corrected1, corrected2; /* 1 - beta^t */
     TY(lean_share) *shares;        /* scratch: of each factor */
     int64_t first_part, parts, chunks;
+    uint32_t *words; /* scratch: W0's signs between the passes, in the place of their chunk; or NULL */
     double bound;
     int spreads; /* over the threads; who does the work changes no bit */
     int wants;   /* of the first pass: LEAN_WANTS_DH, LEAN_WANTS_GRAM */
@@ -99,7 +101,7 @@ void TY(oplora_lean_reduce_block)(const TY(lean_rows) *r, const TY(lean_share) *
 void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *turn, const T *g, const T *base,
                                   int64_t first, int64_t n, T *out);
 void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, const T *x, int64_t entry, int64_t n,
-                                   T *out);
+                                   const uint32_t *kept, T *out);
 TY(lean_chunk) TY(oplora_lean_chunk_at)(const TY(oplora_lean) *l, int64_t chunk);
 void TY(oplora_lean_square_part)(const TY(lean_plan) *p, int64_t part, double squares[2]);
 void TY(oplora_lean_reduce_part)(const TY(lean_plan) *p, int64_t part, double *sums);

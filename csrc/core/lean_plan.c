@@ -5,9 +5,14 @@
 
 static double TY(lean_work)(const TY(oplora_lean) *l) { return (double)l->N * (1 + (double)l->H / 32); }
 
-static int64_t TY(lean_parts_of)(const TY(oplora_lean) *l) {
+static int64_t TY(lean_chunks_of)(const TY(oplora_lean) *l) {
     int64_t chunks = 0;
     for (int64_t f = 0; f < l->n_factors; f++) chunks += oplora_lean_chunks(l->factors[f].rows);
+    return chunks;
+}
+
+static int64_t TY(lean_parts_of)(const TY(oplora_lean) *l) {
+    const int64_t chunks = TY(lean_chunks_of)(l);
     return chunks < LEAN_MOST_PARTS ? chunks : LEAN_MOST_PARTS;
 }
 
@@ -31,12 +36,15 @@ void TY(oplora_lean_take_scratch)(TY(lean_plan) *p, const TY(oplora_lean) *l, ar
         map->sums = take(a, TY(lean_part_size)(l), sizeof(double));
     }
     p->part_sums = take(a, TY(lean_part_size)(l), sizeof(double));
+    const int64_t rows = TY(lean_chunks_of)(l) * LEAN_CHUNK, words = oplora_lean_words(l->H);
+    const int stay = l->start == OPLORA_SIGN && words <= MOST_WORDS / rows;
+    p->words = stay ? take(a, rows * words, sizeof(uint32_t)) : NULL;
 }
 
 TY(lean_plan) TY(oplora_lean_plan_of)(const TY(oplora_lean) *l) {
     const int64_t H = l->H, Z = l->Z, N = l->N, d = l->weight_rank, k = l->moment_rank;
     TY(lean_plan) p = {.layer = l, .parts = TY(lean_parts_of)(l), .bound = oplora_start_bound(l->start, H)};
-    for (int64_t f = 0; f < l->n_factors; f++) p.chunks += oplora_lean_chunks(l->factors[f].rows);
+    p.chunks = TY(lean_chunks_of)(l);
     oplora_lean_layout at;
     if (!oplora_lean_lay_out(H, Z, N, d, k, &at)) return p; /* sizes are checked before */
     p.outer = (TY(lean_map)){

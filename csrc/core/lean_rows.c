@@ -102,9 +102,9 @@ void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *t
 
 /* ---- W0: the random rows of W2, a block at a time ---- */
 
-/* For each unit that is on: sums[j] += W0_j^T g over the block, in units of the bound. */
+/* For each unit that is on: sums[j] += W0_j^T g over the block, in units of the bound. kept: takes the signs, or is NULL. */
 static void TY(lean_random_reduce)(const TY(lean_plan) *p, int64_t range, const T *g, int64_t entry, int64_t n,
-                                   double *sums) {
+                                   double *sums, uint32_t *kept) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const TY(oplora_lean) *const l = p->layer;
     const oplora_stream s = oplora_w2_stream(l->seed, l->layer, l->start, range);
@@ -113,22 +113,22 @@ static void TY(lean_random_reduce)(const TY(lean_plan) *p, int64_t range, const 
             if (p->h[j] != 0) sums[j] += kernels->uniform_dot(&s, (uint32_t)j, entry, g, n);
         return;
     }
-    for (int64_t group = 0; group * LEAN_SIGN_GROUP < l->H; group++) {
-        uint32_t words[LEAN_BLOCK];
-        int bit[LEAN_SIGN_GROUP], count = 0;
-        double sum[LEAN_SIGN_GROUP];
-        for (int64_t j = group * LEAN_SIGN_GROUP; j < l->H && j < (group + 1) * LEAN_SIGN_GROUP; j++)
-            if (p->h[j] != 0) bit[count++] = (int)(j - group * LEAN_SIGN_GROUP);
-        if (!count) continue;
+    for (int64_t group = 0; group * OPLORA_SIGNS < l->H; group++) {
+        uint32_t room[LEAN_BLOCK], *const words = kept ? kept + group * LEAN_BLOCK : room;
+        int bit[OPLORA_SIGNS], count = 0;
+        double sum[OPLORA_SIGNS];
+        for (int64_t j = group * OPLORA_SIGNS; j < l->H && j < (group + 1) * OPLORA_SIGNS; j++)
+            if (p->h[j] != 0) bit[count++] = (int)(j - group * OPLORA_SIGNS);
+        if (!count && !kept) continue;
         kernels->sign_words(&s, (uint32_t)group, entry, n, words);
         kernels->sign_dot(words, bit, count, g, n, sum);
-        for (int i = 0; i < count; i++) sums[group * LEAN_SIGN_GROUP + bit[i]] += sum[i];
+        for (int i = 0; i < count; i++) sums[group * OPLORA_SIGNS + bit[i]] += sum[i];
     }
 }
 
 /* out += W0 x for the block; x (H) holds the bound already. */
 void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, const T *x, int64_t entry, int64_t n,
-                                   T *out) {
+                                   const uint32_t *kept, T *out) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const oplora_stream s = oplora_w2_stream(l->seed, l->layer, l->start, range);
     if (l->start == OPLORA_UNIFORM) {
@@ -136,18 +136,18 @@ void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, cons
             if (x[j] != 0) kernels->uniform_axpy(&s, (uint32_t)j, entry, x[j], out, n);
         return;
     }
-    for (int64_t group = 0; group * LEAN_SIGN_GROUP < l->H; group++) {
-        uint32_t words[LEAN_BLOCK];
-        int bit[LEAN_SIGN_GROUP], count = 0;
-        T some[LEAN_SIGN_GROUP];
-        for (int64_t j = group * LEAN_SIGN_GROUP; j < l->H && j < (group + 1) * LEAN_SIGN_GROUP; j++)
-            if (x[j] != 0) {
-                bit[count] = (int)(j - group * LEAN_SIGN_GROUP);
-                some[count++] = x[j];
-            }
-        if (!count) continue;
-        kernels->sign_words(&s, (uint32_t)group, entry, n, words);
-        kernels->sign_axpy(words, bit, some, count, out, n);
+    for (int64_t group = 0; group * OPLORA_SIGNS < l->H; group++) {
+        uint32_t room[LEAN_BLOCK];
+        const uint32_t *const words = kept ? kept + group * LEAN_BLOCK : room;
+        T some[OPLORA_SIGNS] = {0};
+        int live = 0;
+        for (int64_t j = group * OPLORA_SIGNS; j < l->H && j < (group + 1) * OPLORA_SIGNS; j++) {
+            some[j - group * OPLORA_SIGNS] = x[j];
+            live |= x[j] != 0;
+        }
+        if (!live) continue;
+        if (!kept) kernels->sign_words(&s, (uint32_t)group, entry, n, room);
+        kernels->sign_axpy(words, some, out, n);
     }
 }
 
@@ -167,6 +167,12 @@ TY(lean_chunk) TY(oplora_lean_chunk_at)(const TY(oplora_lean) *l, int64_t chunk)
 }
 
 static int64_t TY(lean_part_begin)(const TY(lean_plan) *p, int64_t part) { return p->chunks * part / p->parts; }
+
+/* Where a block's words of signs stay between the passes; NULL: each pass makes them. */
+static uint32_t *TY(lean_kept_words)(const TY(lean_plan) *p, int64_t chunk, int64_t at) {
+    const int whole = p->wants == (LEAN_WANTS_DH | LEAN_WANTS_GRAM);
+    return whole && p->words ? p->words + (chunk * LEAN_CHUNK + at) * oplora_lean_words(p->layer->H) : NULL;
+}
 
 void TY(oplora_lean_square_part)(const TY(lean_plan) *p, int64_t part, double squares[2]) {
     squares[0] = squares[1] = 0;
@@ -195,7 +201,8 @@ void TY(oplora_lean_reduce_part)(const TY(lean_plan) *p, int64_t part, double *s
             if (p->wants & LEAN_WANTS_GRAM) TY(oplora_lean_reduce_block)(r, share, g, chunk.row + at, n, sums);
             if (p->wants == LEAN_WANTS_DH) TY(lean_reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & LEAN_WANTS_DH && chunk.factor->random)
-                TY(lean_random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums);
+                TY(lean_random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums,
+                                       TY(lean_kept_words)(p, c, at));
         }
     }
 }
@@ -212,7 +219,9 @@ void TY(oplora_lean_update_part)(const TY(lean_plan) *p, int64_t part) {
             const T *const g = TY(oplora_bounded_gradient)(f->g + entry, n, p->layer->report[0], room);
             TY(oplora_lean_update_block)(&p->outer.rows, &turn, g, f->base ? f->base + entry : NULL, chunk.row + at, n,
                                          f->out + entry);
-            if (f->random) TY(oplora_lean_random_update)(p->layer, chunk.range, p->change, entry, n, f->out + entry);
+            if (f->random)
+                TY(oplora_lean_random_update)(p->layer, chunk.range, p->change, entry, n, TY(lean_kept_words)(p, c, at),
+                                              f->out + entry);
         }
     }
 }

@@ -29,8 +29,10 @@ static void TY(start_rows)(int64_t first, int64_t last, void *context) {
                 kernels->uniform_axpy(&job->s, (uint32_t)j, entry, (T)bound, column, n);
                 continue;
             }
-            if (j % 32 == 0) kernels->sign_words(&job->s, (uint32_t)(j / 32), entry, n, words);
-            kernels->sign_axpy(words, (const int[]){(int)(j % 32)}, (const T[]){(T)bound}, 1, column, n);
+            T unit[OPLORA_SIGNS] = {0};
+            unit[j % OPLORA_SIGNS] = (T)bound;
+            if (j % OPLORA_SIGNS == 0) kernels->sign_words(&job->s, (uint32_t)(j / OPLORA_SIGNS), entry, n, words);
+            kernels->sign_axpy(words, unit, column, n);
         }
     }
 }

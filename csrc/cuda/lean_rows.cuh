@@ -251,11 +251,19 @@ __device__ inline void random_update(const Layer &l, const oplora_stream &s, con
         for (int b = 0; b < ROWS / 4; b++)
             words[b] = oplora_stream_words(s, entry / 4 + static_cast<uint64_t>(b * LANES + lane()),
                                            static_cast<uint32_t>(base / 32));
-        for (int c = 0; c < count; c++) {
-            const float some = x[base + c];
-            if (some == 0) continue;
+        for (int four = 0; four < count; four += 4) { /* by fours, as the core */
+            float sum[ROWS] = {};
+            int on = 0;
+            for (int c = four; c < four + 4 && c < count; c++) {
+                const float some = x[base + c];
+                if (some == 0) continue;
+                on++;
 #pragma unroll
-            for (int q = 0; q < ROWS; q++) out[q] += signed_by(word_of(words[q / 4], q % 4), c, some);
+                for (int q = 0; q < ROWS; q++) sum[q] += signed_by(word_of(words[q / 4], q % 4), c, some);
+            }
+            if (!on) continue;
+#pragma unroll
+            for (int q = 0; q < ROWS; q++) out[q] += sum[q];
         }
     }
 }

@@ -3,15 +3,14 @@
 #define OPLORA_LEAN_LAYOUT_H
 
 #include "../core/oplora_core.h"
-#include "shared.h"
+#include "random.h"
 
 /* Sums run within a block, then over the blocks of a chunk, the chunks of a part and the parts: nothing depends on who does
  * what. A chunk is rows of one factor; a part is chunks that follow each other. */
 enum {
-    LEAN_BLOCK = 512,     /* rows that are in the first-level cache together; a multiple of what the start asks for */
-    LEAN_CHUNK = 4096,    /* rows of a chunk, at most */
-    LEAN_MOST_PARTS = 64, /* of a layer: bounds the scratch */
-    LEAN_SIGN_GROUP = 32  /* units whose signs share a word */
+    LEAN_BLOCK = 512,    /* rows that are in the first-level cache together; a multiple of what the start asks for */
+    LEAN_CHUNK = 4096,   /* rows of a chunk, at most */
+    LEAN_MOST_PARTS = 64 /* of a layer: bounds the scratch */
 };
 
 /* What the first pass is to find: dh, the basis' Gram matrix. A measurement wants the one, a step that was measured the
@@ -19,6 +18,9 @@ enum {
 enum { LEAN_WANTS_DH = 1, LEAN_WANTS_GRAM = 2 };
 
 OPLORA_SHARED int64_t oplora_lean_chunks(int64_t rows) { return (rows + LEAN_CHUNK - 1) / LEAN_CHUNK; }
+
+/* Words of signs a row. */
+OPLORA_SHARED int64_t oplora_lean_words(int64_t H) { return (H + OPLORA_SIGNS - 1) / OPLORA_SIGNS; }
 
 /* The basis [U, row A, row g], and the sums over a map's rows: its Gram matrix, then U^T g. */
 OPLORA_SHARED int oplora_lean_basis(int d, int k) { return d + k + 1; }

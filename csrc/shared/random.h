@@ -17,6 +17,7 @@ typedef struct {
 
 enum { OPLORA_W2_TENSOR = 0, OPLORA_W1_TENSOR = 1, OPLORA_Z_TENSOR = 2, OPLORA_SIGN_TENSOR = 3, OPLORA_ROUNDING = 4 };
 enum { OPLORA_RANGE_TENSORS = 8 };
+enum { OPLORA_SIGNS = 32 };                        /* units whose signs share a word */
 static const double OPLORA_UNIFORM_UNIT = 0x1p-16; /* a uniform number is an odd multiple of this */
 
 /* Philox 4x32's multipliers, and what its keys grow by from round to round. */

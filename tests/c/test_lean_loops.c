@@ -104,7 +104,9 @@ static void TY(test_random_loops)(int64_t n, int64_t first) {
     for (int count = 1; count <= 6; count++) {
         kernels->sign_dot(words, bit, count, x, n, out);
         memcpy(y, before, sizeof y);
-        kernels->sign_axpy(words, bit, coefficient, count, y, n);
+        T of_units[OPLORA_SIGNS] = {0};
+        for (int k = 0; k < count; k++) of_units[bit[k]] = coefficient[k];
+        kernels->sign_axpy(words, of_units, y, n);
         for (int k = 0; k < count; k++) {
             sum = scale = 0;
             for (int64_t i = 0; i < n; i++) sum += sign_entry(&s, 64 + bit[k], first + i) * (double)x[i];
@@ -113,7 +115,11 @@ static void TY(test_random_loops)(int64_t n, int64_t first) {
         }
         for (int64_t i = 0; i < n; i++) {
             T expected = before[i];
-            for (int k = 0; k < count; k++) expected += sign_entry(&s, 64 + bit[k], first + i) * coefficient[k];
+            for (int four = 0; four < OPLORA_SIGNS; four += 4) {
+                T sum = 0;
+                for (int u = four; u < four + 4; u++) sum += sign_entry(&s, 64 + u, first + i) * of_units[u];
+                expected += sum;
+            }
             CHECK(y[i] == expected);
         }
         CHECK(y[n] == 12345);
