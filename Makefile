@@ -119,13 +119,13 @@ compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvc
     build/cuda/liboplora_cuda_on_cpu.so
 
 lint: build
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/* benchmarks/*.c wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: build
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/* benchmarks/*.c wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

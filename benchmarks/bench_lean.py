@@ -159,11 +159,11 @@ def roofline_rows(rounds: int, quick: bool, array_bytes: int) -> Iterator[Row]:
     bandwidth = harness.Bandwidth(array_bytes)
     for size in sizes:
         cached = layer_in_caches(size.hidden_width)
-        tiny = Size("tiny", len(size.layers) * ((8, 8),), 1, size.hidden_width)
+        tiny, one = (Size("tiny", n * ((8, 8),), 1, size.hidden_width) for n in (len(size.layers), 1))
         for name, build in LEAN.items():
             contenders = {
                 f"{where} {part}": contender
-                for where, there in (("memory", size), ("cached", cached), ("call", tiny))
+                for where, there in (("memory", size), ("cached", cached), ("call", tiny), ("one call", one))
                 for part, contender in parts(with_gradients(build, there)).items()
             }
             seconds = harness.in_turns({**contenders, **bandwidth.contenders()}, rounds, limit_s=30)
@@ -177,7 +177,10 @@ def roofline_rows(rounds: int, quick: bool, array_bytes: int) -> Iterator[Row]:
                     **harness.time_columns(seconds[f"memory {part}"]),
                     "bytes_needed": entry_bytes * numbers(size),
                     **bandwidth.columns(seconds),
-                    "cached_gbps": entry_bytes * numbers(cached) / median(seconds[f"cached {part}"]) / 1e9,
+                    "cached_gbps": entry_bytes
+                    * numbers(cached)
+                    / bench_step.beside_a_call(seconds[f"cached {part}"], seconds[f"one call {part}"])
+                    / 1e9,
                     "call_ms": 1e3 * median(seconds[f"call {part}"]),
                 }
                 yield {**row, **bench_step.bound_columns(row)}

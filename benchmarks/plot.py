@@ -492,6 +492,18 @@ def gpu_tables(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+# ---- tables: bench_loops ----
+
+
+def loops_table(rows: list[Row]) -> str:
+    def cells(row: Row) -> list[str]:
+        divider = f"{row['divider_ns']:.2f}" if row["divider_ns"] else ""
+        return [row["loop"], f"{row['ns']:.2f}", divider, str(row["bytes"]), f"{row['memory_ns']:.2f}", row["bound"]]
+
+    header = ["loop", "ns a row", "divider alone", "bytes", "ns from memory", "bound by"]
+    return f"{markdown(header, map(cells, rows[2:]))}\n\nMeasured on {machine(rows[0])}"
+
+
 # ---- between the markers ----
 
 
@@ -504,6 +516,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "bench_ranks": rank_tables,
     "bench_width": width_tables,
     "bench_gpu": gpu_tables,
+    "bench_loops": loops_table,
 }
 
 

@@ -202,7 +202,7 @@ __device__ inline void random_reduce(const Layer &l, const Chunk &chunk, Tile &t
 #pragma unroll
                 for (int b = 0; b < HALF / 4; b++)
                     words[b] = oplora_stream_words(s, first / 4 + static_cast<uint64_t>(b * LANES + lane()),
-                                                   static_cast<uint32_t>(base / 32));
+                                                   static_cast<uint32_t>(base / OPLORA_SIGNS));
             }
             for (int c = 0; c < count; c++) {
                 float sum = half ? tile.lanes[group()][c][lane()] : 0.f;
@@ -217,7 +217,7 @@ __device__ inline void random_reduce(const Layer &l, const Chunk &chunk, Tile &t
                         for (int q = 0; q < ROWS; q++) sum += uniform_of(eight, q) * g[b * ROWS + q];
                     }
                 } else {
-                    const int bit = static_cast<int>((base + c) % 32);
+                    const int bit = static_cast<int>((base + c) % OPLORA_SIGNS);
 #pragma unroll
                     for (int i = 0; i < HALF; i++) sum += signed_by(word_of(words[i / 4], i % 4), bit, g[i]);
                 }
@@ -244,26 +244,28 @@ __device__ inline void random_update(const Layer &l, const oplora_stream &s, con
         }
         return;
     }
-    for (int64_t base = 0; base < l.H; base += 32) {
-        const int count = l.H - base < 32 ? static_cast<int>(l.H - base) : 32;
-        oplora_words words[ROWS / 4];
+    for (int64_t base = 0; base < l.H; base += OPLORA_SIGNS) {
+        const int count = l.H - base < OPLORA_SIGNS ? static_cast<int>(l.H - base) : OPLORA_SIGNS;
 #pragma unroll
-        for (int b = 0; b < ROWS / 4; b++)
-            words[b] = oplora_stream_words(s, entry / 4 + static_cast<uint64_t>(b * LANES + lane()),
-                                           static_cast<uint32_t>(base / 32));
-        for (int four = 0; four < count; four += 4) { /* by fours, as the core */
-            float sum[ROWS] = {};
-            int on = 0;
-            for (int c = four; c < four + 4 && c < count; c++) {
-                const float some = x[base + c];
-                if (some == 0) continue;
-                on++;
+        for (int b = 0; b < ROWS / 4; b++) {
+            const oplora_words words = oplora_stream_words(s, entry / 4 + static_cast<uint64_t>(b * LANES + lane()),
+                                                           static_cast<uint32_t>(base / OPLORA_SIGNS));
+#pragma unroll 1
+            for (int four = 0; four < count; four += 4) { /* by fours of units, as the core */
+                const int end = four + 4 < count ? four + 4 : count;
+                float sum[4] = {};
+                bool on = false;
+#pragma unroll 1
+                for (int c = four; c < end; c++) {
+                    const float some = x[base + c];
+                    if (some == 0) continue;
+                    on = true;
 #pragma unroll
-                for (int q = 0; q < ROWS; q++) sum[q] += signed_by(word_of(words[q / 4], q % 4), c, some);
+                    for (int q = 0; q < 4; q++) sum[q] += signed_by(word_of(words, q), c, some);
+                }
+#pragma unroll
+                for (int q = 0; on && q < 4; q++) out[4 * b + q] += sum[q];
             }
-            if (!on) continue;
-#pragma unroll
-            for (int q = 0; q < ROWS; q++) out[q] += sum[q];
         }
     }
 }
