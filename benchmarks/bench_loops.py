@@ -57,7 +57,7 @@ def measure(rounds: int, turns: int, array_bytes: int) -> Iterator[Row]:
 
 
 def bound(row: Row) -> str:
-    """The memory where it takes longer than the loop does in the caches; else the divider where it takes most of that."""
+    """The memory where it takes longer than the loop in the caches; else the divider where it takes most of that."""
     if row["bytes"] / row["bandwidth_gbps"] > row["ns"]:
         return "memory"
     return "divider" if row["divider_ns"] >= 0.7 * row["ns"] else "arithmetic"
