@@ -34,6 +34,7 @@ LEAN = {
 }
 OURS = f"oplora lean, {DEFAULT_START}"
 EXACT, EAGER, LORA = bench_step.OURS, "eager, AdamW fused", "lora, AdamW fused"
+KEPT = "oplora lean, kept"  # A and B keep their start, as preset "flat" has it: no random numbers
 METHODS: Methods = {**LEAN, **{name: bench_step.METHODS[name] for name in (EXACT, EAGER, LORA)}}
 KINDS = ("memory", "growth", "step", "roofline")
 WIDTHS = (8, 32, 128, 512, 2048)
@@ -160,7 +161,7 @@ def roofline_rows(rounds: int, quick: bool, array_bytes: int) -> Iterator[Row]:
     for size in sizes:
         cached = layer_in_caches(size.hidden_width)
         tiny, one = (Size("tiny", n * ((8, 8),), 1, size.hidden_width) for n in (len(size.layers), 1))
-        for name, build in LEAN.items():
+        for name, build in {**LEAN, KEPT: partial(bench_step.oplora_in, state="lean", init="keep")}.items():
             contenders = {
                 f"{where} {part}": contender
                 for where, there in (("memory", size), ("cached", cached), ("call", tiny), ("one call", one))

@@ -169,10 +169,10 @@ Method = LoRA | Eager
 Methods = dict[str, Callable[[Inputs], Method]]
 
 
-def oplora_in(inputs: Inputs, state: str, start: str | None = None) -> LoRA:
-    """oplora.AdamW with a state and a start of choice; None is that state's own."""
+def oplora_in(inputs: Inputs, state: str, **start: str) -> LoRA:
+    """oplora.AdamW with a state; of choice its start, which is the state's own otherwise, and init."""
     widths = {"hidden_width": inputs.size.hidden_width, "latent_width": LATENT_WIDTH}
-    return LoRA(inputs, oplora.AdamW(inputs.model, lr=LR, state=state, start=start, **widths))
+    return LoRA(inputs, oplora.AdamW(inputs.model, lr=LR, state=state, **widths, **start))
 
 
 def oplora_exact(inputs: Inputs) -> LoRA:

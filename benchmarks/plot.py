@@ -29,6 +29,7 @@ KEPT = "eager, AdamW fused"  # shown under both allocators
 STATES = {  # contenders of bench_lean and bench_width
     "oplora lean, sign": "lean, signs",
     "oplora lean, uniform": "lean, uniform",
+    "oplora lean, kept": "lean, start kept",
     "oplora exact": "exact",
     "eager, AdamW fused": "eager",
     "lora, AdamW fused": "plain LoRA",

@@ -32,7 +32,7 @@ class Search:
             slope = 0.0
         if self.steps > 0:
             pace = max(self.pace, 4 / self.steps) if slope < 0 else 2 / self.steps
-            self.rate *= math.exp(-slope * min(0.7, pace))
+            self.rate = min(10.0, self.rate * math.exp(-slope * min(0.7, pace)))
         self.steps += 1
         return self.rate
 

@@ -156,6 +156,17 @@ def test_rate_grows_from_below_and_turns() -> None:
     assert 0 < found(optimizer)["turned"] < 60
 
 
+def test_rate_of_a_loss_that_falls_without_end_is_bounded() -> None:
+    model = make_model()
+    optimizer = oplora.AdamW(model)
+    for _ in range(200):
+        for p in adapted(model):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert rate_of(optimizer) == 10
+    assert all(t.isfinite().all() for t in factors(model).values())
+
+
 @pytest.mark.parametrize("scaling", [1e-3, 1e3])
 def test_rate_does_not_depend_on_the_losss_scale(scaling: float) -> None:
     optimizers = []

@@ -26,6 +26,8 @@ OPLORA_SHARED double oplora_exp_of_small(double x) {
 OPLORA_SHARED void oplora_find(oplora_found *f, double signal, double gain, double recent) {
     const double fastest = 0.7, growth = 4, decay = 2, steepness = 2; /* docs/rate.md, "The rule" */
     const double search = 200, long_run = 0.4;                        /* "The long run" */
+    const double most =
+        10; /* what a loss that falls without end comes to; beyond it decay would not shrink, but swing */
     const double last = f->signal;
     f->signal = (last + signal) / 2;
     f->scale = (f->scale + f->rate * gain) / 2;
@@ -33,12 +35,13 @@ OPLORA_SHARED void oplora_find(oplora_found *f, double signal, double gain, doub
     if (last * f->signal < 0) f->pace /= 2;
     const double aim = f->steps > search ? long_run * (1 - search / f->steps) : 0;
     double slope = f->scale > 0 ? steepness * (f->signal / f->scale - aim) : 0;
-    slope = slope > 1 ? 1 : slope < -1 ? -1 : slope;
+    slope = slope > 1 ? 1 : slope < -1 ? -1 : slope == slope ? slope : 0; /* of sums beyond double's range: none */
     if (slope > 0 && f->recent < 0) slope = 0;
     if (f->steps > 0) { /* before, v is the start */
         const double upwards = f->pace > growth / f->steps ? f->pace : growth / f->steps;
         const double pace = slope < 0 ? upwards : decay / f->steps;
         f->rate *= oplora_exp_of_small(-slope * (pace < fastest ? pace : fastest));
+        if (f->rate > most) f->rate = most;
     }
     f->steps += 1;
     if (f->turned == 0 && f->signal > 0) f->turned = f->steps;
