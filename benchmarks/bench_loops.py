@@ -30,11 +30,9 @@ FLAGS = "-std=c11 -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -fope
 def build(directory: Path) -> Path:
     """The program; its own loops, square roots and divisions, in the widest registers that this processor has."""
     compile_it = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split()]
-    objects = [directory / f"{source.stem}.o" for source in CORE.glob("*.c")]
-    for made in objects:
-        subprocess.run([*compile_it, "-c", str(CORE / f"{made.stem}.c"), "-o", str(made)], check=True)
-    program = directory / "loops"
-    sources = [str(HERE / "loops.c"), *map(str, objects)]
+    kernels, program = directory / "dispatch.o", directory / "loops"
+    subprocess.run([*compile_it, "-c", str(CORE / "dispatch.c"), "-o", str(kernels)], check=True)
+    sources = [str(HERE / "loops.c"), str(kernels)]
     subprocess.run([*compile_it, "-march=native", *sources, "-lm", "-o", str(program)], check=True)
     return program
 

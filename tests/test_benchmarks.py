@@ -371,10 +371,16 @@ def test_counted_bytes_are_those_that_are_held(name):
 def test_bench_lean_quick_runs(quick):
     rows = quick(bench_lean, "--threads", "1")
     kinds = [row["kind"] for row in rows]
-    assert kinds == ["memory"] * 6 + ["growth"] * 10 + ["step"] * 10 + ["roofline"] * 6
+    assert kinds == ["memory"] * 6 + ["growth"] * 10 + ["step"] * 10 + ["roofline"] * 9
     assert all(row["device"] and row["threads"] and row["torch"] and row["isa"] for row in rows)
-    assert plot.lean_tables(rows).count("| measuring |") == 2
+    assert plot.lean_tables(rows).count("| measuring |") == 3
     assert quick(bench_lean, "--threads", "1", "--kinds", "roofline")[:26] == rows[:26]
+
+
+def test_bench_loops_quick_runs(quick):
+    rows = quick(bench_loops)
+    assert all(0 < row["ns"] < 1000 and row["bound"] in ("memory", "divider", "arithmetic") for row in rows)
+    assert plot.loops_table(rows).count("lean_update21") == 1
 
 
 def test_large_states_are_left_out():
