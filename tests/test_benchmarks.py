@@ -18,6 +18,7 @@ import bench_cost  # noqa: E402
 import bench_fidelity  # noqa: E402
 import bench_gpu  # noqa: E402
 import bench_lean  # noqa: E402
+import bench_loops  # noqa: E402
 import bench_step  # noqa: E402
 import bench_training  # noqa: E402
 import bench_width  # noqa: E402
