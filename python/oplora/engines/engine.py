@@ -322,6 +322,7 @@ class Batch:
         self.positions = torch.tensor(of_model, dtype=torch.int64, device=engine.device)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
         self.begins = dict(zip(indices, accumulate(self.report_sizes, initial=0), strict=False))
+        self.bad = torch.tensor([begin + 1 for begin in self.begins.values()])  # where entries that aren't finite count
         self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
@@ -355,8 +356,8 @@ class Batch:
 
     def nonfinite(self, report: Tensor) -> list[str]:
         """The layers whose gradients hold NaN or infinity."""
-        pieces = zip(self.states, report.cpu().split(self.report_sizes), strict=True)
-        return [f"layer {state.name}" for state, piece in pieces if piece[1] != 0]
+        bad = report.cpu().index_select(0, self.bad).tolist()
+        return [f"layer {state.name}" for state, count in zip(self.states, bad, strict=True) if count]
 
     def scaled(self) -> list[Tensor]:
         """Gradients that were made from what the Parameters hold, and are scaled when that is."""
