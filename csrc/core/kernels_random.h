@@ -130,12 +130,11 @@ static void FN(sign_dot)(const uint32_t *words, const int *bit, int64_t count, c
                 sums[3][q] += SIGNED(word, shift3, some);
             }
         }
-        for (int w = 0; w < 4 && k + w < count; w++) {
-            T lanes[16];
-            memcpy(lanes, sums[w], sizeof lanes);
-            out[k + w] = 0;
-            for (int l = 0; l < 16; l++) out[k + w] += lanes[l];
-        }
+        T lanes[4][16];
+        double sum[4];
+        memcpy(lanes, sums, sizeof lanes);
+        FN(sum_lanes)(lanes[0], 16, sum);
+        for (int w = 0; w < 4 && k + w < count; w++) out[k + w] = sum[w];
     }
 }
 

@@ -134,11 +134,11 @@ static void FN(lean_reduce21)(const TY(oplora_moment) *restrict A, const TY(oplo
                 s[11][q] += c1 * gradient;
             }
     }
-    for (int k = 0; k < SUMS; k++) {
-        T lanes[FN(LANES)];
-        memcpy(lanes, s[k], 64);
-        sums[place[k]] += scale[k] * FN(sum_lanes)(lanes);
-    }
+    T lanes[SUMS][FN(LANES)];
+    double sum[SUMS];
+    memcpy(lanes, s, sizeof lanes);
+    for (int k = 0; k < SUMS; k += 4) FN(sum_lanes)(lanes[k], FN(LANES), sum + k);
+    for (int k = 0; k < SUMS; k++) sums[place[k]] += scale[k] * sum[k];
 }
 
 static inline __attribute__((always_inline)) void FN(lean_update21_body)(

@@ -17,10 +17,17 @@ static void FN(axpy)(const T *const *column, const T *h, int64_t count, T *restr
     }
 }
 
-static double FN(sum_lanes)(const T *lanes) {
-    double sum = 0;
-    for (int l = 0; l < FN(LANES); l++) sum += lanes[l];
-    return sum;
+/* out[w]: the sum of row w's lanes (4, n), in their order. Lane by lane, so that the four sums run beside each other. */
+static inline __attribute__((always_inline)) void FN(sum_lanes)(const T *lanes, const int n, double *out) {
+    const T *const a = lanes, *const b = a + n, *const c = b + n, *const d = c + n;
+    T turned[4 * 16];
+    double sum[4] = {0};
+#pragma omp simd
+    for (int l = 0; l < n; l++)
+        turned[4 * l] = a[l], turned[4 * l + 1] = b[l], turned[4 * l + 2] = c[l], turned[4 * l + 3] = d[l];
+    for (int l = 0; l < n; l++)
+        for (int w = 0; w < 4; w++) sum[w] += turned[4 * l + w];
+    memcpy(out, sum, sizeof sum);
 }
 
 /* out[k] = column[k] . g. Four columns at a time read g once. */
@@ -48,7 +55,7 @@ static void FN(dot)(const T *const *column, int64_t count, const T *g, int64_t n
         memcpy(lanes[3], sd, 64);
         for (int l = 0; i < n; i++, l++)
             for (int w = 0; w < 4; w++) lanes[w][l] += column[k + w][i] * g[i];
-        for (int w = 0; w < 4; w++) out[k + w] = FN(sum_lanes)(lanes[w]);
+        FN(sum_lanes)(lanes[0], FN(LANES), out + k);
     }
     for (; k < count; k++) {
         FN(piece) s[PIECES] = {{0}};
@@ -61,7 +68,8 @@ static void FN(dot)(const T *const *column, int64_t count, const T *g, int64_t n
         }
         memcpy(lanes, s, 64);
         for (int l = 0; i < n; i++, l++) lanes[l] += column[k][i] * g[i];
-        out[k] = FN(sum_lanes)(lanes);
+        out[k] = 0;
+        for (int l = 0; l < FN(LANES); l++) out[k] += lanes[l];
     }
 }
 
