@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
     if (which < 2) {
         if (!measured) {
             double sum = 0;
-            for (int64_t task = 0; task < l.tasks; task++) sum += l.partial[task * (l.H + 2) + l.H + which];
+            for (int64_t task = 0; task < l.parts; task++) sum += l.partial[task * (l.H + 2) + l.H + which];
             l.report[which] = sum;
         }
         if (which == 1 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);

@@ -57,7 +57,7 @@ struct Map {
     double *K, *col, *Q_next, *directions, *sums; /* scratch */
 };
 
-struct Layer {
+struct Layer : PlannedLayer {
     int64_t H, Z, N;
     uint64_t seed;
     uint32_t layer;
@@ -67,10 +67,7 @@ struct Layer {
     float *h, *h_next, *d, *z_next, *change; /* scratch */
     double *dh, *report, *squares, *part_sums;
     double *corrections; /* scratch: 1 - beta1^step, 1 - beta2^step */
-    oplora_adamw *adamw;
-    const double *rates; /* (factors, 2) */
     double bound, w1_bound;
-    int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
 };
 
 using Table = Model<Layer>;

@@ -21,6 +21,14 @@ struct Factor {
     int random, listens;
 };
 
+/* What every state's Layer begins with. Parts are what a block of threads takes of a layer, chunks what the squares are
+ * summed over; both are counted over all layers. */
+struct PlannedLayer {
+    oplora_adamw *adamw;
+    const double *rates; /* (factors, 2) */
+    int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
+};
+
 /* The table as kernels see it. Layer is the state's own. */
 template <class Layer> struct Model {
     const Layer *layers;
@@ -128,7 +136,13 @@ static __device__ __forceinline__ void find_squares(const Gradient &g, int64_t n
     to[1] = count;
 }
 
-/* ---- the plan, on the host ---- */
+/* ---- the plan, on the host ----
+ *
+ * What a State has of its own:
+ *     Core, Layer                                   a layer as the core knows it, and as kernels see it
+ *     bool fits(const Core *layers, int64_t n)      whether all sizes are in range
+ *     bool is_whole(const Core &)                   whether no address is missing
+ *     Layer lay_out(const Core &, arena *)          what the core's layer tells, its parts and chunks; scratch from the arena */
 
 /* Where in the table what lies; with memory NULL it only counts. */
 template <class Layer> struct Sections {
@@ -162,6 +176,54 @@ static inline Factor *plan_factors(const oplora_factor_f32 *from, int64_t n, con
         to->dtype = halves[i].dtype;
     }
     return to;
+}
+
+template <class State> int64_t table_bytes(const State &state, const typename State::Core *layers, int64_t n_layers) {
+    if (!state.fits(layers, n_layers)) return -1;
+    return Sections<typename State::Layer>(layers, n_layers, nullptr).memory.used;
+}
+
+/* Lays every layer's scratch out, from the same walk that plans. */
+template <class State>
+int64_t workspace_bytes(const State &state, const typename State::Core *layers, int64_t n_layers) {
+    if (!state.fits(layers, n_layers)) return -1;
+    arena a = {nullptr, 0};
+    for (int64_t i = 0; i < n_layers; i++) state.lay_out(layers[i], &a);
+    return a.used;
+}
+
+template <class State>
+oplora_status plan_layers(const State &state, const typename State::Core *layers, int64_t n_layers,
+                          oplora_adamw *const *adamw, const double *const *rates, const oplora_cuda_half *halves,
+                          oplora_cuda_verdict *verdict, void *workspace, void *table, oplora_cuda_plan *plan) {
+    using Layer = typename State::Layer;
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !rates || !verdict || !workspace || !table)))
+        return OPLORA_ENULL;
+    for (int64_t i = 0; i < n_layers; i++)
+        if (!state.is_whole(layers[i])) return OPLORA_ENULL;
+    if (!state.fits(layers, n_layers)) return OPLORA_ESIZE;
+    const Sections<Layer> to(layers, n_layers, table);
+    int64_t part = 0, chunk = 0;
+    Factor *factor = to.factors;
+    arena a = {static_cast<char *>(workspace), 0};
+    for (int64_t i = 0; i < n_layers; i++) {
+        Layer layer = state.lay_out(layers[i], &a);
+        layer.adamw = adamw[i];
+        layer.rates = rates[i];
+        layer.first_factor = factor - to.factors, layer.n_factors = layers[i].n_factors;
+        layer.first_part = to.first_part[i] = part;
+        layer.first_chunk = to.first_chunk[i] = chunk;
+        factor =
+            plan_factors(layers[i].factors, layer.n_factors, halves ? halves + layer.first_factor : nullptr, factor);
+        part += layer.parts;
+        chunk += layer.chunks;
+        memcpy(&to.layers[i], &layer, sizeof layer);
+    }
+    to.first_part[n_layers] = part;
+    to.first_chunk[n_layers] = chunk;
+    *plan = {n_layers, part, chunk, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
+             verdict,  0};
+    return a.used < 0 || part > INT32_MAX || chunk > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
 template <class Layer> Model<Layer> model_of(const oplora_cuda_plan *plan, const void *table) {
