@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) squares_kernel(Table t) {
     Gradient g = {};
     double *to = nullptr;
     int64_t n = 0;
-    if (index < t.first_part[t.n_layers]) {
+    if (index < t.n_chunks) {
         const Task task = task_at(t, index);
         g = gradient_of(*task.factor, task.offset);
         to = partial_of(task) + task.layer->H;

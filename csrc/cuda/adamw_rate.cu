@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(THREADS) measure_kernel(Table t) {
     SHARED_ARRAY(double, lanes, LANE_SUMS *THREADS);
     const int id = static_cast<int>(threadIdx.x), lane = id % SQUARE_LANES;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * TASKS + id / SQUARE_LANES;
-    const bool is_there = index < t.first_part[t.n_layers];
+    const bool is_there = index < t.n_chunks;
     double sums[LANE_SUMS] = {};
     if (is_there) {
         const Task task = task_at(t, index);
@@ -240,13 +240,15 @@ struct State {
         return l.generated && l.exp_avg_sq && l.report;
     }
 
+    int64_t chunks_in(int64_t rows) const { return tasks_in(rows); }
+    int64_t parts_of(int64_t chunks) const { return chunks; }
+
     Layer lay_out(const Core &l, arena *a) const {
         Layer layer = {};
         layer.N = l.N;
         layer.generated = l.generated, layer.exp_avg_sq = l.exp_avg_sq, layer.report = l.report;
         layer.found = found;
-        layer.parts = layer.chunks = tasks_of(l);
-        layer.partial = static_cast<double *>(take(a, layer.parts * SUMS, sizeof(double)));
+        layer.partial = static_cast<double *>(take(a, tasks_of(l) * SUMS, sizeof(double)));
         layer.of_factors = static_cast<Constants *>(take(a, l.n_factors, sizeof(Constants)));
         return layer;
     }

@@ -14,17 +14,19 @@ struct State {
         return l.parameters && l.exp_avg && l.exp_avg_sq && l.decay && l.moving && l.report;
     }
 
+    int64_t chunks_in(int64_t rows) const { return tasks_in(rows); }
+    int64_t parts_of(int64_t chunks) const { return chunks; }
+
     Layer lay_out(const Core &l, arena *a) const {
         Layer layer = {};
         layer.H = l.H, layer.Z = l.Z, layer.N = l.N;
         layer.parameters = l.parameters, layer.exp_avg = l.exp_avg, layer.exp_avg_sq = l.exp_avg_sq;
         layer.decay = l.decay, layer.moving = l.moving, layer.report = l.report;
-        layer.parts = layer.chunks = tasks_of(l);
         for (float **piece : {&layer.h, &layer.h_next, &layer.d})
             *piece = static_cast<float *>(take(a, l.H, sizeof(float)));
         layer.dz = static_cast<float *>(take(a, l.Z, sizeof(float)));
         layer.latent = static_cast<double *>(take(a, l.Z, sizeof(double)));
-        layer.partial = static_cast<double *>(take(a, layer.parts * (l.H + 2), sizeof(double)));
+        layer.partial = static_cast<double *>(take(a, tasks_of(l) * (l.H + 2), sizeof(double)));
         layer.hidden = static_cast<Constants *>(take(a, 1, sizeof(Constants)));
         layer.of_factors = static_cast<Rates *>(take(a, l.n_factors, sizeof(Rates)));
         return layer;

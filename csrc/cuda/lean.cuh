@@ -78,20 +78,13 @@ struct Chunk {
     int64_t range, row, entry, rows;
 };
 
+__host__ __device__ inline int64_t parts_of(int64_t chunks) { return chunks < MOST_PARTS ? chunks : MOST_PARTS; }
 __device__ inline int64_t part_size(const Layer &l) { return oplora_lean_sums(l.outer.rows.d, l.outer.rows.k) + l.H; }
-__device__ inline int64_t part_begin(const Layer &l, int64_t part) { return l.chunks * part / l.parts; }
 
 __device__ inline Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {
-    int64_t range = 0, row = 0;
-    const Factor *factor = t.factors + l.first_factor;
-    for (; chunk >= oplora_lean_chunks(factor->rows); factor++) {
-        chunk -= oplora_lean_chunks(factor->rows);
-        row += factor->rows;
-        range += factor->random != 0;
-    }
-    const int64_t left = factor->rows - chunk * CHUNK;
-    const Share *const share = l.outer.rows.shares + (factor - (t.factors + l.first_factor));
-    return {factor, share, range, row + chunk * CHUNK, chunk * CHUNK, left < CHUNK ? left : CHUNK};
+    const Factor &f = t.factor_of(chunk);
+    const int64_t entry = (chunk - f.first_chunk) * CHUNK, left = f.rows - entry;
+    return {&f, l.outer.rows.shares + f.index, f.range, f.first_row + entry, entry, left < CHUNK ? left : CHUNK};
 }
 
 __device__ inline oplora_stream w2_stream(const Layer &l, int64_t range) {

@@ -9,6 +9,8 @@ namespace {
 void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
     const int64_t d = l.weight_rank, k = l.moment_rank, p = oplora_lean_basis(static_cast<int>(d), static_cast<int>(k));
     const int64_t sums = oplora_lean_sums(static_cast<int>(d), static_cast<int>(k)) + l.H;
+    int64_t chunks = 0;
+    for (int64_t f = 0; f < l.n_factors; f++) chunks += oplora_lean_chunks(l.factors[f].rows);
     const auto floats = [&](int64_t count) { return static_cast<float *>(take(a, count, sizeof(float))); };
     const auto doubles = [&](int64_t count) { return static_cast<double *>(take(a, count, sizeof(double))); };
     to->h = floats(l.H);
@@ -19,8 +21,8 @@ void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
     double *const dh = doubles(l.H);
     to->dh = l.dh ? l.dh : dh;
     to->corrections = doubles(2);
-    to->squares = doubles(2 * to->chunks);
-    to->part_sums = doubles(to->parts * sums);
+    to->squares = doubles(2 * chunks);
+    to->part_sums = doubles(parts_of(chunks) * sums);
     for (Map *map : {&to->outer, &to->hidden}) {
         const int64_t inputs = map == &to->outer ? l.H : l.Z;
         map->rows.step = static_cast<MapStep *>(take(a, 1, sizeof(MapStep)));
@@ -58,12 +60,6 @@ void take_state(const oplora_lean_f32 &l, Layer *to) {
     to->z = l.numbers + at.z, to->z_avg = l.numbers + at.z_avg, to->z_avg_sq = l.numbers + at.z_avg_sq;
 }
 
-int64_t chunks_in(const oplora_lean_f32 &l) {
-    int64_t chunks = 0;
-    for (int64_t f = 0; f < l.n_factors; f++) chunks += oplora_lean_chunks(l.factors[f].rows);
-    return chunks;
-}
-
 struct State {
     using Core = oplora_lean_f32;
     using Layer = lean::Layer;
@@ -71,10 +67,11 @@ struct State {
     bool fits(const Core *layers, int64_t n) const { return oplora_lean_workspace_bytes_f32(layers, n) >= 0; }
     bool is_whole(const Core &l) const { return l.numbers && l.moments && l.scalars && l.report; }
 
+    int64_t chunks_in(int64_t rows) const { return oplora_lean_chunks(rows); }
+    int64_t parts_of(int64_t chunks) const { return lean::parts_of(chunks); }
+
     Layer lay_out(const Core &l, arena *a) const {
         Layer layer = {};
-        layer.chunks = chunks_in(l);
-        layer.parts = layer.chunks < MOST_PARTS ? layer.chunks : MOST_PARTS;
         take_scratch(l, a, &layer);
         take_state(l, &layer);
         layer.H = l.H, layer.Z = l.Z, layer.N = l.N;
