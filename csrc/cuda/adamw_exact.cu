@@ -114,13 +114,14 @@ __global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, 
     if (steps) step_hidden(l, measured, lanes);
 }
 
-__global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
+__global__ void __launch_bounds__(THREADS, 8) update_kernel(Table t) {
+    SHARED_ARRAY(Column, columns, COLUMNS);
     if (t.refused()) return;
     const Task task = task_at(t, blockIdx.x);
     if (is_aligned(task))
-        update_rows<4>(task);
+        update_rows<4>(task, columns);
     else
-        update_rows<1>(task);
+        update_rows<1>(task, columns);
 }
 
 __global__ void __launch_bounds__(THREADS) generate_kernel(Table t) {
