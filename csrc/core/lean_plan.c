@@ -8,7 +8,7 @@ static double TY(lean_work)(const TY(oplora_lean) *l) { return (double)l->N * (1
 static int64_t TY(lean_parts_of)(const TY(oplora_lean) *l) {
     int64_t chunks = 0;
     for (int64_t f = 0; f < l->n_factors; f++) chunks += oplora_lean_chunks(l->factors[f].rows);
-    return chunks < LEAN_MOST_PARTS ? chunks : LEAN_MOST_PARTS;
+    return oplora_lean_parts(chunks, oplora_lean_sums((int)l->weight_rank, (int)l->moment_rank), l->H);
 }
 
 /* Lays a layer's scratch out; the same walk counts its bytes. */

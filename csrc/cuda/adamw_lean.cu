@@ -38,14 +38,13 @@ __global__ void __launch_bounds__(SQUARE_LANES *SQUARE_CHUNKS) squares_kernel(Ta
 
 /* A layer's sums, chunks within a part and then parts in order. With `measured` they are in the report already. */
 __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int measured) {
-    SHARED_ARRAY(double, sums, MOST_PARTS);
-    SHARED_ARRAY(double, bad, MOST_PARTS);
+    SHARED_ARRAY(double, sums, LEAN_MOST_PARTS);
+    SHARED_ARRAY(double, bad, LEAN_MOST_PARTS);
     const Layer &l = t.layers[blockIdx.x];
-    const int part = static_cast<int>(threadIdx.x);
-    if (!measured && part < l.parts) {
+    const Part *const parts = t.parts + l.first_part;
+    for (int part = static_cast<int>(threadIdx.x); !measured && part < l.parts; part += COLLECT_THREADS) {
         double sum = 0, count = 0;
-        const Part *const p = t.parts + l.first_part + part;
-        for (int64_t c = p[0].chunk - l.first_chunk; c < p[1].chunk - l.first_chunk; c++) {
+        for (int64_t c = parts[part].chunk - l.first_chunk; c < parts[part + 1].chunk - l.first_chunk; c++) {
             sum += l.squares[2 * c];
             count += l.squares[2 * c + 1];
         }
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int m
         bad[part] = count;
     }
     __syncthreads();
-    if (part != 0) return;
+    if (threadIdx.x != 0) return;
     if (!measured) {
         double sum = 0, count = 0;
         for (int i = 0; i < l.parts; i++) {

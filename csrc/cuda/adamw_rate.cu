@@ -241,7 +241,7 @@ struct State {
     }
 
     int64_t chunks_in(int64_t rows) const { return tasks_in(rows); }
-    int64_t parts_of(int64_t chunks) const { return chunks; }
+    int64_t parts_of(const Core &, int64_t chunks) const { return chunks; }
 
     Layer lay_out(const Core &l, arena *a) const {
         Layer layer = {};

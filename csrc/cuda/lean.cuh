@@ -12,12 +12,12 @@
 namespace lean {
 
 constexpr int LANES = 16, GROUPS = 8, THREADS = LANES * GROUPS;
-constexpr int64_t BLOCK = LEAN_BLOCK, CHUNK = LEAN_CHUNK, MOST_PARTS = LEAN_MOST_PARTS;
+constexpr int64_t BLOCK = LEAN_BLOCK, CHUNK = LEAN_CHUNK;
 static_assert(CHUNK == GROUPS * BLOCK, "a block of threads takes a chunk");
 constexpr int RANK = OPLORA_MOST_RANK, BASIS = OPLORA_MOST_BASIS;
 constexpr int SUB = 128, ROWS = SUB / LANES; /* rows that a group, and that a thread, has in registers */
 constexpr int SQUARE_CHUNKS = 16;            /* chunks a block of the squares */
-constexpr int COLLECT_THREADS = MOST_PARTS;  /* one thread a part */
+constexpr int COLLECT_THREADS = 64;          /* a part each at a time */
 
 using Lowrank = lowrank<THREADS>;
 
@@ -78,7 +78,6 @@ struct Chunk {
     int64_t range, row, entry, rows;
 };
 
-__host__ __device__ inline int64_t parts_of(int64_t chunks) { return chunks < MOST_PARTS ? chunks : MOST_PARTS; }
 __device__ inline int64_t part_size(const Layer &l) { return oplora_lean_sums(l.outer.rows.d, l.outer.rows.k) + l.H; }
 
 __device__ inline Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {

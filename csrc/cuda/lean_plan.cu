@@ -5,10 +5,14 @@ using namespace lean;
 
 namespace {
 
+int sums_of(const oplora_lean_f32 &l) {
+    return oplora_lean_sums(static_cast<int>(l.weight_rank), static_cast<int>(l.moment_rank));
+}
+
 /* Lays a layer's scratch out; the same walk counts its bytes. */
 void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
     const int64_t d = l.weight_rank, k = l.moment_rank, p = oplora_lean_basis(static_cast<int>(d), static_cast<int>(k));
-    const int64_t sums = oplora_lean_sums(static_cast<int>(d), static_cast<int>(k)) + l.H;
+    const int sums = sums_of(l);
     int64_t chunks = 0;
     for (int64_t f = 0; f < l.n_factors; f++) chunks += oplora_lean_chunks(l.factors[f].rows);
     const auto floats = [&](int64_t count) { return static_cast<float *>(take(a, count, sizeof(float))); };
@@ -22,7 +26,7 @@ void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
     to->dh = l.dh ? l.dh : dh;
     to->corrections = doubles(2);
     to->squares = doubles(2 * chunks);
-    to->part_sums = doubles(parts_of(chunks) * sums);
+    to->part_sums = doubles(oplora_lean_parts(chunks, sums, l.H) * (sums + l.H));
     for (Map *map : {&to->outer, &to->hidden}) {
         const int64_t inputs = map == &to->outer ? l.H : l.Z;
         map->rows.step = static_cast<MapStep *>(take(a, 1, sizeof(MapStep)));
@@ -33,7 +37,7 @@ void take_scratch(const oplora_lean_f32 &l, arena *a, Layer *to) {
         map->col = doubles(inputs);
         map->Q_next = doubles(d * inputs);
         map->directions = doubles(k * inputs);
-        map->sums = doubles(sums);
+        map->sums = doubles(sums + l.H);
     }
 }
 
@@ -68,7 +72,7 @@ struct State {
     bool is_whole(const Core &l) const { return l.numbers && l.moments && l.scalars && l.report; }
 
     int64_t chunks_in(int64_t rows) const { return oplora_lean_chunks(rows); }
-    int64_t parts_of(int64_t chunks) const { return lean::parts_of(chunks); }
+    int64_t parts_of(const Core &l, int64_t chunks) const { return oplora_lean_parts(chunks, sums_of(l), l.H); }
 
     Layer lay_out(const Core &l, arena *a) const {
         Layer layer = {};

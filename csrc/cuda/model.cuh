@@ -138,7 +138,8 @@ static __device__ __forceinline__ void find_squares(const Gradient &g, int64_t n
  *     Core, Layer                                   a layer as the core knows it, and as kernels see it
  *     bool fits(const Core *layers, int64_t n)      whether all sizes are in range
  *     bool is_whole(const Core &)                   whether no address is missing
- *     int64_t chunks_in(int64_t rows), parts_of(int64_t chunks)   how a factor and a layer are cut
+ *     int64_t chunks_in(int64_t rows)               how a factor is cut,
+ *     int64_t parts_of(const Core &, int64_t chunks)   and a layer
  *     Layer lay_out(const Core &, arena *)          what the core's layer tells; its scratch from the arena */
 
 /* Where in the table what lies; with memory NULL it only counts. */
@@ -158,7 +159,7 @@ template <class Layer> struct Sections {
             for (int64_t f = 0; f < from[i].n_factors; f++) chunks += state.chunks_in(from[i].factors[f].rows);
             n_factors += from[i].n_factors;
             n_chunks += chunks;
-            n_parts += state.parts_of(chunks);
+            n_parts += state.parts_of(from[i], chunks);
         }
         memory = {static_cast<char *>(table), 0};
         layers = static_cast<Layer *>(take(&memory, n_layers, sizeof(Layer)));
@@ -195,7 +196,7 @@ void plan_layer(const State &state, const typename State::Core &from, const oplo
     }
     layer->n_factors = from.n_factors;
     layer->chunks = chunk - layer->first_chunk;
-    layer->parts = state.parts_of(layer->chunks);
+    layer->parts = state.parts_of(from, layer->chunks);
     for (int64_t p = 0; p < layer->parts; p++)
         to.parts[layer->first_part + p] = {index,
                                            static_cast<int32_t>(layer->first_chunk + layer->chunks * p / layer->parts)};

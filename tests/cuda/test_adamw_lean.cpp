@@ -220,7 +220,8 @@ void run(bool slow) {
     rounded_edits_count(shapes[9]);
     rounded_edits_count(shapes[10]);
     if (!slow) {
-        steps({"parts of several chunks", 5, 6, 2, 1, S, F{{300001, true, false}, {31, false, false}}}, 2);
+        steps({"many parts", 5, 6, 2, 1, S, F{{300001, true, false}, {31, false, false}}}, 2);
+        steps({"parts of several chunks", 1000, 2, 2, 1, S, F{{300001, false, false}, {31, true, false}}}, 1);
         steps({"31 rows", 4, 3, 2, 1, U, F{{31, true, false}}}, 2);
         steps({"33 rows", 32, 3, 2, 1, S, F{{33, true, false}}}, 2);
         steps({"a million rows", 1, 1, 2, 1, S, F{{1000001, true, false}}}, 1);
