@@ -86,13 +86,13 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_ke
     SHARED_ARRAY(Tile, tile, 1);
     if (t.refused()) return;
     const Part part = t.parts[blockIdx.x];
-    const int64_t end = t.parts[blockIdx.x + 1].chunk;
+    const int32_t end = t.parts[blockIdx.x + 1].chunk;
     const Layer &l = t.layers[part.layer];
     const Rows &r = l.outer.rows;
     double *const sums = l.part_sums + (blockIdx.x - l.first_part) * part_size(l);
     for (int64_t i = threadIdx.x; i < part_size(l); i += THREADS) sums[i] = 0;
     __syncthreads();
-    for (int64_t c = part.chunk; c < end; c++) {
+    for (int32_t c = part.chunk; c < end; c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const Gradient g = gradient_of(*chunk.factor, chunk.entry);
         if (wants & LEAN_WANTS_GRAM) reduce_chunk<DEFAULTS>(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
@@ -144,19 +144,12 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 1) solve_ker
 
 /* ---- update ---- */
 
-/* Blocks a multiprocessor, with the most registers that spill nothing. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int UPDATE_BLOCKS = 2;
-#else
-constexpr int UPDATE_BLOCKS = 3;
-#endif
-
-template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS) update_kernel(Table t) {
+template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) update_kernel(Table t) {
     if (t.refused()) return;
     const Part part = t.parts[blockIdx.x];
-    const int64_t end = t.parts[blockIdx.x + 1].chunk;
+    const int32_t end = t.parts[blockIdx.x + 1].chunk;
     const Layer &l = t.layers[part.layer];
-    for (int64_t c = part.chunk; c < end; c++) {
+    for (int32_t c = part.chunk; c < end; c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const Factor &f = *chunk.factor;
         const oplora_stream s = w2_stream(l, chunk.range);
@@ -185,9 +178,9 @@ __global__ void __launch_bounds__(THREADS) start_kernel(Table t, double latent_s
 
 __global__ void __launch_bounds__(THREADS) start_rows_kernel(Table t) {
     const Part part = t.parts[blockIdx.x];
-    const int64_t end = t.parts[blockIdx.x + 1].chunk;
+    const int32_t end = t.parts[blockIdx.x + 1].chunk;
     const Layer &l = t.layers[part.layer];
-    for (int64_t c = part.chunk; c < end; c++) {
+    for (int32_t c = part.chunk; c < end; c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const oplora_stream s = w2_stream(l, chunk.range);
         const Output o = output_of(*chunk.factor, chunk.entry);
