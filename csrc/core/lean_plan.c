@@ -12,8 +12,7 @@ static int64_t TY(lean_chunks_of)(const TY(oplora_lean) *l) {
 }
 
 static int64_t TY(lean_parts_of)(const TY(oplora_lean) *l) {
-    const int64_t chunks = TY(lean_chunks_of)(l);
-    return chunks < LEAN_MOST_PARTS ? chunks : LEAN_MOST_PARTS;
+    return oplora_lean_parts(TY(lean_chunks_of)(l), oplora_lean_sums((int)l->weight_rank, (int)l->moment_rank), l->H);
 }
 
 /* Lays a layer's scratch out; the same walk counts its bytes. */

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) squares_kernel(Table t) {
     Gradient g = {};
     double *to = nullptr;
     int64_t n = 0;
-    if (index < t.first_part[t.n_layers]) {
+    if (index < t.n_chunks) {
         const Task task = task_at(t, index);
         g = gradient_of(*task.factor, task.offset);
         to = partial_of(task) + task.layer->H;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(32) collect_kernel(Table t, int measured) {
     if (which < 2) {
         if (!measured) {
             double sum = 0;
-            for (int64_t task = 0; task < l.tasks; task++) sum += l.partial[task * (l.H + 2) + l.H + which];
+            for (int64_t task = 0; task < l.parts; task++) sum += l.partial[task * (l.H + 2) + l.H + which];
             l.report[which] = sum;
         }
         if (which == 1 && l.report[1] != 0) atomicOr(&t.verdict->nonfinite, 1);
@@ -114,13 +114,14 @@ __global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, 
     if (steps) step_hidden(l, measured, lanes);
 }
 
-__global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
+__global__ void __launch_bounds__(THREADS, 8) update_kernel(Table t) {
+    SHARED_ARRAY(Column, columns, COLUMNS);
     if (t.refused()) return;
     const Task task = task_at(t, blockIdx.x);
     if (is_aligned(task))
-        update_rows<4>(task);
+        update_rows<4>(task, columns);
     else
-        update_rows<1>(task);
+        update_rows<1>(task, columns);
 }
 
 __global__ void __launch_bounds__(THREADS) generate_kernel(Table t) {

@@ -26,9 +26,9 @@ __global__ void __launch_bounds__(SQUARE_LANES *SQUARE_CHUNKS) squares_kernel(Ta
     Gradient g = {};
     double *to = nullptr;
     int64_t n = 0;
-    if (index < t.first_chunk[t.n_layers]) {
-        const Layer &l = t.layers[layer_of(t.first_chunk, t.n_layers, index)];
-        const Chunk chunk = chunk_at(t, l, index - l.first_chunk);
+    if (index < t.n_chunks) {
+        const Layer &l = t.layers[t.factor_of(index).layer];
+        const Chunk chunk = chunk_at(t, l, index);
         g = gradient_of(*chunk.factor, chunk.entry);
         to = l.squares + 2 * (index - l.first_chunk);
         n = chunk.rows;
@@ -38,13 +38,13 @@ __global__ void __launch_bounds__(SQUARE_LANES *SQUARE_CHUNKS) squares_kernel(Ta
 
 /* A layer's sums, chunks within a part and then parts in order. With `measured` they are in the report already. */
 __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int measured) {
-    SHARED_ARRAY(double, sums, MOST_PARTS);
-    SHARED_ARRAY(double, bad, MOST_PARTS);
+    SHARED_ARRAY(double, sums, LEAN_MOST_PARTS);
+    SHARED_ARRAY(double, bad, LEAN_MOST_PARTS);
     const Layer &l = t.layers[blockIdx.x];
-    const int part = static_cast<int>(threadIdx.x);
-    if (!measured && part < l.parts) {
+    const Part *const parts = t.parts + l.first_part;
+    for (int part = static_cast<int>(threadIdx.x); !measured && part < l.parts; part += COLLECT_THREADS) {
         double sum = 0, count = 0;
-        for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
+        for (int64_t c = parts[part].chunk - l.first_chunk; c < parts[part + 1].chunk - l.first_chunk; c++) {
             sum += l.squares[2 * c];
             count += l.squares[2 * c + 1];
         }
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int m
         bad[part] = count;
     }
     __syncthreads();
-    if (part != 0) return;
+    if (threadIdx.x != 0) return;
     if (!measured) {
         double sum = 0, count = 0;
         for (int i = 0; i < l.parts; i++) {
@@ -85,14 +85,14 @@ __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
 template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 4) reduce_kernel(Table t, int wants) {
     SHARED_ARRAY(Tile, tile, 1);
     if (t.refused()) return;
-    const int64_t index = blockIdx.x;
-    const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, index)];
+    const Part part = t.parts[blockIdx.x];
+    const int32_t end = t.parts[blockIdx.x + 1].chunk;
+    const Layer &l = t.layers[part.layer];
     const Rows &r = l.outer.rows;
-    const int64_t part = index - l.first_part;
-    double *const sums = l.part_sums + part * part_size(l);
+    double *const sums = l.part_sums + (blockIdx.x - l.first_part) * part_size(l);
     for (int64_t i = threadIdx.x; i < part_size(l); i += THREADS) sums[i] = 0;
     __syncthreads();
-    for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
+    for (int32_t c = part.chunk; c < end; c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const Gradient g = gradient_of(*chunk.factor, chunk.entry);
         if (wants & LEAN_WANTS_GRAM) reduce_chunk<DEFAULTS>(r, *chunk.share, g, chunk.row, chunk.rows, tile[0], sums);
@@ -144,19 +144,12 @@ template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 1) solve_ker
 
 /* ---- update ---- */
 
-/* Blocks a multiprocessor, with the most registers that spill nothing. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int UPDATE_BLOCKS = 2;
-#else
-constexpr int UPDATE_BLOCKS = 3;
-#endif
-
-template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS) update_kernel(Table t) {
+template <bool DEFAULTS> __global__ void __launch_bounds__(THREADS, 3) update_kernel(Table t) {
     if (t.refused()) return;
-    const int64_t index = blockIdx.x;
-    const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, index)];
-    const int64_t part = index - l.first_part;
-    for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
+    const Part part = t.parts[blockIdx.x];
+    const int32_t end = t.parts[blockIdx.x + 1].chunk;
+    const Layer &l = t.layers[part.layer];
+    for (int32_t c = part.chunk; c < end; c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const Factor &f = *chunk.factor;
         const oplora_stream s = w2_stream(l, chunk.range);
@@ -183,11 +176,11 @@ __global__ void __launch_bounds__(THREADS) start_kernel(Table t, double latent_s
     *l.outer.mean = *l.hidden.mean = 0;
 }
 
-__global__ void __launch_bounds__(THREADS) start_rows_kernel(Table t) {
-    const int64_t index = blockIdx.x;
-    const Layer &l = t.layers[layer_of(t.first_part, t.n_layers, index)];
-    const int64_t part = index - l.first_part;
-    for (int64_t c = part_begin(l, part); c < part_begin(l, part + 1); c++) {
+__global__ void __launch_bounds__(THREADS, 1) start_rows_kernel(Table t) {
+    const Part part = t.parts[blockIdx.x];
+    const int32_t end = t.parts[blockIdx.x + 1].chunk;
+    const Layer &l = t.layers[part.layer];
+    for (int32_t c = part.chunk; c < end; c++) {
         const Chunk chunk = chunk_at(t, l, c);
         const oplora_stream s = w2_stream(l, chunk.range);
         const Output o = output_of(*chunk.factor, chunk.entry);

@@ -24,15 +24,13 @@ constexpr int TASKS = THREADS / SQUARE_LANES; /* a block of the measurement */
 /* Of a factor in a step. */
 using Constants = oplora_rate_constants_f32;
 
-struct Layer {
+struct Layer : PlannedLayer {
     int64_t N;
     float *generated, *exp_avg_sq;
     double *report;
-    oplora_adamw *adamw;
-    const double *rates, *found; /* (factors, 2); the rate */
-    double *partial;             /* scratch: (tasks, SUMS) */
-    Constants *of_factors;       /* scratch: (factors) */
-    int64_t first_factor, n_factors, tasks;
+    const double *found;   /* the rate */
+    double *partial;       /* scratch: (tasks, SUMS) */
+    Constants *of_factors; /* scratch: (factors) */
 };
 
 using Table = Model<Layer>;
@@ -113,7 +111,7 @@ __global__ void __launch_bounds__(THREADS) measure_kernel(Table t) {
     SHARED_ARRAY(double, lanes, LANE_SUMS *THREADS);
     const int id = static_cast<int>(threadIdx.x), lane = id % SQUARE_LANES;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * TASKS + id / SQUARE_LANES;
-    const bool is_there = index < t.first_part[t.n_layers];
+    const bool is_there = index < t.n_chunks;
     double sums[LANE_SUMS] = {};
     if (is_there) {
         const Task task = task_at(t, index);
@@ -143,7 +141,7 @@ __global__ void __launch_bounds__(32) report_kernel(Table t) {
     const int which = static_cast<int>(threadIdx.x);
     if (which >= SUMS) return;
     double sum = 0;
-    for (int64_t task = 0; task < l.tasks; task++) sum += l.partial[task * SUMS + which];
+    for (int64_t task = 0; task < l.parts; task++) sum += l.partial[task * SUMS + which];
     l.report[which] = sum;
     if (which == 1 && sum != 0) atomicOr(&t.verdict->nonfinite, 1);
 }
@@ -185,7 +183,7 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
     }
 }
 
-__global__ void __launch_bounds__(THREADS) update_kernel(Table t) {
+__global__ void __launch_bounds__(THREADS, 1) update_kernel(Table t) {
     if (t.refused()) {
         if (blockIdx.x == 0 && threadIdx.x == 0) t.verdict->refused++;
         return;
@@ -230,59 +228,48 @@ bool sizes_fit(const oplora_rate_f32 *layers, int64_t n_layers) {
     return true;
 }
 
-/* A layer with its scratch in the workspace; the same walk counts the bytes. */
-Layer plan_layer(const oplora_rate_f32 &l, arena *a) {
-    Layer layer = {};
-    layer.N = l.N, layer.n_factors = l.n_factors;
-    layer.generated = l.generated, layer.exp_avg_sq = l.exp_avg_sq, layer.report = l.report;
-    layer.tasks = tasks_of(l);
-    layer.partial = static_cast<double *>(take(a, layer.tasks * SUMS, sizeof(double)));
-    layer.of_factors = static_cast<Constants *>(take(a, l.n_factors, sizeof(Constants)));
-    return layer;
-}
+struct State {
+    using Core = oplora_rate_f32;
+    using Layer = ::Layer;
+    const double *found;
+
+    bool fits(const Core *layers, int64_t n) const { return sizes_fit(layers, n); }
+    bool is_whole(const Core &l) const {
+        for (int64_t f = 0; l.factors && f < l.n_factors; f++)
+            if (!l.factors[f].out) return false;
+        return l.generated && l.exp_avg_sq && l.report;
+    }
+
+    int64_t chunks_in(int64_t rows) const { return tasks_in(rows); }
+    int64_t parts_of(const Core &, int64_t chunks) const { return chunks; }
+
+    Layer lay_out(const Core &l, arena *a) const {
+        Layer layer = {};
+        layer.N = l.N;
+        layer.generated = l.generated, layer.exp_avg_sq = l.exp_avg_sq, layer.report = l.report;
+        layer.found = found;
+        layer.partial = static_cast<double *>(take(a, tasks_of(l) * SUMS, sizeof(double)));
+        layer.of_factors = static_cast<Constants *>(take(a, l.n_factors, sizeof(Constants)));
+        return layer;
+    }
+};
 
 } // namespace
 
 int64_t oplora_cuda_rate_table_bytes(const oplora_rate_f32 *layers, int64_t n_layers) {
-    if (!sizes_fit(layers, n_layers)) return -1;
-    return Sections<Layer>(layers, n_layers, nullptr).memory.used;
+    return table_bytes(State{nullptr}, layers, n_layers);
 }
 
 int64_t oplora_cuda_rate_workspace_bytes(const oplora_rate_f32 *layers, int64_t n_layers) {
-    if (!sizes_fit(layers, n_layers)) return -1;
-    arena a = {nullptr, 0};
-    for (int64_t i = 0; i < n_layers; i++) plan_layer(layers[i], &a);
-    return a.used;
+    return workspace_bytes(State{nullptr}, layers, n_layers);
 }
 
 oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32 *layers, int64_t n_layers, oplora_adamw *const *adamw,
                                            const double *const *rates, const double *found,
                                            const oplora_cuda_half *halves, oplora_cuda_verdict *verdict,
                                            void *workspace, void *table, oplora_cuda_plan *plan) {
-    if (!plan || (n_layers > 0 && (!layers || !adamw || !rates || !found || !verdict || !workspace || !table)))
-        return OPLORA_ENULL;
-    if (!sizes_fit(layers, n_layers)) return OPLORA_ESIZE;
-    const Sections<Layer> to(layers, n_layers, table);
-    int64_t task = 0;
-    Factor *factor = to.factors;
-    arena a = {static_cast<char *>(workspace), 0};
-    for (int64_t i = 0; i < n_layers; i++) {
-        const oplora_rate_f32 &l = layers[i];
-        if (!l.generated || !l.exp_avg_sq || !l.report) return OPLORA_ENULL;
-        for (int64_t f = 0; f < l.n_factors; f++)
-            if (!l.factors[f].out) return OPLORA_ENULL;
-        Layer layer = plan_layer(l, &a);
-        layer.adamw = adamw[i], layer.rates = rates[i], layer.found = found;
-        layer.first_factor = factor - to.factors;
-        to.first_part[i] = to.first_chunk[i] = task;
-        factor = plan_factors(l.factors, l.n_factors, halves ? halves + layer.first_factor : nullptr, factor);
-        task += layer.tasks;
-        memcpy(&to.layers[i], &layer, sizeof layer);
-    }
-    to.first_part[n_layers] = to.first_chunk[n_layers] = task;
-    *plan = {n_layers, task, task, to.offset(to.factors), to.offset(to.first_part), to.offset(to.first_chunk),
-             verdict,  0};
-    return task > INT32_MAX ? OPLORA_EOVERFLOW : OPLORA_OK;
+    if (n_layers > 0 && !found) return OPLORA_ENULL;
+    return plan_layers(State{found}, layers, n_layers, adamw, rates, halves, verdict, workspace, table, plan);
 }
 
 int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, void *stream) {

@@ -20,19 +20,16 @@ struct Rates {
     Constants outer, bias;
 };
 
-struct Layer {
+struct Layer : PlannedLayer {
     int64_t H, Z, N;
     float *parameters, *exp_avg, *exp_avg_sq;
     double *decay;
     uint8_t *moving;
     double *report;
-    oplora_adamw *adamw;
-    const double *rates;        /* (factors, 2) */
     float *h, *h_next, *d, *dz; /* scratch: (H) three times, (Z) */
     double *latent, *partial;   /* scratch: (Z); (tasks, H + 2): dh, ||g||^2, how many are not finite */
     Constants *hidden;          /* scratch: for z, W1, c1 */
     Rates *of_factors;          /* scratch: (factors) */
-    int64_t first_factor, n_factors, tasks;
 };
 
 using Table = Model<Layer>;

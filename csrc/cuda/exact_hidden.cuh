@@ -33,7 +33,7 @@ __device__ inline void report_hidden(const Layer &l, double *sums) {
     for (int64_t j = t; j < l.H; j += THREADS) {
         double sum = 0;
         h[j] = l.h[j];
-        for (int64_t task = 0; l.h[j] != 0 && task < l.tasks; task++) sum += l.partial[task * (l.H + 2) + j];
+        for (int64_t task = 0; l.h[j] != 0 && task < l.parts; task++) sum += l.partial[task * (l.H + 2) + j];
         d[j] = sum;
     }
     __syncthreads();

@@ -12,12 +12,12 @@
 namespace lean {
 
 constexpr int LANES = 16, GROUPS = 8, THREADS = LANES * GROUPS;
-constexpr int64_t BLOCK = LEAN_BLOCK, CHUNK = LEAN_CHUNK, MOST_PARTS = LEAN_MOST_PARTS;
+constexpr int64_t BLOCK = LEAN_BLOCK, CHUNK = LEAN_CHUNK;
 static_assert(CHUNK == GROUPS * BLOCK, "a block of threads takes a chunk");
 constexpr int RANK = OPLORA_MOST_RANK, BASIS = OPLORA_MOST_BASIS;
 constexpr int SUB = 128, ROWS = SUB / LANES; /* rows that a group, and that a thread, has in registers */
 constexpr int SQUARE_CHUNKS = 16;            /* chunks a block of the squares */
-constexpr int COLLECT_THREADS = MOST_PARTS;  /* one thread a part */
+constexpr int COLLECT_THREADS = 64;          /* a part each at a time */
 
 using Lowrank = lowrank<THREADS>;
 
@@ -57,7 +57,7 @@ struct Map {
     double *K, *col, *Q_next, *directions, *sums; /* scratch */
 };
 
-struct Layer {
+struct Layer : PlannedLayer {
     int64_t H, Z, N;
     uint64_t seed;
     uint32_t layer;
@@ -67,10 +67,7 @@ struct Layer {
     float *h, *h_next, *d, *z_next, *change; /* scratch */
     double *dh, *report, *squares, *part_sums;
     double *corrections; /* scratch: 1 - beta1^step, 1 - beta2^step */
-    oplora_adamw *adamw;
-    const double *rates; /* (factors, 2) */
     double bound, w1_bound;
-    int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
 };
 
 using Table = Model<Layer>;
@@ -82,19 +79,11 @@ struct Chunk {
 };
 
 __device__ inline int64_t part_size(const Layer &l) { return oplora_lean_sums(l.outer.rows.d, l.outer.rows.k) + l.H; }
-__device__ inline int64_t part_begin(const Layer &l, int64_t part) { return l.chunks * part / l.parts; }
 
 __device__ inline Chunk chunk_at(const Table &t, const Layer &l, int64_t chunk) {
-    int64_t range = 0, row = 0;
-    const Factor *factor = t.factors + l.first_factor;
-    for (; chunk >= oplora_lean_chunks(factor->rows); factor++) {
-        chunk -= oplora_lean_chunks(factor->rows);
-        row += factor->rows;
-        range += factor->random != 0;
-    }
-    const int64_t left = factor->rows - chunk * CHUNK;
-    const Share *const share = l.outer.rows.shares + (factor - (t.factors + l.first_factor));
-    return {factor, share, range, row + chunk * CHUNK, chunk * CHUNK, left < CHUNK ? left : CHUNK};
+    const Factor &f = t.factor_of(chunk);
+    const int64_t entry = (chunk - f.first_chunk) * CHUNK, left = f.rows - entry;
+    return {&f, l.outer.rows.shares + f.index, f.range, f.first_row + entry, entry, left < CHUNK ? left : CHUNK};
 }
 
 __device__ inline oplora_stream w2_stream(const Layer &l, int64_t range) {

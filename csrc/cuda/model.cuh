@@ -19,31 +19,35 @@ struct Factor {
     uint16_t *rounded;
     oplora_dtype dtype;
     int random, listens;
+    int32_t layer, index, range;    /* its layer, its place there, how many random ones are before it there */
+    int64_t first_row, first_chunk; /* of its rows in the layer, of its chunks in the model */
+};
+
+/* What every state's Layer begins with. A chunk is rows of one factor, a part chunks of one layer that follow each other: what
+ * a block of threads takes. Both are counted over all layers. */
+struct PlannedLayer {
+    oplora_adamw *adamw;
+    const double *rates; /* (factors, 2) */
+    int64_t first_factor, n_factors, first_part, parts, first_chunk, chunks;
+};
+
+/* Where a part of a model begins; behind the last is one more. */
+struct Part {
+    int32_t layer, chunk;
 };
 
 /* The table as kernels see it. Layer is the state's own. */
 template <class Layer> struct Model {
     const Layer *layers;
     const Factor *factors;
-    const int64_t *first_part, *first_chunk; /* of every layer, and behind the last */
-    int64_t n_layers;
+    const int32_t *chunk_factor; /* of every chunk; what is asked first takes one load */
+    const Part *parts;
+    int64_t n_layers, n_chunks;
     oplora_cuda_verdict *verdict;
 
     __device__ bool refused() const { return verdict->nonfinite != 0; }
+    __device__ const Factor &factor_of(int64_t chunk) const { return factors[chunk_factor[chunk]]; }
 };
-
-/* Which of the n layers an index that counts over all of them belongs to. */
-static __device__ __forceinline__ int64_t layer_of(const int64_t *first, int64_t n, int64_t index) {
-    int64_t low = 0, high = n;
-    while (high - low > 1) {
-        const int64_t middle = low + (high - low) / 2;
-        if (first[middle] <= index)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
 
 /* ---- bfloat16 and float16: gradients are cast up, factors rounded to nearest even ---- */
 
@@ -128,49 +132,126 @@ static __device__ __forceinline__ void find_squares(const Gradient &g, int64_t n
     to[1] = count;
 }
 
-/* ---- the plan, on the host ---- */
+/* ---- the plan, on the host ----
+ *
+ * What a State has of its own:
+ *     Core, Layer                                   a layer as the core knows it, and as kernels see it
+ *     bool fits(const Core *layers, int64_t n)      whether all sizes are in range
+ *     bool is_whole(const Core &)                   whether no address is missing
+ *     int64_t chunks_in(int64_t rows)               how a factor is cut,
+ *     int64_t parts_of(const Core &, int64_t chunks)   and a layer
+ *     Layer lay_out(const Core &, arena *)          what the core's layer tells; its scratch from the arena */
 
 /* Where in the table what lies; with memory NULL it only counts. */
 template <class Layer> struct Sections {
     arena memory;
+    int64_t n_parts = 0, n_chunks = 0;
     Layer *layers;
     Factor *factors;
-    int64_t *first_part, *first_chunk;
+    int32_t *chunk_factor;
+    Part *parts;
 
-    template <class CoreLayer> Sections(const CoreLayer *from, int64_t n_layers, void *table) {
+    template <class State>
+    Sections(const State &state, const typename State::Core *from, int64_t n_layers, void *table) {
         int64_t n_factors = 0;
-        for (int64_t i = 0; i < n_layers; i++) n_factors += from[i].n_factors;
+        for (int64_t i = 0; i < n_layers; i++) {
+            int64_t chunks = 0;
+            for (int64_t f = 0; f < from[i].n_factors; f++) chunks += state.chunks_in(from[i].factors[f].rows);
+            n_factors += from[i].n_factors;
+            n_chunks += chunks;
+            n_parts += state.parts_of(from[i], chunks);
+        }
         memory = {static_cast<char *>(table), 0};
         layers = static_cast<Layer *>(take(&memory, n_layers, sizeof(Layer)));
         factors = static_cast<Factor *>(take(&memory, n_factors, sizeof(Factor)));
-        first_part = static_cast<int64_t *>(take(&memory, n_layers + 1, sizeof(int64_t)));
-        first_chunk = static_cast<int64_t *>(take(&memory, n_layers + 1, sizeof(int64_t)));
+        chunk_factor = static_cast<int32_t *>(take(&memory, n_chunks, sizeof(int32_t)));
+        parts = static_cast<Part *>(take(&memory, n_parts + 1, sizeof(Part)));
     }
 
     int64_t offset(const void *piece) const { return static_cast<const char *>(piece) - memory.memory; }
 };
 
-/* Copies a layer's factors; returns behind the last. */
-static inline Factor *plan_factors(const oplora_factor_f32 *from, int64_t n, const oplora_cuda_half *halves,
-                                   Factor *to) {
-    for (int64_t i = 0; i < n; i++, to++) {
-        *to = {from[i].rows, from[i].g,  from[i].base,   from[i].out,
-               nullptr,      OPLORA_F32, from[i].random, from[i].listens};
-        if (!halves || (halves[i].dtype != OPLORA_BF16 && halves[i].dtype != OPLORA_F16)) continue;
-        to->g = halves[i].g;
-        to->rounded = halves[i].out;
-        to->dtype = halves[i].dtype;
+/* Fills in layer `index`, of which the state has told its own: its head, its factors, chunks and parts. */
+template <class State>
+void plan_layer(const State &state, const typename State::Core &from, const oplora_cuda_half *halves, int32_t index,
+                const Sections<typename State::Layer> &to, PlannedLayer *layer) {
+    int64_t row = 0, chunk = layer->first_chunk;
+    int32_t range = 0;
+    for (int64_t i = 0; i < from.n_factors; i++) {
+        const oplora_factor_f32 &f = from.factors[i];
+        const int64_t at = layer->first_factor + i;
+        Factor factor = {f.rows,     f.g,      f.base,    f.out, nullptr,
+                         OPLORA_F32, f.random, f.listens, index, static_cast<int32_t>(i),
+                         range,      row,      chunk};
+        if (halves && (halves[at].dtype == OPLORA_BF16 || halves[at].dtype == OPLORA_F16)) {
+            factor.g = halves[at].g;
+            factor.rounded = halves[at].out;
+            factor.dtype = halves[at].dtype;
+        }
+        to.factors[at] = factor;
+        for (const int64_t end = chunk + state.chunks_in(f.rows); chunk < end; chunk++)
+            to.chunk_factor[chunk] = static_cast<int32_t>(at);
+        row += f.rows;
+        range += f.random != 0;
     }
-    return to;
+    layer->n_factors = from.n_factors;
+    layer->chunks = chunk - layer->first_chunk;
+    layer->parts = state.parts_of(from, layer->chunks);
+    for (int64_t p = 0; p < layer->parts; p++)
+        to.parts[layer->first_part + p] = {index,
+                                           static_cast<int32_t>(layer->first_chunk + layer->chunks * p / layer->parts)};
+}
+
+template <class State> int64_t table_bytes(const State &state, const typename State::Core *layers, int64_t n_layers) {
+    if (!state.fits(layers, n_layers)) return -1;
+    return Sections<typename State::Layer>(state, layers, n_layers, nullptr).memory.used;
+}
+
+/* Lays every layer's scratch out, from the same walk that plans. */
+template <class State>
+int64_t workspace_bytes(const State &state, const typename State::Core *layers, int64_t n_layers) {
+    if (!state.fits(layers, n_layers)) return -1;
+    arena a = {nullptr, 0};
+    for (int64_t i = 0; i < n_layers; i++) state.lay_out(layers[i], &a);
+    return a.used;
+}
+
+template <class State>
+oplora_status plan_layers(const State &state, const typename State::Core *layers, int64_t n_layers,
+                          oplora_adamw *const *adamw, const double *const *rates, const oplora_cuda_half *halves,
+                          oplora_cuda_verdict *verdict, void *workspace, void *table, oplora_cuda_plan *plan) {
+    using Layer = typename State::Layer;
+    if (!plan || (n_layers > 0 && (!layers || !adamw || !rates || !verdict || !workspace || !table)))
+        return OPLORA_ENULL;
+    for (int64_t i = 0; i < n_layers; i++)
+        if (!state.is_whole(layers[i])) return OPLORA_ENULL;
+    if (!state.fits(layers, n_layers)) return OPLORA_ESIZE;
+    const Sections<Layer> to(state, layers, n_layers, table);
+    if (to.n_parts > INT32_MAX || to.n_chunks > INT32_MAX) return OPLORA_EOVERFLOW;
+    int64_t part = 0, chunk = 0, factor = 0;
+    arena a = {static_cast<char *>(workspace), 0};
+    for (int64_t i = 0; i < n_layers; i++) {
+        Layer layer = state.lay_out(layers[i], &a);
+        layer.adamw = adamw[i];
+        layer.rates = rates[i];
+        layer.first_factor = factor, layer.first_part = part, layer.first_chunk = chunk;
+        plan_layer(state, layers[i], halves, static_cast<int32_t>(i), to, &layer);
+        factor += layer.n_factors, part += layer.parts, chunk += layer.chunks;
+        memcpy(&to.layers[i], &layer, sizeof layer);
+    }
+    to.parts[part] = {static_cast<int32_t>(n_layers), static_cast<int32_t>(chunk)};
+    *plan = {n_layers, part, chunk, to.offset(to.factors), to.offset(to.chunk_factor), to.offset(to.parts), verdict, 0};
+    return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }
 
 template <class Layer> Model<Layer> model_of(const oplora_cuda_plan *plan, const void *table) {
     const char *const at = static_cast<const char *>(table);
     return {reinterpret_cast<const Layer *>(at),
             reinterpret_cast<const Factor *>(at + plan->factors),
-            reinterpret_cast<const int64_t *>(at + plan->first_part),
-            reinterpret_cast<const int64_t *>(at + plan->first_chunk),
+            reinterpret_cast<const int32_t *>(at + plan->chunk_factor),
+            reinterpret_cast<const Part *>(at + plan->parts),
             plan->n_layers,
+            plan->n_chunks,
             plan->verdict};
 }
 

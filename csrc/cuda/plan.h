@@ -56,7 +56,7 @@ typedef struct {
 /* What launches need of a plan, in host memory. */
 typedef struct {
     int64_t n_layers, n_parts, n_chunks;
-    int64_t factors, first_part, first_chunk; /* bytes from the table's beginning */
+    int64_t factors, chunk_factor, parts; /* bytes from the table's beginning */
     oplora_cuda_verdict *verdict;
     int only_defaults; /* lean: every layer has weight_rank 2 and moment_rank 1 */
 } oplora_cuda_plan;

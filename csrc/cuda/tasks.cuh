@@ -1,5 +1,5 @@
 /* tasks: the tasks of exact state and state rate, TASK_ROWS rows of one factor, and how their entries are loaded. A plan's
- * parts are its tasks. */
+ * chunks and parts are its tasks. */
 #ifndef OPLORA_TASKS_CUH
 #define OPLORA_TASKS_CUH
 
@@ -14,17 +14,10 @@ template <class Layer> struct FactorTask {
 };
 
 template <class Layer> __device__ FactorTask<Layer> task_at(const Model<Layer> &t, int64_t task) {
-    const int64_t layer = layer_of(t.first_part, t.n_layers, task);
-    const Layer &l = t.layers[layer];
-    const int64_t of_layer = task - t.first_part[layer];
-    const Factor *const first = t.factors + l.first_factor, *factor = first;
-    int64_t row = 0, of_factor = of_layer;
-    for (; of_factor >= tasks_in(factor->rows); factor++) {
-        of_factor -= tasks_in(factor->rows);
-        row += factor->rows;
-    }
-    const int64_t most = TASK_ROWS, offset = of_factor * most, left = factor->rows - offset;
-    return {&l, factor, factor - first, of_layer, row + offset, offset, left < most ? left : most};
+    const Factor &f = t.factor_of(task);
+    const Layer &l = t.layers[f.layer];
+    const int64_t most = TASK_ROWS, offset = (task - f.first_chunk) * most, left = f.rows - offset;
+    return {&l, &f, f.index, task - l.first_chunk, f.first_row + offset, offset, left < most ? left : most};
 }
 
 /* On the host, of a layer of the core's. */

@@ -8,9 +8,11 @@
 /* Sums run within a block, then over the blocks of a chunk, the chunks of a part and the parts: nothing depends on who does
  * what. A chunk is rows of one factor; a part is chunks that follow each other. */
 enum {
-    LEAN_BLOCK = 512,    /* rows that are in the first-level cache together; a multiple of what the start asks for */
-    LEAN_CHUNK = 4096,   /* rows of a chunk, at most */
-    LEAN_MOST_PARTS = 64 /* of a layer: bounds the scratch */
+    LEAN_BLOCK = 512,      /* rows that are in the first-level cache together; a multiple of what the start asks for */
+    LEAN_CHUNK = 4096,     /* rows of a chunk, at most */
+    LEAN_MOST_PARTS = 512, /* of a layer: more than a GPU does at once */
+    LEAN_FEW_PARTS = 64,   /* that a layer may have however much each of them sums, */
+    LEAN_MOST_SUMS = 1 << 16 /* and how many numbers all parts sum beyond that: bounds the scratch */
 };
 
 /* What the first pass is to find: dh, the basis' Gram matrix. A measurement wants the one, a step that was measured the
@@ -25,6 +27,14 @@ OPLORA_SHARED int64_t oplora_lean_words(int64_t H) { return (H + OPLORA_SIGNS - 
 /* The basis [U, row A, row g], and the sums over a map's rows: its Gram matrix, then U^T g. */
 OPLORA_SHARED int oplora_lean_basis(int d, int k) { return d + k + 1; }
 OPLORA_SHARED int oplora_lean_sums(int d, int k) { return oplora_lean_basis(d, k) * oplora_lean_basis(d, k) + d; }
+
+/* Into how many parts a layer's chunks are cut, each of which has as many sums and H more. */
+OPLORA_SHARED int64_t oplora_lean_parts(int64_t chunks, int64_t sums, int64_t H) {
+    int64_t most = H < LEAN_MOST_SUMS ? LEAN_MOST_SUMS / (sums + H) : 0;
+    if (most > LEAN_MOST_PARTS) most = LEAN_MOST_PARTS;
+    if (most < LEAN_FEW_PARTS) most = LEAN_FEW_PARTS;
+    return chunks < most ? chunks : most;
+}
 
 /* Where each piece of a layer's numbers and moments begins, as oplora_core.h lists them, and how many there are. */
 typedef struct {

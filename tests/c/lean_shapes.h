@@ -27,7 +27,7 @@ static const shape mixed[] = {
     {5, 128, {700, 9, 0}, 1, 0, 8, 8, OPLORA_SIGN},       {4, 2, {50, 60, 0}, 0, 0, 2, 1, OPLORA_SIGN},
 };
 enum { MIXED = sizeof mixed / sizeof *mixed };
-/* The first has more chunks than parts. */
+/* The first has more chunks than a layer of many units has parts. */
 static const shape large[] = {{2, 3, {270000, 1001, 0}, 1, 2, 2, 1, OPLORA_UNIFORM},
                               {2, 3, {99, 66000, 0}, 3, 2, 1, 1, OPLORA_SIGN}};
 enum { LARGE = sizeof large / sizeof *large };

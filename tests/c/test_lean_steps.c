@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "core_check.h"
+#include "lean_layout.h"
 #include "lean_shapes.h"
 
 #include <float.h>
@@ -41,6 +42,34 @@ static void TY(clip)(TY(made) *f, double factor) {
         for (int64_t i = 0; i < f->factors[k].rows; i++) ((T *)f->factors[k].g)[i] *= (T)factor;
     for (int64_t j = 0; j < f->layer.H; j++) f->layer.dh[j] *= factor;
     f->layer.report[0] *= factor * factor;
+}
+
+/* With many units a layer has fewer parts than chunks. Every row has the same gradient here, and so takes the same step; one
+ * entry that is not finite is counted wherever it stands, and nothing moves. */
+static void TY(test_parts_of_several_chunks)(void) {
+    static const shape like = {1000, 2, {70 * LEAN_CHUNK + 5, 3, 0}, 0, 0, 2, 1, OPLORA_SIGN};
+    const int64_t rows = like.rows[0];
+    const uint32_t seed = noise_state; /* the other tests keep their gradients */
+    TY(made) f;
+    CHECK(oplora_lean_parts(72, oplora_lean_sums(2, 1), like.H) == 64);
+    TY(make)(&f, &like, 0);
+    TY(set_gradients)(&f, 1, 1);
+    T *const g = (T *)f.factors[0].g, *const out = f.factors[0].out;
+    for (int64_t n = 0; n < rows; n++) g[n] = (T)0.5;
+    for (int64_t at = 3; at < rows; at += 23 * LEAN_CHUNK) {
+        g[at] = (T)NAN;
+        TY(step_alone)(&f, OPLORA_ENONFINITE);
+        CHECK(f.layer.report[1] == 1 && out[at] == 0);
+        g[at] = (T)0.5;
+    }
+    for (int k = 0; k < 3; k++) ((T *)f.factors[1].g)[k] = (T)0.5;
+    TY(step_alone)(&f, OPLORA_OK);
+    CHECK(f.layer.report[0] == 0.25 * (double)(rows + 3));
+    int64_t same = 0;
+    for (int64_t n = 0; n < rows; n++) same += out[n] == out[0];
+    CHECK(same == rows && out[0] != 0);
+    TY(unmake)(&f);
+    noise_state = seed;
 }
 
 /* All layers in one call, small and spread ones mixed: the same bits for every split, and where a measurement came
@@ -345,6 +374,7 @@ static void TY(test_type)(void) {
     TY(test_refusals)();
     TY(test_nonfinite_in_one_of_many)();
     TY(test_start_fails)();
+    TY(test_parts_of_several_chunks)();
 }
 
 #endif

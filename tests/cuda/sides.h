@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <tuple>
 
 inline size_t count(int64_t n) { return static_cast<size_t>(n); }
 
@@ -51,7 +52,8 @@ template <class Side> bool same_factors_and_steps(const Side &core, const Side &
     return true;
 }
 
-// Both sides. A state's Pair adds its plan and its calls; same_sides(core, device, &where) is the state's too.
+// Both sides. A state's Pair adds its plan and its calls: begin(), measure(), step(measured) and launch_step(measured, veto);
+// same_sides(core, device, &where) and Side::state(), what a step writes, are the state's too.
 template <class Shape, class Side> struct CommonPair {
     Shape shape;
     Side core, device;
@@ -131,3 +133,44 @@ template <class Shape, class Side> struct CommonPair {
         });
     }
 };
+
+// Also beyond the largest gradient that counts, among others and after them.
+template <class Pair, class Shape> void large_gradients(const Shape &shape) {
+    Pair pair(shape);
+    pair.begin();
+    for (const float scale : {3e37f, 1.f, 5e18f, 1e30f, 1e-2f}) {
+        pair.gradients(scale);
+        pair.measure();
+        pair.step(scale == 1e30f);
+    }
+}
+
+template <class Pair, class Shape> void nonfinite_changes_nothing(const Shape &shape) {
+    for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+        Pair pair(shape);
+        pair.begin();
+        pair.gradients(1.f);
+        pair.measure();
+        pair.step(0);
+        pair.core.gradients.back().back() = pair.device.gradients.back().back() = bad;
+        pair.halves.round(pair.core.gradients);
+        const auto before = pair.device;
+        pair.measure();
+        pair.step(0);
+        check(pair.device.layers.back().report[1] == 1, shape.name + ": counted");
+        check(before.state() == pair.device.state() && before.adamw[0].step == pair.device.adamw[0].step,
+              shape.name + ": a gradient that is not finite changes nothing");
+        pair.gradients(1.f);
+        pair.measure();
+        pair.step(0);
+        pair.measure();
+        const auto good = pair.device;
+        const int veto = 1;
+        check(pair.launch_step(0, &veto) == cudaSuccess, shape.name + ": a vetoed step runs");
+        check(good.state() == pair.device.state() && good.adamw[0].step == pair.device.adamw[0].step &&
+                  pair.verdict.nonfinite == 1,
+              shape.name + ": a vetoed step changes nothing");
+        check(pair.verdict.refused == 2, shape.name + ": refused steps are counted");
+        pair.step(0); // no veto any more
+    }
+}
