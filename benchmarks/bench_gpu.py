@@ -37,7 +37,7 @@ METHODS: Methods = {
     AUTO: lambda inputs: LoRA(inputs, oplora.AdamW(inputs.model)),
     KEPT: lambda inputs: LoRA(inputs, oplora.AdamW(inputs.model, preset="flat")),
     LEAN: lambda inputs: bench_step.oplora_in(inputs, "lean"),
-    LEAN_UNIFORM: lambda inputs: bench_step.oplora_in(inputs, "lean", "uniform"),
+    LEAN_UNIFORM: lambda inputs: bench_step.oplora_in(inputs, "lean", start="uniform"),
     EXACT: lambda inputs: bench_step.oplora_in(inputs, "exact"),
     EAGER: bench_step.eager_fused,
     LORA: bench_step.lora_fused,
