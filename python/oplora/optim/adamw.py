@@ -208,6 +208,8 @@ class AdamW(Resumable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.param_groups is not self._every_group and self._awaits_more():
+            return loss
         if self._max_grad_norm is not None:
             self.clip_grad_norm_(self._max_grad_norm)
         batches = self._gather()
@@ -218,8 +220,7 @@ class AdamW(Resumable):
                 self._count_for_log()
         finally:
             self._clipped = None
-            for batch in batches:
-                batch.release()
+            self._stepper.release(batches)
         return loss
 
     def _step(self, batches: list[Batch]) -> bool:
