@@ -252,7 +252,8 @@ class AdamW(Resumable):
         return [{**group, "lr": share * rate} for group, (share, *_) in zip(self.param_groups, numbers, strict=True)]
 
     def _gather(self) -> list[Batch]:
-        batches: list[Batch] = self._stepper.gather(self._refresh())
+        own = self._refresh()  # may make another stepper
+        batches: list[Batch] = self._stepper.gather(own)
         for layer in self._stepper.take_stale():
             self._publish_layer(layer)
         return batches

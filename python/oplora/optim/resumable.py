@@ -153,6 +153,7 @@ class Resumable(torch.optim.Optimizer):
         if self._stepper.is_captured:
             rest = {p: _in_place(self.state.get(p, {}), value) for p, value in rest.items()}
         super().__setstate__({**state, "state": defaultdict(dict, rest)})
+        self._every_group = self.param_groups
         for layer in self._stepper.states:
             load_layer(layer, [loaded[p] for p in layer.factors.layer.listed()])
         self._stepper.renew_captured()
