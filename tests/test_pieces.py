@@ -13,7 +13,7 @@ import torch.distributed as dist
 from conftest import assert_same_bits
 from ranks import Ranks, join_group
 from test_fsdp2 import Batch, Bits, assert_close, backward, data, make_chain, part, train_alone, trained
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from zero import Zero
 
@@ -196,7 +196,7 @@ def poison(make: Callable[..., oplora.AdamW], skip: bool) -> tuple[str, Bits, Bi
     train(model, zero, [first])
     before, message = trained(model), ""
     backward(model, part(second, dist.get_rank(), dist.get_world_size()))
-    list(p for p in model.parameters() if p.requires_grad)[-1].grad.view(-1)[-1] = torch.inf
+    [p for p in model.parameters() if p.requires_grad][-1].grad.view(-1)[-1] = torch.inf
     try:
         zero.step()
     except oplora.OPLoRAError as error:

@@ -147,7 +147,7 @@ class Pieces:
         generated = {id(p) for layer in self.layers for p in layer.held}
         return {
             run.stand_in: {
-                name: run.received(value).clone() if getattr(value, "shape", None) == run.parameter.shape else value
+                name: run.received(value).to(run.stand_in, copy=True) if name != "step" else value
                 for name, value in state[run.parameter].items()
             }
             for run in chain.from_iterable(self._runs)

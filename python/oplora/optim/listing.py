@@ -88,8 +88,8 @@ class Listing:
         if any(id(p) not in listed for p in after):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
-                "DeepSpeed's ZeRO-3 does with its flat pieces; the factors would get no gradients. Use stage 1 or 2, "
-                "which oplora.AdamW(model) steps; FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate "
+                "DeepSpeed's ZeRO-3 does with its flat pieces; the factors would get no gradients. Use ZeRO stage 1 "
+                "or 2, which oplora.AdamW(model) steps; FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate "
                 "fsdp_version=2); or DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the "
                 "optimizer's state."
             )
