@@ -237,8 +237,8 @@ def test_stage_3_is_refused(ranks: Ranks, optimizer_first: bool) -> None:
 
 
 def run_trainer(stage: int, folder: Path, resumed: bool) -> tuple[list[float], Bits, str]:
-    """20 steps, from the checkpoint of the tenth on if resumed. (optimizers=(...) is no way: with DeepSpeed Trainer makes
-    an optimizer of its own instead.)"""
+    """20 steps, from the checkpoint of the tenth on if resumed. With DeepSpeed, Trainer drops what optimizers=(...)
+    hands over."""
     from accelerate import PartialState
     from test_trainer import examples, make_model, settings
     from transformers import Trainer, TrainingArguments
