@@ -1,7 +1,6 @@
 """Processes of torch.distributed on one machine, for tests: a test hands a function of its module to all of them."""
 
 import os
-import socket
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
@@ -25,10 +24,9 @@ class Ranks:
         self.start()
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = free.getsockname()
-        arguments = [(rank, self.world, *address, self.begin) for rank in range(self.world)]
+        # listens from now on, as torchrun's: a port that is only known to be free may be taken when a process needs it
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        arguments = [(rank, self.world, self.store.port, self.begin) for rank in range(self.world)]
         context = get_context("forkserver")
         context.set_forkserver_preload(self.preload)
         self.processes = [ProcessPoolExecutor(1, context, _enter, some) for some in arguments]
@@ -37,7 +35,7 @@ class Ranks:
         """What the function returns on each rank."""
         calls = [process.submit(function, *arguments) for process in self.processes]
         try:
-            return [call.result(timeout=60) for call in calls]
+            return [call.result(timeout=120) for call in calls]
         except BaseException:
             self.stop(wait=False)
             self.start()
@@ -48,17 +46,18 @@ class Ranks:
             process.shutdown(wait, cancel_futures=True)
 
 
-def _enter(rank: int, world: int, host: str, port: int, begin: Callable[[], None]) -> None:
+def _enter(rank: int, world: int, port: int, begin: Callable[[], None]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"OMP_NUM_THREADS": "1"}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
     begin()
 
 
 def join_group() -> None:
-    """The timeout ends a rank's wait for one that has raised."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    """The timeout ends a rank's wait for one that has raised. Saving may take long where others write to the disk."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 
 
 def leave_it_to_accelerate() -> None:

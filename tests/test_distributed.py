@@ -798,56 +798,6 @@ def test_adapter_kept_out_of_accelerates_fsdp2_trains_as_under_ddp(ranks: Ranks,
         assert_same_bits(bits, under_ddp)
 
 
-# ---- DeepSpeed ----
-
-
-def train_under_deepspeed(stage: int) -> tuple[str, Bits]:
-    """The error of the first step that raises one, and what was trained."""
-    import deepspeed
-
-    model = make_chain()
-    zero = {"stage": stage}
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=oplora.AdamW(model, lr=1e-2),
-        config={"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "zero_allow_untested_optimizer": True},
-    )
-    for x, y in (part(batch, dist.get_rank()) for batch in data(10)):
-        engine.backward((engine(x) - y).square().mean())
-        try:
-            engine.step()
-        except oplora.OPLoRAError as error:
-            return str(error), trained(model)
-    return "", trained(model)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_zero_is_refused(ranks: Ranks, stage: int) -> None:
-    pytest.importorskip("deepspeed")
-    assert all("DeepSpeed" in message for message, _ in ranks.run(train_under_deepspeed, stage))
-
-
-def test_deepspeed_without_zero_trains_as_ddp(ranks: Ranks) -> None:
-    pytest.importorskip("deepspeed")
-    under_ddp, _ = ranks.run(train_under_ddp, make_chain, "lean", False, 10)
-    for _, bits in ranks.run(train_under_deepspeed, 0):
-        assert_same_bits(bits, under_ddp)
-
-
-def partitioned_by_zero_3() -> str:
-    import deepspeed
-
-    model = make_chain()
-    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
-    deepspeed.initialize(model=model, config=config)
-    return message_of(lambda: oplora.AdamW(model))
-
-
-def test_factors_partitioned_by_zero_3_are_refused(ranks: Ranks) -> None:
-    pytest.importorskip("deepspeed")
-    assert all("ZeRO-3" in message for message in ranks.run(partitioned_by_zero_3))
-
-
 # ---- watching ----
 
 

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from ranks import Ranks, join_group
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -159,6 +159,13 @@ def test_divided_training_equals_one_process(
     alone = run_alone(dtype, CONFIGS[config], ranks.world)
     for bits in ranks.run(run_divided, dtype, CONFIGS[config], options):
         assert_close(bits, alone, dtype)
+
+
+def test_offloaded_shards_train_as_in_one_process(ranks: Ranks) -> None:
+    alone = run_alone(torch.float64, CONFIGS["biases and a head"], ranks.world)
+    policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    for bits in ranks.run(run_divided, torch.float64, CONFIGS["biases and a head"], policy):
+        assert_close(bits, alone, torch.float64)
 
 
 # ---- what is kept ----

@@ -36,6 +36,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any = N
     return losses
 
 
+def reads_back(model: nn.Module, folder: Path) -> None:
+    """What was trained is what PEFT reads."""
+    model.save_pretrained(folder)
+    torch.manual_seed(0)
+    read = PeftModel.from_pretrained(Net(), folder)
+    x = torch.randn(3, 13)
+    assert torch.equal(read(x), model(x))
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -144,11 +153,7 @@ def test_call_of_a_trainers_source_trains_an_adapter_that_peft_reads(call: Any, 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     losses = train(model, optimizer, scheduler)
     assert losses[-1] < 0.9 * losses[0]
-    model.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    read = PeftModel.from_pretrained(Net(), tmp_path)
-    x = torch.randn(3, 13)
-    assert torch.equal(read(x), model(x))
+    reads_back(model, tmp_path)
 
 
 # ---- trainers that are transformers' ----
@@ -186,12 +191,13 @@ def llama_factory(trainer: Handing) -> None:
 
 
 @pytest.mark.parametrize("hand_over", [axolotl, ms_swift, llama_factory], ids=lambda call: call.__name__)
-def test_hook_of_a_trainer_makes_the_optimizer_of_its_model(hand_over: Any) -> None:
+def test_hook_of_a_trainer_makes_the_optimizer_of_its_model(hand_over: Any, tmp_path: Path) -> None:
     trainer = Handing(make_model())
     hand_over(trainer)
     losses = train(trainer.model, trainer.optimizer)
     assert losses[-1] < 0.9 * losses[0]
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+    reads_back(trainer.model, tmp_path)
 
 
 # ---- Flux's split layers in kohya's networks ----

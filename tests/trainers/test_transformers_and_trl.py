@@ -41,7 +41,7 @@ def reads_back(model: PeftModel, folder: Path, base: Any) -> None:
     """What was trained is what PEFT reads."""
     model.save_pretrained(folder / "adapter")
     read = PeftModel.from_pretrained(base, folder / "adapter").state_dict()
-    trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(torch.equal(read[name], p) for name, p in trained.items())
     assert any(p.count_nonzero() for name, p in trained.items() if "lora_B" in name)
 
@@ -156,14 +156,15 @@ def test_dpo_trainer_trains(trl: Any, tmp_path: Path) -> None:
 
 
 def test_reward_trainer_trains(trl: Any, tmp_path: Path) -> None:
-    base = make_model().unload()
-    config = base.config
+    config = make_model().unload().config
     config.pad_token_id, config.num_labels = 0, 1
-    torch.manual_seed(1)
-    model = get_peft_model(
-        LlamaForSequenceClassification(config),
-        LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj", "down_proj"]),
-    )
+
+    def base() -> LlamaForSequenceClassification:
+        torch.manual_seed(1)
+        return LlamaForSequenceClassification(config)
+
+    lora = LoraConfig(r=4, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj", "down_proj"])
+    model = get_peft_model(base(), lora)
     settings_ = arguments(tmp_path, trl.RewardConfig, bf16=False)
     trainer = trl.RewardTrainer(
         model,
@@ -174,6 +175,7 @@ def test_reward_trainer_trains(trl: Any, tmp_path: Path) -> None:
     )
     losses = run(trainer)
     assert losses[-1] < losses[0] - 0.01
+    reads_back(model, tmp_path, base())
 
 
 def test_grpo_trainer_trains(trl: Any, tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from .memory import refuse_more_than_memory
 from .rate import FOUND, Rate
 from .saved_0_1 import entries_of_0_1
 from .settings import Settings, weight_ratio
-from .sharding import Mesh, Processes, Shards
+from .sharding import Disjoint, Mesh, Processes, Shards
 from .written import Written
 
 __all__ = [
     "FOUND",
     "Batch",
     "DeviceEngine",
+    "Disjoint",
     "Engine",
     "Factors",
     "LayerState",

@@ -24,7 +24,7 @@ from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRATypeError
 if TYPE_CHECKING:
     from .engine import Batch
 
-__all__ = ["Mesh", "Processes", "Shards"]
+__all__ = ["Disjoint", "Mesh", "Processes", "Shards"]
 
 
 class Processes:
@@ -219,6 +219,18 @@ class Mesh(Processes):
         """Which of as many in every process hold in one at least."""
         told = torch.tensor(flags, dtype=torch.int32, device=self.device)
         return [bool(flag) for flag in self.any_refuses(told).tolist()]
+
+
+class Disjoint(Mesh):
+    """Processes of which each has other entries than all the others, and counts them: DeepSpeed's ZeRO."""
+
+    def __init__(self, group: Any, device: torch.device, layers: Sequence[AdaptedLayer]) -> None:
+        self.group, self.device = group, device
+        self._counts, self._counts_all = [[True] * len(layer.tensors) for layer in layers], True
+        self._signals, self._weights = [True] * len(layers), None
+
+    def counts(self, tensor: Tensor) -> bool:
+        return True
 
 
 def _group(mesh: Any) -> Any:

@@ -50,8 +50,8 @@ class AdamW(Resumable):
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
     forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
 
-    Under fully_shard (FSDP2) and tensor parallelism preset "auto" steps the part of every tensor that is in the
-    process, and keeps that part's state; the other presets want whole tensors (docs/loops.md).
+    Under fully_shard (FSDP2), tensor parallelism and DeepSpeed's ZeRO-1 and 2 preset "auto" steps the part of every
+    tensor that is in the process, and keeps that part's state; the other presets want whole tensors (docs/loops.md).
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
@@ -208,6 +208,8 @@ class AdamW(Resumable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.param_groups is not self._every_group and self._awaits_more():
+            return loss
         if self._max_grad_norm is not None:
             self.clip_grad_norm_(self._max_grad_norm)
         batches = self._gather()
@@ -218,8 +220,7 @@ class AdamW(Resumable):
                 self._count_for_log()
         finally:
             self._clipped = None
-            for batch in batches:
-                batch.release()
+            self._stepper.release(batches)
         return loss
 
     def _step(self, batches: list[Batch]) -> bool:
@@ -251,7 +252,8 @@ class AdamW(Resumable):
         return [{**group, "lr": share * rate} for group, (share, *_) in zip(self.param_groups, numbers, strict=True)]
 
     def _gather(self) -> list[Batch]:
-        batches: list[Batch] = self._stepper.gather(self._refresh())
+        own = self._refresh()  # may make another stepper
+        batches: list[Batch] = self._stepper.gather(own)
         for layer in self._stepper.take_stale():
             self._publish_layer(layer)
         return batches

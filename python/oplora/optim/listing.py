@@ -18,16 +18,18 @@ _requires_grad = attrgetter("requires_grad")
 class Listing:
     """The generated tensors of all layers, one behind the other: `now()`. PEFT may replace them at any time.
 
-    model: that the layers are of, where one was handed over.
+    model: that the layers are of, where one was handed over; rows: what groups list, and only pieces of it are stepped.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLayer], model: nn.Module | None = None) -> None:
-        self.layers, self._model = layers, model
+    def __init__(
+        self, layers: Sequence[AdaptedLayer], model: nn.Module | None = None, rows: Sequence[Any] = ()
+    ) -> None:
+        self.layers, self._model, self._rows = layers, model, {id(row) for row in rows}
         self._places = [place for layer in layers for place in layer.places()]
         self._modules = [module for layer in layers for module in layer.modules()]
         self._has_twins = any(layer.twins for layer in layers)
         self._known: list[nn.Parameter] = []
-        self._groups: list[list[nn.Parameter]] = []
+        self.groups: list[list[nn.Parameter]] = []  # what is in each, at the last update()
         self._is_divided = False
 
     def now(self) -> list[nn.Parameter]:
@@ -56,8 +58,8 @@ class Listing:
         known = self._known
         return (
             differ(own, known)
-            or len(groups) != len(self._groups)
-            or any(differ(group["params"], held) for group, held in zip(groups, self._groups, strict=True))
+            or len(groups) != len(self.groups)
+            or any(differ(group["params"], held) for group, held in zip(groups, self.groups, strict=True))
         )
 
     def update(
@@ -86,21 +88,22 @@ class Listing:
         if any(id(p) not in listed for p in after):
             raise OPLoRARuntimeError(
                 "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
-                "DeepSpeed's ZeRO does with its flat pieces; the factors would get no gradients. Train without it: use "
-                "FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), or "
-                "DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the optimizer's state."
+                "DeepSpeed's ZeRO-3 does with its flat pieces; the factors would get no gradients. Use ZeRO stage 1 "
+                "or 2, which oplora.AdamW(model) steps; FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate "
+                "fsdp_version=2); or DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the "
+                "optimizer's state."
             )
         if differ(own, self._known):
             check_layers(self.layers)
         self._is_divided = any(map(is_divided, own))
-        self._known, self._groups = own, [list(group["params"]) for group in groups]
+        self._known, self.groups = own, [list(group["params"]) for group in groups]
         return own, replaced
 
     def _in_the_same_places(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
         """What accelerate has put into the places of tensors that fully_shard has divided, by the ids of these."""
-        if [len(group["params"]) for group in groups] != list(map(len, self._groups)):
+        if [len(group["params"]) for group in groups] != list(map(len, self.groups)):
             return {}
-        pairs = zip(chain.from_iterable(self._groups), (p for group in groups for p in group["params"]), strict=True)
+        pairs = zip(chain.from_iterable(self.groups), (p for group in groups for p in group["params"]), strict=True)
         return {id(old): new for old, new in pairs if new is not old and is_divided(new) and new.shape == old.shape}
 
     def _divided_since(self, groups: Sequence[dict[str, Any]]) -> dict[int, nn.Parameter]:
@@ -113,13 +116,13 @@ class Listing:
 
     def group_of(self, own: Iterable[nn.Parameter]) -> list[int]:
         """The number of each tensor's group."""
-        groups = {id(p): g for g, held in enumerate(self._groups) for p in held}
+        groups = {id(p): g for g, held in enumerate(self.groups) for p in held}
         return [groups[id(p)] for p in own]
 
     def others(self) -> list[list[nn.Parameter]]:
         """Of each group what is not generated."""
-        generated = {id(p) for p in self._with_twins(self._known)}
-        return [[p for p in held if id(p) not in generated] for held in self._groups]
+        apart = {id(p) for p in self._with_twins(self._known)} | self._rows
+        return [[p for p in held if id(p) not in apart] for held in self.groups]
 
     def generated(self) -> list[nn.Parameter]:
         """All of them as they were listed last, twins too."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import are_in_pieces
 from ..engines import LayerState
 from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import complete, with_names
@@ -35,6 +36,7 @@ class Resumable(torch.optim.Optimizer):
         """With the generators behind what is in the groups."""
         self._stepper, self._preset, self._hidden_lr_ratio = stepper, preset, hidden_lr_ratio
         self._is_consolidated, self._is_fresh = False, True
+        self._every_group = self.param_groups
         self._refresh()
         self.register_state_dict_pre_hook(Resumable._before_saving)  # type: ignore[arg-type]
         self.register_state_dict_post_hook(Resumable._complete_saved)  # type: ignore[arg-type]
@@ -61,7 +63,12 @@ class Resumable(torch.optim.Optimizer):
         """The generated tensors as they are now; what was replaced, moved or added since the last time is followed."""
         stepper = self._stepper
         own: list[nn.Parameter] = stepper.listing.now()
+        self._every_group = self.param_groups
         if stepper.listing.has_changed(own, self.param_groups):
+            if are_in_pieces(own):
+                self._go_on_in_pieces()
+                stepper = self._stepper
+                own = stepper.listing.now()
             own, replaced = stepper.listing.update(own, self.param_groups)
             for old in [p for p in self.state if id(p) in replaced]:
                 self.state[replaced[id(old)]] = placed_like(replaced[id(old)], self.state.pop(old))
@@ -75,6 +82,26 @@ class Resumable(torch.optim.Optimizer):
         if not held or not all(held) or any(map(is_not, held, self._entries.values())):
             self._take_entries()
         return own
+
+    def _go_on_in_pieces(self) -> None:
+        """Goes on with what DeepSpeed's ZeRO has made of everything in the groups."""
+        before = dict(self.state)
+        self._stepper = self._stepper.in_pieces(self.param_groups)
+        self.state.clear()
+        self.state.update(self._stepper.pieces.of_state(before))
+
+    def _awaits_more(self) -> bool:
+        """DeepSpeed steps group by group, with the one in the place of all. Puts all back; whether others follow, with
+        whose gradients this one's are to be stepped."""
+        given, every = self.param_groups, self._every_group
+        numbers = {id(group): g for g, group in enumerate(every)}
+        is_cut = self._stepper.pieces is not None or are_in_pieces(self._stepper.listing.now())
+        if not is_cut or not all(id(group) in numbers for group in given):
+            return False
+        self.param_groups = every
+        self._refresh()
+        awaits: bool = self._stepper.pieces.await_more([numbers[id(group)] for group in given])
+        return awaits
 
     def _complete_groups(self, own: list[nn.Parameter]) -> None:
         """What a group has beyond torch's if something in it is generated; where the rate is found, every group, as a
@@ -126,6 +153,7 @@ class Resumable(torch.optim.Optimizer):
         if self._stepper.is_captured:
             rest = {p: _in_place(self.state.get(p, {}), value) for p, value in rest.items()}
         super().__setstate__({**state, "state": defaultdict(dict, rest)})
+        self._every_group = self.param_groups
         for layer in self._stepper.states:
             load_layer(layer, [loaded[p] for p in layer.factors.layer.listed()])
         self._stepper.renew_captured()

@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AdaptedLayer, Share, is_divided, precondition_gradients, refuse_divided, refuse_to_step
+from ..adapters import (
+    AdaptedLayer,
+    Pieces,
+    Share,
+    is_divided,
+    precondition_gradients,
+    refuse_divided,
+    refuse_in_pieces,
+    refuse_to_step,
+)
 from ..engines import (
     Batch,
     DeviceEngine,
+    Disjoint,
     Engine,
     Factors,
     LayerState,
@@ -39,7 +49,7 @@ class Stepper:
 
     every: all parameters of the optimizer; init: "paper" or "keep", as in oplora.AdamW; shard: whether processes divide
     the layers; delta: of the preconditioner, None without; elsewhere: where the generators are, if not beside their
-    factors; model: that the layers are of, where one was handed over.
+    factors; model: that the layers are of, where one was handed over; pieces: that the layers are, where they are.
     """
 
     def __init__(
@@ -53,9 +63,11 @@ class Stepper:
         delta: float | None,
         elsewhere: torch.device | None,
         model: nn.Module | None,
+        pieces: Pieces | None = None,
     ) -> None:
         self.layers, self.recipe, self._delta, self._elsewhere = layers, recipe, delta, elsewhere
-        self.listing, self.plain = Listing(layers, model), Plain()
+        self.pieces = pieces
+        self.listing, self.plain = Listing(layers, model, () if pieces is None else pieces.rows), Plain()
         self.shards: Shards | None = None
         ties = self._divided_ties(every)
         if shard:
@@ -100,7 +112,10 @@ class Stepper:
         divided = [any(map(is_divided, layer.parameters())) for layer in self.layers]
         of_here = [Share(layer) if some else layer for layer, some in zip(self.layers, divided, strict=True)]
         self._shares = [layer for layer in of_here if isinstance(layer, Share)]
-        self.mesh = Mesh.of(every, self.layers)
+        if self.pieces is None:
+            self.mesh = Mesh.of(every, self.layers)
+        else:
+            self.mesh = Disjoint(self.pieces.group, self.pieces.device, self.layers)
         ties = [Factors.of(layer, i, self._elsewhere) for i, layer in enumerate(of_here)]
         if self.mesh is not None and self.finds_rate:
             nonzero = [bool(p.detach().count_nonzero()) for tie in ties for p in tie.layer.parameters()]
@@ -129,6 +144,34 @@ class Stepper:
         for state, (_, entries) in zip(self.states, before, strict=True):
             load_layer(state, state.received(entries))
 
+    def in_pieces(self, groups: Sequence[dict[str, Any]]) -> "Stepper":
+        """Goes on with the pieces that DeepSpeed's ZeRO has put into the groups, and puts what is stepped there."""
+        if not self.finds_rate:
+            refuse_in_pieces(self.layers, f"state {self.recipe.kind!r}")
+        if self.shards is not None:
+            raise OPLoRARuntimeError(
+                "oplora: DeepSpeed's ZeRO has divided the factors of an optimizer with shard=True, which divides whole "
+                "generators. Leave shard out: every process then keeps its part of the state."
+            )
+        before = self.states
+        pieces = Pieces(self.layers, groups, self.listing.groups)
+        every = [p for group in groups for p in group["params"]]
+        new = Stepper(
+            pieces.layers,
+            self.recipe,
+            every,
+            init="keep",
+            shard=False,
+            delta=self._delta,
+            elsewhere=self._elsewhere,
+            model=None,
+            pieces=pieces,
+        )
+        for old, state in zip(before, new.states, strict=True):
+            if old.steps:
+                load_layer(state, state.received(old.entries()))
+        return new
+
     def _of_shares(self, own: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         wholes = {id(share.whole) for share in self._shares}
         pairs = zip(self.layers, self.listing.by_layer(own), strict=True)
@@ -136,7 +179,7 @@ class Stepper:
 
     def agree_on_starts(self) -> bool:
         """Has every process keep a start where one does, so that all save the same; whether something is new here."""
-        if self.mesh is None or not self.finds_rate:
+        if self.mesh is None or self.pieces is not None or not self.finds_rate:
             return False
         bases = self.mesh.any([base is not None for state in self.states for base in state.factors.bases])
         is_new = False
@@ -208,6 +251,8 @@ class Stepper:
 
     def gather(self, own: list[nn.Parameter]) -> list[Batch]:
         """The layers that have gradients, by engine; edits of their factors are absorbed on the way."""
+        if self.pieces is not None:
+            self.pieces.take_gradients()
         whole, own = own, self._here(own)
         held = [self.of_engine(i, own) for i in range(len(self.engines))]
         changed = [engine.has_changed(some) for engine, some in zip(self.engines, held, strict=True)]
@@ -244,6 +289,13 @@ class Stepper:
         for engine in self.engines:
             engine.stale = []
         return stale
+
+    def release(self, batches: Sequence[Batch]) -> None:
+        """Lets go of what gather() has found."""
+        for batch in batches:
+            batch.release()
+        if self.pieces is not None:
+            self.pieces.release()
 
     def _have_moved(self, held: Sequence[list[nn.Parameter]]) -> bool:
         """Whether factors are on another device than their generators were made for."""
@@ -384,6 +436,8 @@ class Stepper:
     # ---- processes ----
 
     def share_factors(self) -> None:
+        if self.pieces is not None:
+            self.pieces.write()
         if self.shards is not None:
             self.shards.send([layer.parameters() for layer in self.layers])
 

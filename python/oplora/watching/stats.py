@@ -50,7 +50,7 @@ def stats(optimizer: Any) -> dict[str, dict[str, float]]:
         "dropped_weight"    of W2's change since the start, cut to weight_rank;
         "dropped_hidden_moment", "dropped_hidden_weight"  the same of W1.
         All but those of the factors and "settled" are of the last step's start, NaN for a layer that has not been
-        stepped. Where processes divide the tensors (FSDP2), the factors' norms are of the rows of this process: no
+        stepped. Where processes divide the tensors (FSDP2, ZeRO), the factors' norms are of what is in this process: no
         process waits for another here.
     """
     generators = generators_of(optimizer)
