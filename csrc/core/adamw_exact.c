@@ -31,6 +31,11 @@ static void TY(exact_measure_layer)(const TY(exact_job) *job, TY(exact_plan) *p)
     TY(oplora_exact_report_hidden)(p);
 }
 
+static void TY(exact_finish_layer)(const TY(exact_job) *job, TY(exact_plan) *p) {
+    (void)job;
+    TY(oplora_exact_report_norm)(p);
+}
+
 static void TY(exact_step_layer)(const TY(exact_job) *job, TY(exact_plan) *p) {
     if (!job->measured) TY(exact_measure_layer)(job, p);
     TY(oplora_exact_step_hidden)(p, job->measured);
@@ -138,6 +143,19 @@ static OPLORA_BODY oplora_status TY(exact_step)(const TY(oplora_exact) *layers, 
 oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
                                     oplora_parallel_fn par) {
     OPLORA_IN_MODE(OPLORA_FLUSHED, TY(exact_step)(layers, n_layers, measured, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(exact_finish)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                                  oplora_parallel_fn par) {
+    TY(exact_job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(oplora_exact_prepare)(layers, n_layers, 0, 1, workspace, &job));
+    return TY(exact_spread_layers)(&job, 0, n_layers, TY(exact_finish_layer), par);
+}
+
+oplora_status TY(oplora_exact_finish)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(exact_finish)(layers, n_layers, workspace, par));
 }
 
 static OPLORA_BODY oplora_status TY(exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,

@@ -30,9 +30,12 @@ void TY(oplora_exact_run_tasks)(const TY(exact_job) *job, int64_t begin, int64_t
     }
 }
 
+static int TY(exact_counts)(const TY(exact_task) *t) { return !t->factor->place || t->factor->place->counts; }
+
 void TY(oplora_exact_square_task)(const TY(exact_task) *t) {
     int64_t nonfinite;
-    t->partial[t->plan->layer->H] = TY(oplora_dispatch)()->square_sum(t->factor->g + t->offset, t->count, &nonfinite);
+    const double sum = TY(oplora_dispatch)()->square_sum(t->factor->g + t->offset, t->count, &nonfinite);
+    t->partial[t->plan->layer->H] = TY(exact_counts)(t) ? sum : 0;
     t->partial[t->plan->layer->H + 1] = (double)nonfinite;
 }
 
@@ -46,7 +49,7 @@ void TY(oplora_exact_reduce_task)(const TY(exact_task) *t) {
     double sum[COLUMN_GROUP];
     for (int64_t j = 0; j < l->H; j++) {
         t->partial[j] = 0;
-        if (t->plan->h[j] != 0) {
+        if (t->plan->h[j] != 0 && TY(exact_counts)(t)) {
             column[k] = t->plan->W2 + j * l->N + t->row;
             unit[k++] = j;
         }

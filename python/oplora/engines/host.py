@@ -37,6 +37,12 @@ class HostEngine(Engine):
             self.state.measure(batch, self.inputs(batch), report)
         return report
 
+    def finish_measuring(self, batch: Batch, report: Tensor) -> None:
+        self.state.finish_measuring(batch, self.inputs(batch), report)
+
+    def reduce(self, batch: Batch, report: Tensor) -> list[Tensor]:
+        return self.state.reduce(batch, self.inputs(batch), self.numbers, report)
+
     def step(self, batch: Batch, report: Tensor | None) -> tuple[bool, Tensor]:
         measured = report is not None
         if report is None:

@@ -326,7 +326,8 @@ class AdamW(Resumable):
             scale_gradients([*factors, *others, *(g for batch in batches for g in batch.scaled())], scale)
             for batch, report in zip(batches, reports, strict=True):
                 batch.engine.state.scale(batch, report, scale.to(report.device, non_blocking=True))
-        self._clipped = Clipped(batches, reports)
+        # processes that add sums up measure again: one alone might find that its gradients are others now
+        self._clipped = None if self._stepper.adds_up else Clipped(batches, reports)
         for batch in batches:
             batch.release()
         return norm

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import AdaptedLayer, foreign_gradient, foreign_tensors
+from ..adapters import AdaptedLayer, foreign_gradient, foreign_tensors, refuse_divided
 from ..engines import Factors
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
 from ..kernels import require_kernels, runs_on_device
@@ -17,6 +17,7 @@ __all__ = [
     "check_generator_device",
     "check_positive",
     "refuse_devices",
+    "refuse_division",
     "refuse_foreign_adapter",
     "refuse_mixed",
 ]
@@ -71,6 +72,19 @@ def refuse_devices(factors: Sequence[Factors], precondition: float | None) -> No
         raise OPLoRATypeError(
             "oplora.AdamW: some layers' factors are on the CPU and some on a GPU; the step runs on one kind. Move the "
             "adapter to one of them."
+        )
+
+
+def refuse_division(layers: Sequence[AdaptedLayer], factors: Sequence[Factors], precondition: float | None) -> None:
+    """Raises where processes divide tensors of generators a layer, and the step wants whole ones."""
+    if precondition is not None:
+        refuse_divided(layers, "precondition multiplies by all of a layer's A and B", "Leave precondition out")
+    if any(runs_on_device(f.device) for f in factors):
+        refuse_divided(
+            layers,
+            "on a GPU the generators of presets 'paper' and 'flat' step whole tensors",
+            "Use preset='auto', the default of oplora.AdamW(model), which steps what each process has; or with "
+            "state='exact' generator_device='cpu'",
         )
 
 
