@@ -336,7 +336,7 @@ class Stepper:
         return []
 
     def _add_up(self, batches: Sequence[Batch], reports: Sequence[Tensor], more: Tensor) -> Tensor:
-        """Makes of reports of the rows that are here those of whole layers, in one message, which adds up `more` too."""
+        """Makes of reports of rows that are here those of whole layers, in one message, which adds up `more` too."""
         assert self.mesh is not None
         pairs = list(zip(batches, reports, strict=True))
         summands = [batch.engine.state.summands(batch, report) for batch, report in pairs]
