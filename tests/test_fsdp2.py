@@ -3,6 +3,7 @@
 A test hands a function of this module to all processes of a group, and gets what each of them returns.
 """
 
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import assert_same_bits, batches
+from conftest import HOST, assert_same_bits, batches
 from peft import LoraConfig, get_peft_model
 from ranks import Ranks, join_group
 from torch import Tensor, nn
@@ -547,6 +548,38 @@ def test_refusal_on_a_device_is_told_in_the_same_step_by_all(ranks: Ranks, cuda_
         assert_same_bits(bits, results[0][0])
 
 
+def run_beside_a_gpu(kind: str, dtype: torch.dtype, is_gpu: bool) -> tuple[Bits, str]:
+    """With the factors where a GPU's memory is taken to be: what is trained, and of which kind the engine is."""
+    with pytest.MonkeyPatch.context() as patch:
+        if is_gpu:
+            patch.setattr(refusals, "HOST_MEMORY", HOST)
+            for module in (engines, refusals):
+                patch.setattr(module, "runs_on_device", lambda device: device != HOST)
+        model = divide(make_chain(dtype, **CONFIGS["biases and a head"]))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            optimizer = oplora.AdamW(model, max_grad_norm=0.1, **KINDS[kind])
+        assert any("host memory" in str(warning.message) for warning in told) == is_gpu
+        for step, batch in enumerate(data(10, dtype)):
+            train(model, optimizer, [batch])
+            if step == 5:
+                with torch.no_grad():
+                    next(iter(optimizer.state)).to_local().mul_(0.5)  # what others write is gone on from
+    return trained(model), type(optimizer._stepper.engines[0]).__name__
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", GENERATORS)
+@pytest.mark.filterwarnings("ignore:.*were changed since the last step")
+def test_generators_beside_a_gpu_step_in_host_memory_with_the_same_bits(
+    ranks: Ranks, kind: str, dtype: torch.dtype
+) -> None:
+    beside, alone = (ranks.run(run_beside_a_gpu, kind, dtype, is_gpu) for is_gpu in (True, False))
+    for (bits, engine), (others, _) in zip(beside, alone, strict=True):
+        assert engine == "StagedEngine"
+        assert_same_bits(bits, others)
+
+
 # ---- clipping and refusals ----
 
 
@@ -646,6 +679,37 @@ def test_nan_in_the_rows_of_one_process_is_refused_by_all_and_changes_nothing(
     for message, before, after in ranks.run(meet_nan, where, kind):
         assert "NaN or infinity" in message
         assert_same_bits(before, after)
+
+
+def leave_one_out(kind: str) -> str:
+    """A layer that rank 0 alone has no gradient of: what would be replicated goes apart."""
+    model = divide(make_chain())
+    optimizer = oplora.AdamW(model, **KINDS[kind])
+    backward(model, part(data(1)[0], dist.get_rank(), dist.get_world_size()))
+    for name, p in model.named_parameters():
+        if dist.get_rank() == 0 and ".model.2." in name:
+            p.grad = None
+    before = trained(model)
+    with pytest.raises(oplora.OPLoRAError) as raised:
+        optimizer.step()
+    assert_same_bits(before, trained(model))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["exact", "lean"])
+def test_layer_that_steps_in_some_processes_alone_is_refused_by_all(ranks: Ranks, kind: str) -> None:
+    assert all("layer 1 has a gradient in some" in message for message in ranks.run(leave_one_out, kind))
+
+
+def precondition_divided() -> str:
+    with pytest.raises(oplora.OPLoRAError) as raised:
+        oplora.AdamW(divide(make_chain()), precondition=1e-6)
+    return str(raised.value)
+
+
+def test_precondition_of_divided_factors_is_refused(ranks: Ranks) -> None:
+    for message in ranks.run(precondition_divided):
+        assert "FSDP2" in message and "leave it out" in message and "ignored_params" in message
 
 
 # ---- every adapter type, and other meshes ----

@@ -100,14 +100,14 @@ def known_or_found(known: Any, found: Any) -> Any:
     return known if gathered else found
 
 
-def refuse_divided(layers: Sequence[AdaptedLayer], why: str, instead: str) -> None:
-    """Raises where a tensor is divided, for what wants whole ones; `why`, and what to do `instead`, in words."""
+def refuse_divided(layers: Sequence[AdaptedLayer], why: str) -> None:
+    """Raises where a tensor is divided, for what wants whole ones."""
     for layer in layers:
         for tensor, parameter in zip(layer.tensors, layer.parameters(), strict=True):
             if is_divided(parameter):
                 raise OPLoRATypeError(
                     f"oplora: {tensor} of layer {layer.name} is divided among processes (FSDP2's fully_shard, or "
-                    f"tensor parallelism), and {why}. {instead}; or keep the adapter whole, "
+                    f"tensor parallelism), and {why}; or keep the adapter whole, "
                     "fully_shard(..., ignored_params=...) (docs/loops.md)."
                 )
 
@@ -188,19 +188,17 @@ class Share(AdaptedLayer):
         if not is_divided(parameter):
             return tensor
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
         own, leading = here(parameter).shape, tensor.dim() - len(self.shapes[i])
         columns = tensor.shape[:leading]
         local = tensor if tensor.shape[leading:] == own else tensor.new_empty((*columns, *own))
         shape = torch.Size((*columns, *parameter.shape))
-        return DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            _placements(parameter, leading),
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
-        )
+        told = TensorMeta(shape, torch.empty(shape, device="meta").stride(), local.dtype)
+        spec = DTensorSpec(parameter.device_mesh, _placements(parameter, leading), tensor_meta=told)
+        # from_local() would copy what lies in host memory to the mesh's device
+        divided: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[abstract]
+        return divided
 
     def received(self, i: int, value: Any) -> Any:
         parameter: Any = self._parameters[i]

@@ -41,6 +41,7 @@ class State(ABC):
 
     KIND: str
     KEYS: tuple[str, ...]
+    STARTS_FROM_FACTORS = True  # whether a step adds to what the factors hold, or they are an output alone
     IS_LINEAR = True  # whether a report of scaled gradients can be made from that of the gradients
     DOUBTS = True  # whether values of which nobody knows who wrote them have to be looked into
     settings: Settings
@@ -131,7 +132,7 @@ class State(ABC):
             if parameter.dtype == state.factors.dtype:  # also after the model was moved back
                 state.masters[i] = None
             elif state.masters[i] is None:
-                state.masters[i] = parameter.detach().to(state.factors.dtype)
+                state.masters[i] = parameter.detach().to(state.factors.device, state.factors.dtype)
 
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:

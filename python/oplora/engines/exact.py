@@ -25,6 +25,7 @@ class Exact(State):
 
     KIND = "exact"
     KEYS = ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving")
+    STARTS_FROM_FACTORS = False
 
     def __init__(self, ties: Sequence[Factors], settings: Settings) -> None:
         self.ties, self.settings = ties, settings

@@ -280,7 +280,7 @@ class Lean(State):
         if state.is_fresh:
             state.factors.adopt_edits(parameters, lambda: state.engine.generate(state))
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
-            if master is not None and not torch.equal(master.to(parameter.dtype), parameter.detach()):
+            if master is not None and not torch.equal(master.to(parameter), parameter.detach()):
                 state.masters[i] = parameter.detach().to(master)
         return False
 

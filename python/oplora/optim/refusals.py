@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 
-from ..adapters import AdaptedLayer, foreign_gradient, foreign_tensors, refuse_divided
+from ..adapters import AdaptedLayer, foreign_gradient, foreign_tensors
 from ..engines import Factors
 from ..errors import OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
 from ..kernels import require_kernels, runs_on_device
@@ -16,12 +16,13 @@ __all__ = [
     "Unstepped",
     "check_generator_device",
     "check_positive",
+    "place_of_divided",
     "refuse_devices",
-    "refuse_division",
     "refuse_foreign_adapter",
     "refuse_mixed",
 ]
 
+HOST_MEMORY: Final = torch.device("cpu")
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -75,17 +76,16 @@ def refuse_devices(factors: Sequence[Factors], precondition: float | None) -> No
         )
 
 
-def refuse_division(layers: Sequence[AdaptedLayer], factors: Sequence[Factors], precondition: float | None) -> None:
-    """Raises where processes divide tensors of generators a layer, and the step wants whole ones."""
-    if precondition is not None:
-        refuse_divided(layers, "precondition multiplies by all of a layer's A and B", "Leave precondition out")
-    if any(runs_on_device(f.device) for f in factors):
-        refuse_divided(
-            layers,
-            "on a GPU the generators of presets 'paper' and 'flat' step whole tensors",
-            "Use preset='auto', the default of oplora.AdamW(model), which steps what each process has; or with "
-            "state='exact' generator_device='cpu'",
-        )
+def place_of_divided(layers: Sequence[AdaptedLayer], asked: torch.device | None) -> torch.device | None:
+    """Where generators are whose layers' rows processes divide: the kernels of a GPU want whole layers, so there they
+    are in host memory."""
+    if asked is not None or not runs_on_device(layers[0].parameters()[0].device):
+        return asked
+    warn(
+        "oplora: the factors are divided among processes (FSDP2, tensor parallelism). The generators of presets "
+        "'paper' and 'flat' are kept in host memory then, and the CPU steps them. Preset 'auto' steps on the GPU."
+    )
+    return HOST_MEMORY
 
 
 def refuse_mixed(layers: Sequence[AdaptedLayer], groups: Sequence[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters import AdaptedLayer, Share, is_divided, precondition_gradients, refuse_to_step
+from ..adapters import AdaptedLayer, Share, is_divided, precondition_gradients, refuse_divided, refuse_to_step
 from ..engines import (
     Batch,
     DeviceEngine,
@@ -28,7 +28,7 @@ from ..engines import (
 from ..errors import OPLoRARuntimeError
 from .listing import Listing
 from .plain import Plain
-from .refusals import refuse_devices, refuse_division
+from .refusals import place_of_divided, refuse_devices
 from .saved import load_layer
 
 __all__ = ["Stepper", "refuse_nonfinite"]
@@ -99,6 +99,10 @@ class Stepper:
         of_here = [Share(layer) if some else layer for layer, some in zip(self.layers, divided, strict=True)]
         self._shares = [layer for layer in of_here if isinstance(layer, Share)]
         self.mesh = Mesh.of(every, self.layers)
+        if self.adds_up and self._delta is not None:
+            refuse_divided(self.layers, "precondition multiplies by all of a layer's A and B: leave it out")
+        if self.adds_up:
+            self._elsewhere = place_of_divided(of_here, self._elsewhere)
         ties = [Factors.of(layer, i, self._elsewhere) for i, layer in enumerate(of_here)]
         if self.adds_up:
             self._place(ties)
@@ -112,7 +116,6 @@ class Stepper:
     def _place(self, ties: Sequence[Factors]) -> None:
         """Tells the layers which of their rows are here, and which of these count."""
         assert self.mesh is not None
-        refuse_division(self.layers, ties, self._delta)
         for tie, layer in zip(ties, self.layers, strict=True):
             counts = map(self.mesh.counts, layer.parameters())
             tie.places = [[*tie.layer.rows_here(i), int(counted)] for i, counted in enumerate(counts)]
