@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from conftest import HOST
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
@@ -74,6 +76,11 @@ def record() -> dict[str, list[Call]]:
                 for state in ("lean", "exact", None):
                     for keep in (False, True):
                         train(dtype, state, keep)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for dtype in (torch.float32, torch.float64):
+            for state in ("lean", "exact"):
+                train(dtype, state, keep=False, divides=True)
+        dist.destroy_process_group()
         H, Z, N = 5, 3, 7
         for dtype in (torch.float32, torch.float64):
             for W2 in (torch.randn(N, H, dtype=dtype), torch.randn(H, N, dtype=dtype).t()):
@@ -84,8 +91,11 @@ def record() -> dict[str, list[Call]]:
     return recorder.calls
 
 
-def train(dtype: torch.dtype, state: str | None, keep: bool) -> None:
+def train(dtype: torch.dtype, state: str | None, keep: bool, divides: bool = False) -> None:
+    """divides: the factors are DTensors, as processes divide them."""
     net = model(dtype, 2 if keep else 1)
+    if divides:
+        fully_shard(net, mesh=dist.init_device_mesh("cpu", (1,)))
     options: dict[str, Any] = {} if state is None else {"state": state, "hidden_width": 5, "latent_width": 3}
     if keep:
         options |= {"init": "keep"} if state else {}

@@ -73,7 +73,8 @@ TY(lean_plan) TY(oplora_lean_plan_of)(const TY(oplora_lean) *l) {
 /* That the rows which are here are among those of the whole factor. */
 static oplora_status TY(lean_check_place)(const oplora_place *p, int64_t rows) {
     int64_t behind;
-    OPLORA_RETURN_IF(p->rows < rows || p->rows > INT64_MAX / 64 || p->run < 1 || rows % p->run, OPLORA_ESIZE);
+    const int64_t most = INT64_MAX >> 24; /* so that the rows of a layer's factors can be added up */
+    OPLORA_RETURN_IF(p->rows < rows || p->rows > most || p->run < 1 || rows % p->run, OPLORA_ESIZE);
     OPLORA_RETURN_IF(p->first < 0 || p->first > p->rows - p->run || p->stride < 0, OPLORA_ESIZE);
     OPLORA_RETURN_IF(__builtin_mul_overflow(rows / p->run - 1, p->stride, &behind), OPLORA_ESIZE);
     return behind <= p->rows - p->run - p->first ? OPLORA_OK : OPLORA_ESIZE;

@@ -50,8 +50,8 @@ class AdamW(Resumable):
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
     forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
 
-    Under fully_shard (FSDP2) and tensor parallelism preset "auto" steps the part of every tensor that is in the
-    process, and keeps that part's state; the other presets want whole tensors (docs/loops.md).
+    Under fully_shard (FSDP2) and tensor parallelism a process steps the part of every tensor that it has, and keeps
+    that part's state. On a GPU the generators of presets "paper" and "flat" are then in host memory (docs/loops.md).
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
