@@ -54,8 +54,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "oplora":
-            names = [argument.name for argument in func._schema.arguments]
-            arguments = [*args, *((kwargs or {})[name] for name in names[len(args) :])]
+            rest = func._schema.arguments[len(args) :]  # torch leaves out what is the default
+            arguments = [*args, *((kwargs or {}).get(one.name, one.default_value) for one in rest)]
             self.calls.setdefault(func.overloadpacket.__name__, []).append((func, guarded_all(arguments)))
         return func(*args, **(kwargs or {}))
 
@@ -69,6 +69,11 @@ def model(dtype: torch.dtype, layers: int) -> nn.Module:
 
 def record() -> dict[str, list[Call]]:
     with Recorder() as recorder:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for dtype in (torch.float32, torch.float64):
+            for state in ("lean", "exact"):
+                train(dtype, state, keep=False, divides=True)
+        dist.destroy_process_group()
         for on_device in (False, True):
             for module in (engines, refusals):
                 module.runs_on_device = lambda device, on=on_device: on and device != HOST
@@ -76,11 +81,6 @@ def record() -> dict[str, list[Call]]:
                 for state in ("lean", "exact", None):
                     for keep in (False, True):
                         train(dtype, state, keep)
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        for dtype in (torch.float32, torch.float64):
-            for state in ("lean", "exact"):
-                train(dtype, state, keep=False, divides=True)
-        dist.destroy_process_group()
         H, Z, N = 5, 3, 7
         for dtype in (torch.float32, torch.float64):
             for W2 in (torch.randn(N, H, dtype=dtype), torch.randn(H, N, dtype=dtype).t()):

@@ -728,7 +728,7 @@ def run_type(case: str, kind: str, alone: int | None = None) -> Bits:
     return {name: p for name, p in trained(model).items() if p.numel()}
 
 
-AMPLIFIED = {"DeLoRA": 1e-10}  # which divides by the norm of B, and B starts at zero
+AMPLIFIED = {"DeLoRA": 1e-9}  # which divides by the norm of B, and B starts at zero
 NOT_TAKEN = {"LoRA, MultiheadAttention"}  # PEFT takes Parameters out of the module tree, which fully_shard refuses
 
 
