@@ -10,6 +10,9 @@
  * 4 bytes in the first pass and 24 in the second (float). A column that has never been on (h_j = 0, moments zero)
  * changes only by weight decay, kept as one factor until the unit wakes: it costs nothing.
  *
+ * Where processes divide the factors, a layer's rows are here in part. Their dh and ||g||^2 are sums over rows, and
+ * nothing else is: the caller adds up what a measurement of them reports, and steps by that.
+ *
  * Work is cut into tasks of TASK_ROWS rows of one factor, and sums over tasks run in order, so nothing depends on who does
  * a task. Small layers are stepped whole, one a thread: no barriers, and the second pass finds W2 in the cache. Large
  * layers are stepped one after another, their tasks spread over the threads. */

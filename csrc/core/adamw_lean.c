@@ -25,6 +25,11 @@
  * rho rate, and its rows of the basis are [kappa U, rho row A, rho row g]: with these all of the above holds, and both
  * truncations weigh a row by the step it makes. kappa and rho multiply a block's sums and the few numbers, not its rows.
  *
+ * Where processes divide the factors, each has some rows and all have everything else. A call is then cut in two at the
+ * sums, which the caller adds up between the halves: what the second makes of them is alike everywhere. ||g||^2 of all
+ * rows moves r, and so the eps of row, before the Gram matrix can be summed: a step has two such cuts, its measurement's
+ * and its own.
+ *
  * Rows are cut into blocks that stay in the first-level cache, blocks into parts that do not depend on who does them,
  * and sums run in the order of blocks and parts. Layers are one thread's work each; one so large that the others would
  * wait for it is spread over all of them. */
@@ -78,9 +83,10 @@ static void TY(lean_begin)(const TY(lean_job) *job, TY(lean_plan) *p) {
 
 /* What comes between the sums and the second pass; whether there is one. */
 static int TY(lean_use_sums)(const TY(lean_job) *job, TY(lean_plan) *p) {
-    if (job->half == LEAN_FIRST_HALF)
+    if (job->half == LEAN_FIRST_HALF) {
         memcpy(p->sums, p->outer.sums, (size_t)TY(lean_part_size)(p->layer) * sizeof(double));
-    if (job->half == LEAN_FIRST_HALF) return 0;
+        return 0;
+    }
     if (job->steps)
         TY(oplora_lean_solve_layer)(p);
     else
