@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from conftest import HOST
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import oplora
@@ -52,8 +54,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "oplora":
-            names = [argument.name for argument in func._schema.arguments]
-            arguments = [*args, *((kwargs or {})[name] for name in names[len(args) :])]
+            rest = func._schema.arguments[len(args) :]  # torch leaves out what is the default
+            arguments = [*args, *((kwargs or {}).get(one.name, one.default_value) for one in rest)]
             self.calls.setdefault(func.overloadpacket.__name__, []).append((func, guarded_all(arguments)))
         return func(*args, **(kwargs or {}))
 
@@ -67,6 +69,11 @@ def model(dtype: torch.dtype, layers: int) -> nn.Module:
 
 def record() -> dict[str, list[Call]]:
     with Recorder() as recorder:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        for dtype in (torch.float32, torch.float64):
+            for state in ("lean", "exact"):
+                train(dtype, state, keep=False, divides=True)
+        dist.destroy_process_group()
         for on_device in (False, True):
             for module in (engines, refusals):
                 module.runs_on_device = lambda device, on=on_device: on and device != HOST
@@ -84,8 +91,11 @@ def record() -> dict[str, list[Call]]:
     return recorder.calls
 
 
-def train(dtype: torch.dtype, state: str | None, keep: bool) -> None:
+def train(dtype: torch.dtype, state: str | None, keep: bool, divides: bool = False) -> None:
+    """divides: the factors are DTensors, as processes divide them."""
     net = model(dtype, 2 if keep else 1)
+    if divides:
+        fully_shard(net, mesh=dist.init_device_mesh("cpu", (1,)))
     options: dict[str, Any] = {} if state is None else {"state": state, "hidden_width": 5, "latent_width": 3}
     if keep:
         options |= {"init": "keep"} if state else {}

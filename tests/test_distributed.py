@@ -711,24 +711,6 @@ def test_accelerate_saves_and_resumes_sharded_generators(ranks: Ranks, tmp_path:
 # ---- FSDP2 ----
 
 
-def shard_factors_too(state: str, optimizer_first: bool) -> str:
-    model = make_chain()
-    mesh = dist.init_device_mesh("cpu", (WORLD,))
-    optimizer = oplora.AdamW(model, **options_of(state)) if optimizer_first else None
-    fully_shard(model, mesh=mesh)
-    if optimizer is None:
-        return message_of(lambda: oplora.AdamW(model, **options_of(state)))
-    backward(model, part(data(1)[0], dist.get_rank()))
-    return message_of(optimizer.step)
-
-
-@pytest.mark.parametrize("state", ["lean", "exact"])
-@pytest.mark.parametrize("optimizer_first", [False, True])
-def test_factors_sharded_by_fsdp2_are_refused(ranks: Ranks, state: str, optimizer_first: bool) -> None:
-    for message in ranks.run(shard_factors_too, state, optimizer_first):
-        assert "FSDP2" in message and "preset='auto'" in message and "ignored_params" in message
-
-
 def flatten_by_fsdp1(how: str) -> str:
     model = make_chain()
     if how == "optimizer first":

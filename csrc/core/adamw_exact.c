@@ -10,6 +10,9 @@
  * 4 bytes in the first pass and 24 in the second (float). A column that has never been on (h_j = 0, moments zero)
  * changes only by weight decay, kept as one factor until the unit wakes: it costs nothing.
  *
+ * Where processes divide the factors, a layer's rows are here in part. Their dh and ||g||^2 are sums over rows, and
+ * nothing else is: the caller adds up what a measurement of them reports, and steps by that.
+ *
  * Work is cut into tasks of TASK_ROWS rows of one factor, and sums over tasks run in order, so nothing depends on who does
  * a task. Small layers are stepped whole, one a thread: no barriers, and the second pass finds W2 in the cache. Large
  * layers are stepped one after another, their tasks spread over the threads. */
@@ -29,6 +32,11 @@ static void TY(exact_measure_layer)(const TY(exact_job) *job, TY(exact_plan) *p)
     TY(oplora_exact_find_hidden)(p);
     TY(oplora_exact_run_tasks)(job, p->first_task, p->first_task + p->tasks, TY(oplora_exact_reduce_task));
     TY(oplora_exact_report_hidden)(p);
+}
+
+static void TY(exact_finish_layer)(const TY(exact_job) *job, TY(exact_plan) *p) {
+    (void)job;
+    TY(oplora_exact_report_norm)(p);
 }
 
 static void TY(exact_step_layer)(const TY(exact_job) *job, TY(exact_plan) *p) {
@@ -138,6 +146,19 @@ static OPLORA_BODY oplora_status TY(exact_step)(const TY(oplora_exact) *layers, 
 oplora_status TY(oplora_exact_step)(const TY(oplora_exact) *layers, int64_t n_layers, int measured, void *workspace,
                                     oplora_parallel_fn par) {
     OPLORA_IN_MODE(OPLORA_FLUSHED, TY(exact_step)(layers, n_layers, measured, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(exact_finish)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                                  oplora_parallel_fn par) {
+    TY(exact_job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_FORWARD(TY(oplora_exact_prepare)(layers, n_layers, 0, 1, workspace, &job));
+    return TY(exact_spread_layers)(&job, 0, n_layers, TY(exact_finish_layer), par);
+}
+
+oplora_status TY(oplora_exact_finish)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(exact_finish)(layers, n_layers, workspace, par));
 }
 
 static OPLORA_BODY oplora_status TY(exact_generate)(const TY(oplora_exact) *layers, int64_t n_layers, void *workspace,

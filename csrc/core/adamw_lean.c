@@ -25,6 +25,11 @@
  * rho rate, and its rows of the basis are [kappa U, rho row A, rho row g]: with these all of the above holds, and both
  * truncations weigh a row by the step it makes. kappa and rho multiply a block's sums and the few numbers, not its rows.
  *
+ * Where processes divide the factors, each has some rows and all have everything else. A call is then cut in two at the
+ * sums, which the caller adds up between the halves: what the second makes of them is alike everywhere. ||g||^2 of all
+ * rows moves r, and so the eps of row, before the Gram matrix can be summed: a step has two such cuts, its measurement's
+ * and its own.
+ *
  * Rows are cut into blocks that stay in the first-level cache, blocks into parts that do not depend on who does them,
  * and sums run in the order of blocks and parts. Layers are one thread's work each; one so large that the others would
  * wait for it is spread over all of them. */
@@ -64,17 +69,39 @@ static void TY(lean_update_parts)(int64_t begin, int64_t end, void *context) {
     for (int64_t i = begin; i < end; i++) TY(oplora_lean_update_part)(job->current, i);
 }
 
+/* What comes before the sums. A first half changes nothing of the layer: it turns copies of r and of the mean of R. */
+static void TY(lean_begin)(const TY(lean_job) *job, TY(lean_plan) *p) {
+    TY(lean_map) *const map = &p->outer;
+    if (job->half == LEAN_FIRST_HALF) {
+        map->r = memcpy(p->h_next, map->r, (size_t)p->layer->H * sizeof(T));
+        p->mean = *map->mean;
+        map->mean = &p->mean;
+    }
+    TY(oplora_lean_begin_layer)(p);
+    if (job->half == LEAN_SECOND_HALF) TY(oplora_lean_add_part)(p, p->sums);
+}
+
+/* What comes between the sums and the second pass; whether there is one. */
+static int TY(lean_use_sums)(const TY(lean_job) *job, TY(lean_plan) *p) {
+    if (job->half == LEAN_FIRST_HALF) {
+        memcpy(p->sums, p->outer.sums, (size_t)TY(lean_part_size)(p->layer) * sizeof(double));
+        return 0;
+    }
+    if (job->steps)
+        TY(oplora_lean_solve_layer)(p);
+    else
+        TY(oplora_lean_measure_dh)(p);
+    return job->steps;
+}
+
 /* A whole layer by one thread. */
-static void TY(lean_do_small)(TY(lean_plan) *p, int steps) {
-    for (int64_t part = 0; part < p->parts; part++) {
+static void TY(lean_do_small)(const TY(lean_job) *job, TY(lean_plan) *p) {
+    TY(lean_begin)(job, p);
+    for (int64_t part = 0; job->half & LEAN_FIRST_HALF && part < p->parts; part++) {
         TY(oplora_lean_reduce_part)(p, part, p->part_sums);
         TY(oplora_lean_add_part)(p, p->part_sums);
     }
-    if (!steps) {
-        TY(oplora_lean_measure_dh)(p);
-        return;
-    }
-    TY(oplora_lean_solve_layer)(p);
+    if (!TY(lean_use_sums)(job, p)) return;
     for (int64_t part = 0; part < p->parts; part++) TY(oplora_lean_update_part)(p, part);
 }
 
@@ -83,8 +110,7 @@ static void TY(lean_layers)(int64_t begin, int64_t end, void *context) {
     for (int64_t i = begin; i < end; i++) {
         TY(lean_plan) *const p = &job->plans[job->first_plan + i];
         TY(lean_use_slot)(job, job->first_plan + begin, p);
-        TY(oplora_lean_begin_layer)(p);
-        TY(lean_do_small)(p, job->steps);
+        TY(lean_do_small)(job, p);
     }
 }
 
@@ -92,16 +118,11 @@ static void TY(lean_layers)(int64_t begin, int64_t end, void *context) {
 static oplora_status TY(lean_do_large)(TY(lean_job) *job, TY(lean_plan) *p, oplora_parallel_fn par) {
     job->current = p;
     TY(lean_use_slot)(job, 0, p);
-    TY(oplora_lean_begin_layer)(p);
-    oplora_status status = oplora_parallel(par, p->parts, 1, TY(lean_reduce_parts), job);
-    for (int64_t part = 0; part < p->parts; part++)
+    TY(lean_begin)(job, p);
+    if (job->half & LEAN_FIRST_HALF) OPLORA_FORWARD(oplora_parallel(par, p->parts, 1, TY(lean_reduce_parts), job));
+    for (int64_t part = 0; job->half & LEAN_FIRST_HALF && part < p->parts; part++)
         TY(oplora_lean_add_part)(p, job->part_sums + part * TY(lean_part_size)(p->layer));
-    if (status == OPLORA_OK && job->steps) {
-        TY(oplora_lean_solve_layer)(p);
-        status = oplora_parallel(par, p->parts, 1, TY(lean_update_parts), job);
-    } else if (status == OPLORA_OK)
-        TY(oplora_lean_measure_dh)(p);
-    return status;
+    return TY(lean_use_sums)(job, p) ? oplora_parallel(par, p->parts, 1, TY(lean_update_parts), job) : OPLORA_OK;
 }
 
 /* Runs of layers a layer a thread, those that are spread one at a time. */
@@ -141,7 +162,7 @@ static OPLORA_BODY oplora_status TY(lean_measure)(const TY(oplora_lean) *layers,
                                                   oplora_parallel_fn par) {
     TY(lean_job) job;
     if (n_layers == 0) return OPLORA_OK;
-    OPLORA_FORWARD(TY(oplora_lean_prepare)(layers, n_layers, 0, 1, workspace, &job));
+    OPLORA_FORWARD(TY(oplora_lean_prepare)(layers, n_layers, LEAN_NEEDS_DH, workspace, &job));
     OPLORA_FORWARD(TY(lean_measure_squares)(&job, par));
     for (int64_t i = 0; i < n_layers; i++) job.plans[i].wants = LEAN_WANTS_DH;
     return TY(lean_for_layers)(&job, 0, par);
@@ -156,7 +177,8 @@ static OPLORA_BODY oplora_status TY(lean_step)(const TY(oplora_lean) *layers, in
                                                void *workspace, oplora_parallel_fn par) {
     TY(lean_job) job;
     if (n_layers == 0) return OPLORA_OK;
-    OPLORA_FORWARD(TY(oplora_lean_prepare)(layers, n_layers, 1, measured, workspace, &job));
+    const int needs = LEAN_NEEDS_RATES | LEAN_NEEDS_OUT | (measured ? LEAN_NEEDS_DH : 0);
+    OPLORA_FORWARD(TY(oplora_lean_prepare)(layers, n_layers, needs, workspace, &job));
     if (!measured) OPLORA_FORWARD(TY(lean_measure_squares)(&job, par));
     for (int64_t i = 0; i < n_layers; i++) {
         OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
@@ -170,6 +192,46 @@ oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_laye
     OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_step)(layers, n_layers, measured, workspace, par));
 }
 
+/* Half of a measurement, or of a step that was measured. */
+static oplora_status TY(lean_half)(const TY(oplora_lean) *layers, int64_t n_layers, int half, int steps, double *sums,
+                                   void *workspace, oplora_parallel_fn par) {
+    const int rates = steps ? LEAN_NEEDS_RATES : 0, finishes = half == LEAN_SECOND_HALF;
+    const int needs = finishes ? LEAN_NEEDS_DH | (steps ? LEAN_NEEDS_OUT : 0) : 0;
+    TY(lean_job) job;
+    if (n_layers == 0) return OPLORA_OK;
+    OPLORA_RETURN_IF(!sums, OPLORA_ENULL);
+    OPLORA_FORWARD(TY(oplora_lean_prepare)(layers, n_layers, needs | rates, workspace, &job));
+    if (!steps && !finishes) OPLORA_FORWARD(TY(lean_measure_squares)(&job, par));
+    for (int64_t i = 0; i < n_layers; i++) {
+        OPLORA_RETURN_IF(layers[i].report[1] != 0, OPLORA_ENONFINITE);
+        job.plans[i].wants = steps ? LEAN_WANTS_GRAM : LEAN_WANTS_DH;
+        job.plans[i].sums = sums;
+        sums += TY(lean_part_size)(&layers[i]);
+    }
+    job.half = half;
+    return TY(lean_for_layers)(&job, steps, par);
+}
+
+static OPLORA_BODY oplora_status TY(lean_reduce)(const TY(oplora_lean) *layers, int64_t n_layers, int steps,
+                                                 double *sums, void *workspace, oplora_parallel_fn par) {
+    return TY(lean_half)(layers, n_layers, LEAN_FIRST_HALF, steps, sums, workspace, par);
+}
+
+oplora_status TY(oplora_lean_reduce)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, double *sums,
+                                     void *workspace, oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_reduce)(layers, n_layers, steps, sums, workspace, par));
+}
+
+static OPLORA_BODY oplora_status TY(lean_finish)(const TY(oplora_lean) *layers, int64_t n_layers, int steps,
+                                                 double *sums, void *workspace, oplora_parallel_fn par) {
+    return TY(lean_half)(layers, n_layers, LEAN_SECOND_HALF, steps, sums, workspace, par);
+}
+
+oplora_status TY(oplora_lean_finish)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, double *sums,
+                                     void *workspace, oplora_parallel_fn par) {
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_finish)(layers, n_layers, steps, sums, workspace, par));
+}
+
 typedef struct {
     const TY(oplora_lean) *layer;
     const T *x; /* h times W0's bound */
@@ -179,12 +241,13 @@ static void TY(lean_start_chunks)(int64_t begin, int64_t end, void *context) {
     const TY(lean_start_work) *const work = context;
     for (int64_t c = begin; c < end; c++) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(work->layer, c);
-        for (int64_t entry = chunk.entry; entry < chunk.entry + chunk.rows; entry += LEAN_BLOCK) {
-            const int64_t left = chunk.entry + chunk.rows - entry, n = left < LEAN_BLOCK ? left : LEAN_BLOCK;
-            T *const out = chunk.factor->out + entry;
+        for (int64_t at = 0, n; at < chunk.rows; at += n) {
+            const TY(lean_block) block = TY(oplora_lean_block_at)(&chunk, at);
+            T *const out = chunk.factor->out + chunk.entry + at;
+            n = block.n;
             memset(out, 0, (size_t)n * sizeof(T));
             if (chunk.factor->random)
-                TY(oplora_lean_random_update)(work->layer, chunk.range, work->x, entry, n, NULL, out);
+                TY(oplora_lean_random_update)(work->layer, chunk.range, work->x, block.entry, n, NULL, out);
         }
     }
 }

@@ -59,6 +59,7 @@ void TY(oplora_exact_generate_task)(const TY(exact_task) *t);
 void TY(oplora_exact_find_hidden)(TY(exact_plan) *p);
 void TY(oplora_exact_report_squares)(const TY(exact_plan) *p);
 void TY(oplora_exact_report_hidden)(const TY(exact_plan) *p);
+void TY(oplora_exact_report_norm)(const TY(exact_plan) *p);
 void TY(oplora_exact_step_hidden)(TY(exact_plan) *p, int measured_before);
 void TY(oplora_exact_settle_columns)(const TY(exact_plan) *p);
 

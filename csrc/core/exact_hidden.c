@@ -17,15 +17,22 @@ void TY(oplora_exact_report_squares)(const TY(exact_plan) *p) {
 }
 
 void TY(oplora_exact_report_hidden)(const TY(exact_plan) *p) {
-    const int64_t H = p->layer->H, Z = p->layer->Z;
+    const int64_t H = p->layer->H;
     double *const h = p->layer->report + 3, *const d = h + H;
-    double d2 = 0, z2 = 0, dz2 = 0;
     for (int64_t j = 0; j < H; j++) {
         h[j] = p->h[j];
         d[j] = 0;
         for (int64_t t = 0; p->h[j] != 0 && t < p->tasks; t++) d[j] += p->partial[t * (H + 2) + j];
-        d2 += d[j] * d[j];
     }
+    TY(oplora_exact_report_norm)(p);
+}
+
+/* What the report's d makes of the hidden path: dz, and the norm of its gradient. */
+void TY(oplora_exact_report_norm)(const TY(exact_plan) *p) {
+    const int64_t H = p->layer->H, Z = p->layer->Z;
+    const double *const d = p->layer->report + 3 + H;
+    double d2 = 0, z2 = 0, dz2 = 0;
+    for (int64_t j = 0; j < H; j++) d2 += d[j] * d[j];
     TY(oplora_hidden_latent_gradient)(d, p->W1, H, Z, p->latent);
     for (int64_t i = 0; i < Z; i++) {
         z2 += (double)p->z[i] * p->z[i];

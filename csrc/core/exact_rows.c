@@ -30,10 +30,12 @@ void TY(oplora_exact_run_tasks)(const TY(exact_job) *job, int64_t begin, int64_t
     }
 }
 
+static int TY(exact_counts)(const TY(exact_task) *t) { return !t->factor->place || t->factor->place->counts; }
+
 void TY(oplora_exact_square_task)(const TY(exact_task) *t) {
     const T *const g = t->factor->g + t->offset;
     const double squares = TY(oplora_dot_double)(g, g, t->count);
-    t->partial[t->plan->layer->H] = squares;
+    t->partial[t->plan->layer->H] = TY(exact_counts)(t) ? squares : 0;
     t->partial[t->plan->layer->H + 1] = TY(oplora_nonfinite_in)(g, t->count, squares);
 }
 
@@ -47,7 +49,7 @@ void TY(oplora_exact_reduce_task)(const TY(exact_task) *t) {
     double sum[COLUMN_GROUP];
     for (int64_t j = 0; j < l->H; j++) {
         t->partial[j] = 0;
-        if (t->plan->h[j] != 0) {
+        if (t->plan->h[j] != 0 && TY(exact_counts)(t)) {
             column[k] = t->plan->W2 + j * l->N + t->row;
             unit[k++] = j;
         }

@@ -35,7 +35,7 @@ typedef struct {
 
 typedef struct {
     TY(lean_rows) rows;
-    int64_t inputs;
+    int64_t inputs, all_rows;              /* rows of all processes */
     T *Q, *B, *r;                          /* (d, inputs), (k, inputs), (inputs) */
     double *scale, *mean;                  /* s, and the mean of R */
     double keep, rate, beta1, start_keep;  /* start_keep shrinks s */
@@ -63,15 +63,27 @@ typedef struct {
     int64_t first_part, parts, chunks;
     uint32_t *words; /* scratch: W0's signs between the passes, in the place of their chunk; or NULL */
     double bound;
-    int spreads; /* over the threads; who does the work changes no bit */
-    int wants;   /* of the first pass: LEAN_WANTS_DH, LEAN_WANTS_GRAM */
+    int spreads;  /* over the threads; who does the work changes no bit */
+    int wants;    /* of the first pass: LEAN_WANTS_DH, LEAN_WANTS_GRAM */
+    double *sums; /* the layer's part of those that processes add up */
+    double mean;  /* scratch: what a first half has for *outer.mean */
 } TY(lean_plan);
 
 typedef struct {
     const TY(oplora_factor) *factor;
     int64_t range;            /* which of the layer's random factors; only if it is one */
     int64_t row, entry, rows; /* first row in W2, first entry in the factor, rows */
+    int64_t whole_row;        /* first row of the factor in W2 with the rows of all processes */
 } TY(lean_chunk);
+
+/* Rows of a chunk that lie together also in the whole factor: the first's entry there, and its row in the whole W2. */
+typedef struct {
+    int64_t entry, row, n;
+} TY(lean_block);
+
+enum { LEAN_FIRST_HALF = 1, LEAN_SECOND_HALF = 2, LEAN_WHOLE = 3 };
+/* What a call needs of a layer beside its state and gradients. */
+enum { LEAN_NEEDS_RATES = 1, LEAN_NEEDS_OUT = 2, LEAN_NEEDS_DH = 4 };
 
 typedef struct {
     TY(lean_plan) *plans;
@@ -79,6 +91,7 @@ typedef struct {
     double *squares;    /* (all parts, 2) */
     int64_t n_plans, n_parts, first_plan;
     int steps;              /* or it measures */
+    int half;               /* up to the sums, from them on, or all */
     TY(lean_plan) *current; /* the layer whose parts are spread over the threads */
     char *slots;            /* scratch of single layers; see TY(lean_use_slot) */
     int64_t slot_bytes;
@@ -99,10 +112,11 @@ void TY(oplora_lean_turn_of)(const TY(lean_rows) *r, const TY(lean_share) *share
 void TY(oplora_lean_reduce_block)(const TY(lean_rows) *r, const TY(lean_share) *share, const T *g, int64_t first,
                                   int64_t n, double *sums);
 void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *turn, const T *g, const T *base,
-                                  int64_t first, int64_t n, T *out);
+                                  int64_t first, int64_t row, int64_t n, T *out);
 void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, const T *x, int64_t entry, int64_t n,
                                    const uint32_t *kept, T *out);
 TY(lean_chunk) TY(oplora_lean_chunk_at)(const TY(oplora_lean) *l, int64_t chunk);
+TY(lean_block) TY(oplora_lean_block_at)(const TY(lean_chunk) *chunk, int64_t at);
 void TY(oplora_lean_square_part)(const TY(lean_plan) *p, int64_t part, double squares[2]);
 void TY(oplora_lean_reduce_part)(const TY(lean_plan) *p, int64_t part, double *sums);
 void TY(oplora_lean_update_part)(const TY(lean_plan) *p, int64_t part);
@@ -131,7 +145,7 @@ void TY(oplora_lean_step_hidden)(TY(lean_plan) *p);
 void TY(oplora_lean_take_scratch)(TY(lean_plan) *p, const TY(oplora_lean) *l, arena *a);
 TY(lean_plan) TY(oplora_lean_plan_of)(const TY(oplora_lean) *l);
 oplora_status TY(oplora_lean_check_layer)(const TY(oplora_lean) *l);
-oplora_status TY(oplora_lean_prepare)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, int needs_dh,
-                                      void *workspace, TY(lean_job) *job);
+oplora_status TY(oplora_lean_prepare)(const TY(oplora_lean) *layers, int64_t n_layers, int needs, void *workspace,
+                                      TY(lean_job) *job);
 
 #endif

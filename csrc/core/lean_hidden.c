@@ -65,7 +65,7 @@ void TY(oplora_lean_step_hidden)(TY(lean_plan) *p) {
     for (int64_t i = 0; i < l->Z; i++) p->change[i] = (T)(bound * ((double)p->z_next[i] - p->z[i]));
     TY(oplora_lean_turn_of)(&map->rows, &share, &turn);
     for (int64_t j = 0; j < l->H; j += LEAN_BLOCK)
-        TY(oplora_lean_update_block)(&map->rows, &turn, p->d + j, NULL, j,
+        TY(oplora_lean_update_block)(&map->rows, &turn, p->d + j, NULL, j, j,
                                      l->H - j < LEAN_BLOCK ? l->H - j : LEAN_BLOCK, p->pre + j);
     for (int64_t j = 0; j < l->H; j++) p->pre[j] += (T)kernels->uniform_dot(&s, (uint32_t)j, 0, p->change, l->Z);
     memcpy(p->z, p->z_next, (size_t)l->Z * sizeof(T));

@@ -43,13 +43,22 @@ void TY(oplora_lean_take_scratch)(TY(lean_plan) *p, const TY(oplora_lean) *l, ar
 TY(lean_plan) TY(oplora_lean_plan_of)(const TY(oplora_lean) *l) {
     const int64_t H = l->H, Z = l->Z, N = l->N, d = l->weight_rank, k = l->moment_rank;
     TY(lean_plan) p = {.layer = l, .parts = TY(lean_parts_of)(l), .bound = oplora_start_bound(l->start, H)};
+    int64_t all_rows = 0;
+    for (const TY(oplora_factor) *f = l->factors; f < l->factors + l->n_factors; f++)
+        all_rows += f->place ? f->place->rows : f->rows;
     p.chunks = TY(lean_chunks_of)(l);
     oplora_lean_layout at;
     if (!oplora_lean_lay_out(H, Z, N, d, k, &at)) return p; /* sizes are checked before */
-    p.outer = (TY(lean_map)){
-        .inputs = H, .rows = {.rows = N, .d = (int)d, .k = (int)k}, .Q = l->numbers + at.Q, .B = l->numbers + at.B};
-    p.hidden = (TY(lean_map)){
-        .inputs = Z, .rows = {.rows = H, .d = (int)d, .k = (int)k}, .Q = l->numbers + at.Q1, .B = l->numbers + at.B1};
+    p.outer = (TY(lean_map)){.inputs = H,
+                             .all_rows = all_rows,
+                             .rows = {.rows = N, .d = (int)d, .k = (int)k},
+                             .Q = l->numbers + at.Q,
+                             .B = l->numbers + at.B};
+    p.hidden = (TY(lean_map)){.inputs = Z,
+                              .all_rows = H,
+                              .rows = {.rows = H, .d = (int)d, .k = (int)k},
+                              .Q = l->numbers + at.Q1,
+                              .B = l->numbers + at.B1};
     p.outer.r = l->numbers + at.r, p.hidden.r = l->numbers + at.r1;
     p.outer.rows.U = l->numbers + at.U, p.hidden.rows.U = l->numbers + at.U1;
     p.outer.rows.A = l->moments + at.A, p.hidden.rows.A = l->moments + at.A1;
@@ -67,6 +76,16 @@ TY(lean_plan) TY(oplora_lean_plan_of)(const TY(oplora_lean) *l) {
 
 /* ---- all layers ---- */
 
+/* That the rows which are here are among those of the whole factor. */
+static oplora_status TY(lean_check_place)(const oplora_place *p, int64_t rows) {
+    int64_t behind;
+    const int64_t most = INT64_MAX >> 24; /* so that the rows of a layer's factors can be added up */
+    OPLORA_RETURN_IF(p->rows < rows || p->rows > most || p->run < 1 || rows % p->run, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(p->first < 0 || p->first > p->rows - p->run || p->stride < 0, OPLORA_ESIZE);
+    OPLORA_RETURN_IF(__builtin_mul_overflow(rows / p->run - 1, p->stride, &behind), OPLORA_ESIZE);
+    return behind <= p->rows - p->run - p->first ? OPLORA_OK : OPLORA_ESIZE;
+}
+
 oplora_status TY(oplora_lean_check_layer)(const TY(oplora_lean) *l) {
     int64_t rows = 0, ranges = 0;
     OPLORA_RETURN_IF(oplora_lean_numbers(l->H, l->Z, l->N, l->weight_rank, l->moment_rank) < 0, OPLORA_ESIZE);
@@ -77,6 +96,7 @@ oplora_status TY(oplora_lean_check_layer)(const TY(oplora_lean) *l) {
         OPLORA_RETURN_IF(l->factors[f].rows < 1 || l->factors[f].rows > l->N - rows, OPLORA_ESIZE);
         rows += l->factors[f].rows;
         ranges += l->factors[f].random != 0;
+        if (l->factors[f].place) OPLORA_FORWARD(TY(lean_check_place)(l->factors[f].place, l->factors[f].rows));
     }
     OPLORA_RETURN_IF(rows != l->N, OPLORA_ESIZE);
     return ranges <= OPLORA_MOST_RANGES ? OPLORA_OK : OPLORA_ERANGES;
@@ -142,20 +162,21 @@ int64_t TY(oplora_lean_workspace_bytes)(const TY(oplora_lean) *layers, int64_t n
     return a.used;
 }
 
-oplora_status TY(oplora_lean_prepare)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, int needs_dh,
-                                      void *workspace, TY(lean_job) *job) {
+oplora_status TY(oplora_lean_prepare)(const TY(oplora_lean) *layers, int64_t n_layers, int needs, void *workspace,
+                                      TY(lean_job) *job) {
     OPLORA_FORWARD(TY(lean_check)(layers, n_layers));
     OPLORA_RETURN_IF(n_layers > 0 && !workspace, OPLORA_ENULL);
     for (const TY(oplora_lean) *l = layers; l < layers + n_layers; l++) {
         OPLORA_RETURN_IF(!l->numbers || !l->moments || !l->scalars || !l->report, OPLORA_ENULL);
-        OPLORA_RETURN_IF(needs_dh && !l->dh, OPLORA_ENULL);
-        if (steps) OPLORA_FORWARD(TY(lean_check_rates)(l));
+        OPLORA_RETURN_IF(needs & LEAN_NEEDS_DH && !l->dh, OPLORA_ENULL);
+        if (needs & LEAN_NEEDS_RATES) OPLORA_FORWARD(TY(lean_check_rates)(l));
         for (int64_t f = 0; f < l->n_factors; f++) {
             OPLORA_RETURN_IF(!l->factors[f].g, OPLORA_ENULL);
-            OPLORA_RETURN_IF(steps && !l->factors[f].out, OPLORA_ENULL);
+            OPLORA_RETURN_IF(needs & LEAN_NEEDS_OUT && !l->factors[f].out, OPLORA_ENULL);
         }
     }
     arena a = {workspace, 0};
     *job = TY(lean_plan_layers)(layers, n_layers, &a);
+    job->half = LEAN_WHOLE;
     return a.used < 0 ? OPLORA_EOVERFLOW : OPLORA_OK;
 }

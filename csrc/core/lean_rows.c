@@ -63,25 +63,26 @@ void TY(oplora_lean_turn_of)(const TY(lean_rows) *r, const TY(lean_share) *share
     memcpy(turn->defaults.A, r->rotate_A[0], sizeof turn->defaults.A);
 }
 
-/* Second pass over the rows [first, first + n). */
+/* Second pass over the rows [first, first + n), which are `row` and on in the map with the rows of all processes: rounding
+ * depends on those. */
 void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *turn, const T *g, const T *base,
-                                  int64_t first, int64_t n, T *out) {
+                                  int64_t first, int64_t row, int64_t n, T *out) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const int d = r->d, k = r->k, p = TY(lean_basis_size)(r);
-    T row[LEAN_BLOCK], scaled_g[LEAN_BLOCK], wide[RANK][LEAN_BLOCK], scaled_A[RANK][LEAN_BLOCK],
+    T scale[LEAN_BLOCK], scaled_g[LEAN_BLOCK], wide[RANK][LEAN_BLOCK], scaled_A[RANK][LEAN_BLOCK],
         turned[RANK][LEAN_BLOCK];
     const T *basis[BASIS], *moment[RANK + 1];
     if (d == 2 && k == 1) {
         T *const U = r->U + first;
-        kernels->lean_update21(U, U + r->rows, r->A + first, r->m + first, r->S + first, r->R + first, g, base, first,
-                               n, &turn->defaults, out);
+        kernels->lean_update21(U, U + r->rows, r->A + first, r->m + first, r->S + first, r->R + first, g, base, row, n,
+                               &turn->defaults, out);
         return;
     }
-    kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, first, n, &turn->constants, row, scaled_g,
+    kernels->lean_second(r->m + first, r->S + first, r->R + first, g, base, row, n, &turn->constants, scale, scaled_g,
                          out);
     for (int i = 0; i < d; i++) basis[i] = r->U + i * r->rows + first;
     for (int i = 0; i < k; i++) {
-        kernels->lean_widen(r->A + i * r->rows + first, row, n, wide[i], scaled_A[i]);
+        kernels->lean_widen(r->A + i * r->rows + first, scale, n, wide[i], scaled_A[i]);
         basis[d + i] = scaled_A[i];
         moment[i] = wide[i];
     }
@@ -94,13 +95,18 @@ void TY(oplora_lean_update_block)(const TY(lean_rows) *r, const TY(lean_turn) *t
     }
     for (int i = 0; i < d; i++) memcpy(r->U + i * r->rows + first, turned[i], (size_t)n * sizeof(T));
     for (int i = 0; i < k; i++) {
-        memset(row, 0, (size_t)n * sizeof(T));
-        kernels->axpy(moment, r->rotate_A[i], k + 1, row, n);
-        kernels->lean_round(row, first, r->round_key[i], i ? 0 : 16, n, r->A + i * r->rows + first);
+        memset(scale, 0, (size_t)n * sizeof(T));
+        kernels->axpy(moment, r->rotate_A[i], k + 1, scale, n);
+        kernels->lean_round(scale, row, r->round_key[i], i ? 0 : 16, n, r->A + i * r->rows + first);
     }
 }
 
 /* ---- W0: the random rows of W2, a block at a time ---- */
+
+/* The kernels make a vector's numbers from a multiple of ALIGNED entries on. A block of a whole factor begins with one;
+ * one of a factor that processes divide may begin `shift` entries behind it, and then ends before the next LEAN_BLOCK. */
+enum { ALIGNED = 128, SIGN_WORDS = LEAN_BLOCK + 64 };
+#define WHOLE_LANES(n) (((n) + 15) & ~(int64_t)15) /* sign_dot reads so many words */
 
 /* For each unit that is on: sums[j] += W0_j^T g over the block, in units of the bound. kept: takes the signs, or is NULL. */
 static void TY(lean_random_reduce)(const TY(lean_plan) *p, int64_t range, const T *g, int64_t entry, int64_t n,
@@ -108,20 +114,27 @@ static void TY(lean_random_reduce)(const TY(lean_plan) *p, int64_t range, const 
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const TY(oplora_lean) *const l = p->layer;
     const oplora_stream s = oplora_w2_stream(l->seed, l->layer, l->start, range);
+    const int64_t shift = entry % ALIGNED;
     if (l->start == OPLORA_UNIFORM) {
+        T shifted[LEAN_BLOCK];
+        if (shift) {
+            memset(shifted, 0, (size_t)shift * sizeof(T));
+            memcpy(shifted + shift, g, (size_t)n * sizeof(T));
+            g = shifted;
+        }
         for (int64_t j = 0; j < l->H; j++)
-            if (p->h[j] != 0) sums[j] += kernels->uniform_dot(&s, (uint32_t)j, entry, g, n);
+            if (p->h[j] != 0) sums[j] += kernels->uniform_dot(&s, (uint32_t)j, entry - shift, g, shift + n);
         return;
     }
     for (int64_t group = 0; group * OPLORA_SIGNS < l->H; group++) {
-        uint32_t room[LEAN_BLOCK], *const words = kept ? kept + group * LEAN_BLOCK : room;
+        uint32_t room[SIGN_WORDS], *const words = kept ? kept + group * LEAN_BLOCK : room;
         int bit[OPLORA_SIGNS], count = 0;
         double sum[OPLORA_SIGNS];
         for (int64_t j = group * OPLORA_SIGNS; j < l->H && j < (group + 1) * OPLORA_SIGNS; j++)
             if (p->h[j] != 0) bit[count++] = (int)(j - group * OPLORA_SIGNS);
         if (!count && !kept) continue;
-        kernels->sign_words(&s, (uint32_t)group, entry, n, words);
-        kernels->sign_dot(words, bit, count, g, n, sum);
+        kernels->sign_words(&s, (uint32_t)group, entry - shift, shift + WHOLE_LANES(n), words);
+        kernels->sign_dot(words + shift, bit, count, g, n, sum);
         for (int i = 0; i < count; i++) sums[group * OPLORA_SIGNS + bit[i]] += sum[i];
     }
 }
@@ -131,14 +144,21 @@ void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, cons
                                    const uint32_t *kept, T *out) {
     const TY(oplora_kernels) *const kernels = TY(oplora_dispatch)();
     const oplora_stream s = oplora_w2_stream(l->seed, l->layer, l->start, range);
+    const int64_t shift = entry % ALIGNED;
     if (l->start == OPLORA_UNIFORM) {
+        T shifted[LEAN_BLOCK], *const to = shift ? shifted : out;
+        if (shift) {
+            memset(to, 0, (size_t)shift * sizeof(T));
+            memcpy(to + shift, out, (size_t)n * sizeof(T));
+        }
         for (int64_t j = 0; j < l->H; j++)
-            if (x[j] != 0) kernels->uniform_axpy(&s, (uint32_t)j, entry, x[j], out, n);
+            if (x[j] != 0) kernels->uniform_axpy(&s, (uint32_t)j, entry - shift, x[j], to, shift + n);
+        if (shift) memcpy(out, to + shift, (size_t)n * sizeof(T));
         return;
     }
     for (int64_t group = 0; group * OPLORA_SIGNS < l->H; group++) {
-        uint32_t room[LEAN_BLOCK];
-        const uint32_t *const words = kept ? kept + group * LEAN_BLOCK : room;
+        uint32_t room[SIGN_WORDS];
+        const uint32_t *const words = kept ? kept + group * LEAN_BLOCK : room + shift;
         T some[OPLORA_SIGNS] = {0};
         int live = 0;
         for (int64_t j = group * OPLORA_SIGNS; j < l->H && j < (group + 1) * OPLORA_SIGNS; j++) {
@@ -146,7 +166,7 @@ void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, cons
             live |= x[j] != 0;
         }
         if (!live) continue;
-        if (!kept) kernels->sign_words(&s, (uint32_t)group, entry, n, room);
+        if (!kept) kernels->sign_words(&s, (uint32_t)group, entry - shift, shift + WHOLE_LANES(n), room);
         kernels->sign_axpy(words, some, out, n);
     }
 }
@@ -154,24 +174,44 @@ void TY(oplora_lean_random_update)(const TY(oplora_lean) *l, int64_t range, cons
 /* ---- parts: chunks that follow each other ---- */
 
 TY(lean_chunk) TY(oplora_lean_chunk_at)(const TY(oplora_lean) *l, int64_t chunk) {
-    int64_t range = 0, row = 0;
+    int64_t range = 0, row = 0, whole_row = 0;
     const TY(oplora_factor) *factor = l->factors;
     for (; chunk >= oplora_lean_chunks(factor->rows); factor++) {
         chunk -= oplora_lean_chunks(factor->rows);
         row += factor->rows;
+        whole_row += factor->place ? factor->place->rows : factor->rows;
         range += factor->random != 0;
     }
     const int64_t left = factor->rows - chunk * LEAN_CHUNK;
-    return (TY(lean_chunk)){factor, range, row + chunk * LEAN_CHUNK, chunk * LEAN_CHUNK,
-                            left < LEAN_CHUNK ? left : LEAN_CHUNK};
+    return (TY(lean_chunk)){
+        factor, range, row + chunk * LEAN_CHUNK, chunk * LEAN_CHUNK, left < LEAN_CHUNK ? left : LEAN_CHUNK, whole_row};
+}
+
+/* The block that begins `at` rows behind a chunk's first. */
+TY(lean_block) TY(oplora_lean_block_at)(const TY(lean_chunk) *chunk, int64_t at) {
+    const oplora_place *const place = chunk->factor->place;
+    const int64_t left = chunk->rows - at, here = chunk->entry + at;
+    TY(lean_block) block = {here, chunk->whole_row + here, left < LEAN_BLOCK ? left : LEAN_BLOCK};
+    if (!place) return block;
+    const int64_t within = here % place->run;
+    block.entry = place->first + here / place->run * place->stride + within;
+    block.row = chunk->whole_row + block.entry;
+    const int64_t of_run = place->run - within, of_block = LEAN_BLOCK - block.entry % LEAN_BLOCK;
+    if (of_run < block.n) block.n = of_run;
+    if (of_block < block.n) block.n = of_block;
+    return block;
+}
+
+static int TY(lean_counts)(const TY(lean_chunk) *chunk) {
+    return !chunk->factor->place || chunk->factor->place->counts;
 }
 
 static int64_t TY(lean_part_begin)(const TY(lean_plan) *p, int64_t part) { return p->chunks * part / p->parts; }
 
-/* Where a block's words of signs stay between the passes; NULL: each pass makes them. */
-static uint32_t *TY(lean_kept_words)(const TY(lean_plan) *p, int64_t chunk, int64_t at) {
-    const int whole = p->wants == (LEAN_WANTS_DH | LEAN_WANTS_GRAM);
-    return whole && p->words ? p->words + (chunk * LEAN_CHUNK + at) * oplora_lean_words(p->layer->H) : NULL;
+/* Where a block's words of signs stay between the passes; NULL: each pass makes them, as where blocks are no whole ones. */
+static uint32_t *TY(lean_kept_words)(const TY(lean_plan) *p, const TY(lean_chunk) *chunk, int64_t index, int64_t at) {
+    const int whole = p->wants == (LEAN_WANTS_DH | LEAN_WANTS_GRAM) && !chunk->factor->place;
+    return whole && p->words ? p->words + (index * LEAN_CHUNK + at) * oplora_lean_words(p->layer->H) : NULL;
 }
 
 void TY(oplora_lean_square_part)(const TY(lean_plan) *p, int64_t part, double squares[2]) {
@@ -180,7 +220,7 @@ void TY(oplora_lean_square_part)(const TY(lean_plan) *p, int64_t part, double sq
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(p->layer, c);
         const T *const g = chunk.factor->g + chunk.entry;
         const double square = TY(oplora_dot_double)(g, g, chunk.rows);
-        squares[0] += square;
+        if (TY(lean_counts)(&chunk)) squares[0] += square;
         squares[1] += TY(oplora_nonfinite_in)(g, chunk.rows, square);
     }
 }
@@ -193,16 +233,17 @@ void TY(oplora_lean_reduce_part)(const TY(lean_plan) *p, int64_t part, double *s
     for (int64_t c = TY(lean_part_begin)(p, part); c < TY(lean_part_begin)(p, part + 1); c++) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(p->layer, c);
         const TY(lean_share) *const share = &p->shares[chunk.factor - p->layer->factors];
-        for (int64_t at = 0; at < chunk.rows; at += LEAN_BLOCK) {
-            const int64_t n = chunk.rows - at < LEAN_BLOCK ? chunk.rows - at : LEAN_BLOCK;
+        for (int64_t at = 0, n; TY(lean_counts)(&chunk) && at < chunk.rows; at += n) {
+            const TY(lean_block) block = TY(oplora_lean_block_at)(&chunk, at);
             T room[LEAN_BLOCK];
+            n = block.n;
             const T *const g =
                 TY(oplora_bounded_gradient)(chunk.factor->g + chunk.entry + at, n, p->layer->report[0], room);
             if (p->wants & LEAN_WANTS_GRAM) TY(oplora_lean_reduce_block)(r, share, g, chunk.row + at, n, sums);
             if (p->wants == LEAN_WANTS_DH) TY(lean_reduce_along)(r, g, chunk.row + at, n, sums);
             if (p->wants & LEAN_WANTS_DH && chunk.factor->random)
-                TY(lean_random_reduce)(p, chunk.range, g, chunk.entry + at, n, random_sums,
-                                       TY(lean_kept_words)(p, c, at));
+                TY(lean_random_reduce)(p, chunk.range, g, block.entry, n, random_sums,
+                                       TY(lean_kept_words)(p, &chunk, c, at));
         }
     }
 }
@@ -212,16 +253,18 @@ void TY(oplora_lean_update_part)(const TY(lean_plan) *p, int64_t part) {
         const TY(lean_chunk) chunk = TY(oplora_lean_chunk_at)(p->layer, c);
         TY(lean_turn) turn;
         TY(oplora_lean_turn_of)(&p->outer.rows, &p->shares[chunk.factor - p->layer->factors], &turn);
-        for (int64_t at = 0; at < chunk.rows; at += LEAN_BLOCK) {
-            const int64_t entry = chunk.entry + at, n = chunk.rows - at < LEAN_BLOCK ? chunk.rows - at : LEAN_BLOCK;
+        for (int64_t at = 0, n; at < chunk.rows; at += n) {
+            const TY(lean_block) block = TY(oplora_lean_block_at)(&chunk, at);
+            const int64_t entry = chunk.entry + at;
             const TY(oplora_factor) *const f = chunk.factor;
             T room[LEAN_BLOCK];
+            n = block.n;
             const T *const g = TY(oplora_bounded_gradient)(f->g + entry, n, p->layer->report[0], room);
-            TY(oplora_lean_update_block)(&p->outer.rows, &turn, g, f->base ? f->base + entry : NULL, chunk.row + at, n,
-                                         f->out + entry);
+            TY(oplora_lean_update_block)(&p->outer.rows, &turn, g, f->base ? f->base + entry : NULL, chunk.row + at,
+                                         block.row, n, f->out + entry);
             if (f->random)
-                TY(oplora_lean_random_update)(p->layer, chunk.range, p->change, entry, n, TY(lean_kept_words)(p, c, at),
-                                              f->out + entry);
+                TY(oplora_lean_random_update)(p->layer, chunk.range, p->change, block.entry, n,
+                                              TY(lean_kept_words)(p, &chunk, c, at), f->out + entry);
         }
     }
 }

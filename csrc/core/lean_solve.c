@@ -17,7 +17,7 @@ double TY(oplora_lean_square)(const T *x, int64_t n) {
 void TY(oplora_lean_prepare_map)(TY(lean_map) *map, const T *x, double square_g, const oplora_adamw *a,
                                  double corrected2, oplora_words key) {
     const double mean_x = TY(oplora_lean_square)(x, map->inputs) / (double)map->inputs;
-    const double fresh = oplora_lean_fresh(a->beta2, mean_x, square_g, map->rows.rows, TY(oplora_most_gradient));
+    const double fresh = oplora_lean_fresh(a->beta2, mean_x, square_g, map->all_rows, TY(oplora_most_gradient));
     *map->mean = a->beta2 * *map->mean + fresh;
     const double turn = *map->mean > 0 ? fresh / *map->mean : 0;
     double root = 0;

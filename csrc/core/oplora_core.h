@@ -118,8 +118,17 @@ typedef struct {
     int64_t step;
 } oplora_adamw;
 
-/* One factor tensor (lora_A or lora_B): its entries are the next `rows` rows of W2. `g` is its gradient, `base`
- * (or NULL) a kept start: the factor becomes base + v. Its rows of c2 move at the rate `lr`, those of W2 at lr
+/* Which rows of a factor are here, where processes divide it. Of the `rows` that it has as a whole these are runs of `run`
+ * rows each: the first run begins with row `first`, and from one to the next are `stride` rows. Sums over rows leave out
+ * a factor that does not `count`, as another process counts the same rows. */
+typedef struct {
+    int64_t rows, first, run, stride;
+    int counts;
+} oplora_place;
+
+/* One factor tensor (lora_A or lora_B): its entries are the next `rows` rows of W2. `place` (or NULL: all are here) tells
+ * which they are, where processes divide it. `g` is its gradient, `base` (or NULL) a kept start: the factor becomes
+ * base + v. Its rows of c2 move at the rate `lr`, those of W2 at lr
  * weight_ratio, and both shrink by lr weight_decay a step. Lean state makes W2's start anew at every step, and needs to
  * know whether these rows are `random`: the i-th such factor of a layer is the i-th range of oplora_start. State rate
  * `listens` to some of the factors. */
@@ -129,6 +138,7 @@ typedef struct {
     float *out;
     int random, listens;
     double lr, weight_decay;
+    const oplora_place *place;
 } oplora_factor_f32;
 typedef struct {
     int64_t rows;
@@ -136,6 +146,7 @@ typedef struct {
     double *out;
     int random, listens;
     double lr, weight_decay;
+    const oplora_place *place;
 } oplora_factor_f64;
 
 /* One layer. decay (n_factors, H) and moving (H) keep what a column owes: while moving[j] is 0 column j of W2 has zero
@@ -186,6 +197,14 @@ oplora_status oplora_exact_step_f32(const oplora_exact_f32 *layers, int64_t n_la
                                     oplora_parallel_fn par);
 oplora_status oplora_exact_step_f64(const oplora_exact_f64 *layers, int64_t n_layers, int measured, void *workspace,
                                     oplora_parallel_fn par);
+
+/* Where processes divide the factors, a measurement is of the rows that are here. The caller adds [0], [1] and dL/dh of all
+ * processes' reports up; this makes [2] of the sums, and the reports are those of the whole layers, for
+ * oplora_exact_step with `measured`. Only whole layers may be stepped without. */
+oplora_status oplora_exact_finish_f32(const oplora_exact_f32 *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par);
+oplora_status oplora_exact_finish_f64(const oplora_exact_f64 *layers, int64_t n_layers, void *workspace,
+                                      oplora_parallel_fn par);
 
 /* Writes the factors (base + v) from the parameters, with the bits that oplora_exact_step gave them. */
 oplora_status oplora_exact_generate_f32(const oplora_exact_f32 *layers, int64_t n_layers, void *workspace,
@@ -267,6 +286,21 @@ oplora_status oplora_lean_step_f32(const oplora_lean_f32 *layers, int64_t n_laye
                                    oplora_parallel_fn par);
 oplora_status oplora_lean_step_f64(const oplora_lean_f64 *layers, int64_t n_layers, int measured, void *workspace,
                                    oplora_parallel_fn par);
+
+/* The two halves of a measurement, or with `steps` of a step that was measured, for factors that processes divide. The first
+ * changes nothing of a layer: it fills sums (oplora_lean_sums_size numbers a layer, one layer behind the other) over the
+ * rows that are here, and those of a measurement [0] and [1] of the reports. The caller adds both up over all processes;
+ * then all that the second makes of them, and of what every process has (all but U, A, m, S and R), is the same
+ * everywhere. A measurement fills of a layer's sums the last weight_rank + H, a step all others. */
+int64_t oplora_lean_sums_size(int64_t H, int64_t weight_rank, int64_t moment_rank); /* -1 if one is out of range */
+oplora_status oplora_lean_reduce_f32(const oplora_lean_f32 *layers, int64_t n_layers, int steps, double *sums,
+                                     void *workspace, oplora_parallel_fn par);
+oplora_status oplora_lean_reduce_f64(const oplora_lean_f64 *layers, int64_t n_layers, int steps, double *sums,
+                                     void *workspace, oplora_parallel_fn par);
+oplora_status oplora_lean_finish_f32(const oplora_lean_f32 *layers, int64_t n_layers, int steps, double *sums,
+                                     void *workspace, oplora_parallel_fn par);
+oplora_status oplora_lean_finish_f64(const oplora_lean_f64 *layers, int64_t n_layers, int steps, double *sums,
+                                     void *workspace, oplora_parallel_fn par);
 
 /* ---- adamw_rate.c: one hidden unit for all layers, which learns their rate; the factors are averages ---- */
 

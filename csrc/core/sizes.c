@@ -15,6 +15,11 @@ int64_t oplora_size(int64_t H, int64_t Z, int64_t N) {
 
 int64_t oplora_exact_report_size(int64_t H) { return 3 + 2 * H; }
 
+int64_t oplora_lean_sums_size(int64_t H, int64_t d, int64_t k) {
+    if (H < 1 || d < 1 || d > OPLORA_MOST_RANK || k < 1 || k > OPLORA_MOST_RANK) return -1;
+    return H + oplora_lean_sums((int)d, (int)k);
+}
+
 /* One row of H partial sums for each chunk, and behind them d (H) and dz (Z). */
 int64_t oplora_generate_backward_workspace_bytes(int64_t H, int64_t Z, int64_t N) {
     int64_t numbers;

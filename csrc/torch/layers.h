@@ -13,10 +13,11 @@ struct Table {
     const int64_t *numbers;
     int64_t count, width;
 
-    Table(const char *op, const char *name, const Tensor &t, int64_t width) : width(width) {
+    Table(const char *op, const char *name, const Tensor &t, int64_t width, const char *each = "a layer")
+        : width(width) {
         check(op, name, t, ScalarType::Long, t.numel());
-        STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == width, "oplora::", op, ": ", name, " needs ", width,
-                        " integers a layer");
+        STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == width, "oplora::", op, ": ", name, " needs ", width, " integers ",
+                        each);
         count = t.size(0);
         numbers = in<int64_t>(t);
     }
@@ -25,7 +26,7 @@ struct Table {
 };
 
 // Numbers of a row of `adamw`: oplora_adamw's, whose last is an int64, how many steps were done.
-enum { ADAMW = sizeof(oplora_adamw) / sizeof(double), RATES = 2 };
+enum { ADAMW = sizeof(oplora_adamw) / sizeof(double), RATES = 2, PLACE = 5 };
 
 inline bool fits(int64_t begin, int64_t count, int64_t size) {
     return begin >= 0 && begin <= size && count <= size - begin;
@@ -54,6 +55,7 @@ inline bool has_sizes(const oplora_rate_f64 &layer) { return layer.N > 0; }
 template <class T, class Layer> struct Layers {
     std::vector<Layer> layers;
     std::vector<typename core<T>::factor> factors;
+    std::vector<oplora_place> places;
     const char *op;
     Place place;
 
@@ -99,6 +101,20 @@ template <class T, class Layer> struct Layers {
         for (size_t f = 0; f < factors.size(); f++) {
             check(op, "a gradient", grads[f], core<T>::dtype, factors[f].rows, place);
             factors[f].g = in<T>(grads[f]);
+        }
+    }
+
+    // table: where the rows of every factor lie that processes divide, as oplora_place has it; or None
+    void set_places(const std::optional<Tensor> &table) {
+        if (!table) return;
+        const Table rows(op, "places", *table, PLACE, "a factor");
+        STD_TORCH_CHECK(rows.count == static_cast<int64_t>(factors.size()), "oplora::", op,
+                        ": places needs a row a factor");
+        places.resize(factors.size());
+        for (size_t f = 0; f < factors.size(); f++) {
+            const int64_t *const n = rows[f];
+            places[f] = {n[0], n[1], n[2], n[3], n[4] != 0};
+            factors[f].place = &places[f];
         }
     }
 

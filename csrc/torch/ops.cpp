@@ -50,16 +50,31 @@ bool finite(const char *op, oplora_status status) {
     return true;
 }
 
-bool exact_measure_(const Tensor &parameters, Tensors grads, const Tensor &sizes, const Tensor &report) {
+bool exact_measure_(const Tensor &parameters, Tensors grads, const Tensor &sizes, const Tensor &report,
+                    std::optional<Tensor> places) {
     return for_dtype("exact_measure_", parameters, [&](auto type) {
         using T = decltype(type);
         ExactLayers<T> layers("exact_measure_", sizes, grads);
         layers.set_parameters(parameters);
         layers.set_gradients(grads);
+        layers.set_places(places);
         layers.set_report(report);
         const auto memory = layers.scratch();
         return finite(layers.op,
                       core<T>::exact_measure(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
+    });
+}
+
+void exact_finish_(const Tensor &parameters, Tensors grads, const Tensor &sizes, const Tensor &report) {
+    for_dtype("exact_finish_", parameters, [&](auto type) {
+        using T = decltype(type);
+        ExactLayers<T> layers("exact_finish_", sizes, grads);
+        layers.set_parameters(parameters);
+        layers.set_gradients(grads);
+        layers.set_report(report);
+        const auto memory = layers.scratch();
+        check_core(layers.op,
+                   core<T>::exact_finish(layers.layers.data(), layers.count(), memory.get(), torch_parallel_for));
     });
 }
 
@@ -96,13 +111,14 @@ void exact_generate_(const Tensor &parameters, Tensors factors, OptionalTensors 
 }
 
 void lean_start_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors factors,
-                 const Tensor &sizes, const Tensor &random, double latent_std) {
+                 const Tensor &sizes, const Tensor &random, double latent_std, std::optional<Tensor> places) {
     for_dtype("lean_start_", numbers, [&](auto type) {
         using T = decltype(type);
         LeanLayers<T> layers("lean_start_", sizes, factors);
         layers.set_state(numbers, moments, scalars);
         layers.set_factors(factors, {});
         layers.set_random(random);
+        layers.set_places(places);
         for (const auto &layer : layers.layers)
             check_core(layers.op, core<T>::lean_start(&layer, latent_std, torch_parallel_for));
     });
@@ -141,6 +157,70 @@ bool lean_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scal
         const auto memory = layers.scratch();
         const bool done = finite(layers.op, core<T>::lean_step(layers.layers.data(), layers.count(), dh.has_value(),
                                                                memory.get(), torch_parallel_for));
+        if (done) layers.count_steps(adamw, of_layers);
+        return done;
+    });
+}
+
+// The halves of a measurement and of a step that was measured, for factors that processes divide.
+bool lean_reduce_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors grads,
+                  const Tensor &sizes, const Tensor &random, const Tensor &places, const Tensor &report,
+                  const Tensor &sums, std::optional<Tensor> adamw, const Tensor &rates, const Tensor &rows) {
+    return for_dtype("lean_reduce_", numbers, [&](auto type) {
+        using T = decltype(type);
+        LeanLayers<T> layers("lean_reduce_", sizes, grads);
+        layers.set_state(numbers, moments, scalars);
+        layers.set_random(random);
+        layers.set_gradients(grads);
+        layers.set_places(places);
+        layers.set_report(report);
+        if (adamw) layers.set_adamw(*adamw, rates, layers.rows_of(*adamw, rates, rows));
+        double *const to = layers.sums(sums);
+        const auto memory = layers.scratch();
+        return finite(layers.op, core<T>::lean_reduce(layers.layers.data(), layers.count(), adamw.has_value(), to,
+                                                      memory.get(), torch_parallel_for));
+    });
+}
+
+void lean_finish_measure_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors grads,
+                          const Tensor &sizes, const Tensor &random, const Tensor &places, const Tensor &report,
+                          const Tensor &sums, const Tensor &dh) {
+    for_dtype("lean_finish_measure_", numbers, [&](auto type) {
+        using T = decltype(type);
+        LeanLayers<T> layers("lean_finish_measure_", sizes, grads);
+        layers.set_state(numbers, moments, scalars);
+        layers.set_random(random);
+        layers.set_gradients(grads);
+        layers.set_places(places);
+        layers.set_report(report);
+        layers.set_dh(dh);
+        double *const from = layers.sums(sums);
+        const auto memory = layers.scratch();
+        check_core(layers.op, core<T>::lean_finish(layers.layers.data(), layers.count(), 0, from, memory.get(),
+                                                   torch_parallel_for));
+    });
+}
+
+bool lean_finish_step_(const Tensor &numbers, const Tensor &moments, const Tensor &scalars, Tensors factors,
+                       OptionalTensors bases, Tensors grads, const Tensor &sizes, const Tensor &random,
+                       const Tensor &places, const Tensor &adamw, const Tensor &rates, const Tensor &rows,
+                       const Tensor &report, const Tensor &sums, const Tensor &dh) {
+    return for_dtype("lean_finish_step_", numbers, [&](auto type) {
+        using T = decltype(type);
+        LeanLayers<T> layers("lean_finish_step_", sizes, factors);
+        layers.set_state(numbers, moments, scalars);
+        layers.set_random(random);
+        layers.set_factors(factors, bases);
+        layers.set_gradients(grads);
+        layers.set_places(places);
+        layers.set_report(report);
+        layers.set_dh(dh);
+        const Table of_layers = layers.rows_of(adamw, rates, rows);
+        layers.set_adamw(adamw, rates, of_layers);
+        double *const from = layers.sums(sums);
+        const auto memory = layers.scratch();
+        const bool done = finite(layers.op, core<T>::lean_finish(layers.layers.data(), layers.count(), 1, from,
+                                                                 memory.get(), torch_parallel_for));
         if (done) layers.count_steps(adamw, of_layers);
         return done;
     });
@@ -223,18 +303,28 @@ Tensor fingerprint(Tensors tensors) {
 STABLE_TORCH_LIBRARY(oplora, m) {
     m.def("generate(Tensor z, Tensor W1, Tensor c1, Tensor W2, Tensor c2) -> Tensor");
     m.def("generate_backward(Tensor g, Tensor z, Tensor W1, Tensor c1, Tensor W2) -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def("exact_measure_(Tensor parameters, Tensor[] grads, Tensor sizes, Tensor(a!) report) -> bool");
+    m.def("exact_measure_(Tensor parameters, Tensor[] grads, Tensor sizes, Tensor(a!) report, Tensor? places=None) -> "
+          "bool");
+    m.def("exact_finish_(Tensor parameters, Tensor[] grads, Tensor sizes, Tensor(a!) report) -> ()");
     m.def("exact_step_(Tensor(a!) parameters, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) decay, "
           "Tensor(e!) moving, Tensor(f!)[] factors, Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor(h!) adamw, "
           "Tensor rates, Tensor rows, Tensor(g!) report, bool measured) -> bool");
     m.def("exact_generate_(Tensor parameters, Tensor(a!)[] factors, Tensor?[] bases, Tensor sizes) -> ()");
     m.def("lean_start_(Tensor(a!) numbers, Tensor moments, Tensor(b!) scalars, Tensor(c!)[] factors, Tensor sizes, "
-          "Tensor random, float latent_std) -> ()");
+          "Tensor random, float latent_std, Tensor? places=None) -> ()");
     m.def("lean_measure_(Tensor numbers, Tensor moments, Tensor scalars, Tensor[] grads, Tensor sizes, Tensor random, "
           "Tensor(a!) report, Tensor(b!) dh) -> bool");
     m.def("lean_step_(Tensor(a!) numbers, Tensor(b!) moments, Tensor(c!) scalars, Tensor(d!)[] factors, "
           "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor random, Tensor(f!) adamw, Tensor rates, Tensor rows, "
           "Tensor(e!) report, Tensor? dh) -> bool");
+    m.def("lean_reduce_(Tensor numbers, Tensor moments, Tensor scalars, Tensor[] grads, Tensor sizes, Tensor random, "
+          "Tensor places, Tensor(a!) report, Tensor(b!) sums, Tensor? adamw, Tensor rates, Tensor rows) -> bool");
+    m.def("lean_finish_measure_(Tensor numbers, Tensor moments, Tensor scalars, Tensor[] grads, Tensor sizes, "
+          "Tensor random, Tensor places, Tensor(a!) report, Tensor sums, Tensor(b!) dh) -> ()");
+    m.def(
+        "lean_finish_step_(Tensor(a!) numbers, Tensor(b!) moments, Tensor(c!) scalars, Tensor(d!)[] factors, "
+        "Tensor?[] bases, Tensor[] grads, Tensor sizes, Tensor random, Tensor places, Tensor(f!) adamw, Tensor rates, "
+        "Tensor rows, Tensor(e!) report, Tensor sums, Tensor dh) -> bool");
     m.def("rate_measure_(Tensor generated, Tensor exp_avg_sq, Tensor[] factors, Tensor?[] bases, Tensor[] grads, "
           "Tensor sizes, Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
     m.def("rate_step_(Tensor(a!) generated, Tensor(b!) exp_avg_sq, Tensor(c!)[] factors, Tensor[] grads, Tensor sizes, "
@@ -247,11 +337,15 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
     m.impl("generate", TORCH_BOX(&generate));
     m.impl("generate_backward", TORCH_BOX(&generate_backward));
     m.impl("exact_measure_", TORCH_BOX(&exact_measure_));
+    m.impl("exact_finish_", TORCH_BOX(&exact_finish_));
     m.impl("exact_step_", TORCH_BOX(&exact_step_));
     m.impl("exact_generate_", TORCH_BOX(&exact_generate_));
     m.impl("lean_start_", TORCH_BOX(&lean_start_));
     m.impl("lean_measure_", TORCH_BOX(&lean_measure_));
     m.impl("lean_step_", TORCH_BOX(&lean_step_));
+    m.impl("lean_reduce_", TORCH_BOX(&lean_reduce_));
+    m.impl("lean_finish_measure_", TORCH_BOX(&lean_finish_measure_));
+    m.impl("lean_finish_step_", TORCH_BOX(&lean_finish_step_));
     m.impl("rate_measure_", TORCH_BOX(&rate_measure_));
     m.impl("rate_step_", TORCH_BOX(&rate_step_));
     m.impl("find_rate_", TORCH_BOX(&find_rate_));

@@ -94,6 +94,14 @@ template <class T> struct LeanLayers : Layers<T, typename core<T>::lean> {
         for (size_t f = 0; f < this->factors.size(); f++) this->factors[f].random = in<int64_t>(random)[f] != 0;
     }
 
+    // what processes add up
+    double *sums(const Tensor &t) const {
+        int64_t size = 0;
+        for (const auto &l : this->layers) size += oplora_lean_sums_size(l.H, l.weight_rank, l.moment_rank);
+        check(this->op, "sums", t, ScalarType::Double, size, this->place);
+        return out<double>(t);
+    }
+
     void set_dh(const Tensor &dh) {
         int64_t size = 0;
         for (const auto &layer : this->layers) size += layer.H;

@@ -36,6 +36,7 @@ template <class T> struct core;
         static constexpr auto generate_backward = oplora_generate_backward_##suffix; \
         static constexpr auto exact_workspace_bytes = oplora_exact_workspace_bytes_##suffix; \
         static constexpr auto exact_measure = oplora_exact_measure_##suffix; \
+        static constexpr auto exact_finish = oplora_exact_finish_##suffix; \
         static constexpr auto exact_step = oplora_exact_step_##suffix; \
         static constexpr auto exact_generate = oplora_exact_generate_##suffix; \
         static constexpr ScalarType moment_dtype = suffix##_moment_dtype; \
@@ -43,6 +44,8 @@ template <class T> struct core;
         static constexpr auto lean_workspace_bytes = oplora_lean_workspace_bytes_##suffix; \
         static constexpr auto lean_measure = oplora_lean_measure_##suffix; \
         static constexpr auto lean_step = oplora_lean_step_##suffix; \
+        static constexpr auto lean_reduce = oplora_lean_reduce_##suffix; \
+        static constexpr auto lean_finish = oplora_lean_finish_##suffix; \
         static constexpr auto rate_workspace_bytes = oplora_rate_workspace_bytes_##suffix; \
         static constexpr auto rate_measure = oplora_rate_measure_##suffix; \
         static constexpr auto rate_step = oplora_rate_step_##suffix; \

@@ -282,7 +282,8 @@ static void TY(test_refusals)(void) {
 #undef REFUSED
     T ones[33] = {0};
     TY(oplora_factor) many[33]; /* more random factors than there are streams */
-    for (int i = 0; i < 33; i++) many[i] = (TY(oplora_factor)){1, ones + i, NULL, ones + i, i < 32, 0, 0, 0};
+    for (int i = 0; i < 33; i++)
+        many[i] = (TY(oplora_factor)){.rows = 1, .g = ones + i, .out = ones + i, .random = i < 32};
     layer = f.layer;
     layer.factors = many, layer.n_factors = layer.N = 33;
     CHECK(TY(oplora_lean_workspace_bytes)(&layer, 1) == -1);

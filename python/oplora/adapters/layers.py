@@ -73,8 +73,15 @@ class AdaptedLayer(ABC):
         return self.parameters()
 
     def published(self, i: int, tensor: Tensor) -> Tensor:
-        """What is kept for each entry of the i-th tensor, as others are to see it: in its shape."""
+        """What is kept for each entry of the i-th tensor, as others are to see it: in its shape, behind how many
+        numbers are kept of each."""
         return tensor
+
+    def rows_here(self, i: int) -> tuple[int, int, int, int]:
+        """How many entries the i-th tensor has as a whole, and which of them are here, in its own order: runs of how
+        many, where the first begins, and how far the next begins from it."""
+        count = self.shapes[i].numel()
+        return count, 0, count, 0
 
     def received(self, i: int, value: Any) -> Any:
         """What others hand over for the i-th tensor, as it is kept here; whole, where processes divide it."""

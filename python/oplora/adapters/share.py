@@ -1,7 +1,7 @@
 """What this process has of tensors that several divide: the rows or columns of DTensors.
 
-fully_shard and tensor parallelism make DTensors of a model's Parameters. Preset "auto" moves every entry by itself, so
-it steps the part that is here as an ordinary tensor, and only sums over all entries have to cross processes
+fully_shard and tensor parallelism make DTensors of a model's Parameters. A step moves every entry by itself, given a
+few sums over all of them. So the part that is here is stepped as an ordinary tensor, and only the sums cross processes
 (engines/sharding.py). A Share stands before the engines in the place of the layer.
 """
 
@@ -68,13 +68,27 @@ def divide_again(model: nn.Module) -> None:
 
 
 def divided_like(parameter: Any, value: Tensor) -> Tensor:
-    """A whole tensor of the parameter's shape as a DTensor placed as the parameter is; nothing is sent."""
+    """A whole tensor of the parameter's shape, perhaps with other dimensions before, as a DTensor placed as it is;
+    nothing is sent."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh
     whole = DTensor.from_local(value.to(mesh.device_type), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    divided: Tensor = whole.redistribute(mesh, parameter.placements)
+    divided: Tensor = whole.redistribute(mesh, _placements(parameter, value.dim() - parameter.dim()))
     return divided
+
+
+def _placements(parameter: Any, leading: int) -> tuple[Any, ...]:
+    """The parameter's, for a tensor that has `leading` dimensions before those of the parameter."""
+    return tuple(_behind(placement, leading) for placement in parameter.placements)
+
+
+def _behind(placement: Any, leading: int) -> Any:
+    if leading == 0 or not hasattr(placement, "dim"):
+        return placement
+    if hasattr(placement, "split_factor"):  # of tensor parallelism under fully_shard, in the same dimension
+        return type(placement)(placement.dim + leading, split_factor=placement.split_factor)
+    return type(placement)(placement.dim + leading)
 
 
 def known_or_found(known: Any, found: Any) -> Any:
@@ -86,23 +100,22 @@ def known_or_found(known: Any, found: Any) -> Any:
     return known if gathered else found
 
 
-def refuse_divided(layers: Sequence[AdaptedLayer], what: str) -> None:
-    """Raises where a tensor is divided, for generators that predict all of a layer's."""
+def refuse_divided(layers: Sequence[AdaptedLayer], why: str) -> None:
+    """Raises where a tensor is divided, for what wants whole ones."""
     for layer in layers:
         for tensor, parameter in zip(layer.tensors, layer.parameters(), strict=True):
             if is_divided(parameter):
                 raise OPLoRATypeError(
                     f"oplora: {tensor} of layer {layer.name} is divided among processes (FSDP2's fully_shard, or "
-                    f"tensor parallelism), and {what} predicts all of a layer's tensors together. Use preset='auto', "
-                    "the default of oplora.AdamW(model), which steps what each process has; or keep the adapter "
-                    "whole, fully_shard(..., ignored_params=...) (docs/loops.md)."
+                    f"tensor parallelism), and {why}; or keep the adapter whole, "
+                    "fully_shard(..., ignored_params=...) (docs/loops.md)."
                 )
 
 
 class Share(AdaptedLayer):
     """The part of a layer's tensors that is in this process, as ordinary tensors over the same memory.
 
-    A tensor of which nothing is here has one entry that is zero and stays so, so that every process has every tensor.
+    A tensor of which nothing is here has one entry, of which nobody hears, so that every process has every tensor.
     """
 
     def __init__(self, whole: AdaptedLayer) -> None:
@@ -150,37 +163,58 @@ class Share(AdaptedLayer):
         self._held[i] = held
         return held
 
+    def rows_here(self, i: int) -> tuple[int, int, int, int]:
+        parameter: Any = self._parameters[i]
+        if not is_divided(parameter):
+            return super().rows_here(i)
+        count = parameter.numel()
+        entries = here(divided_like(parameter, torch.arange(count).view(parameter.shape))).flatten().cpu()
+        if not entries.numel():
+            return count, 0, 1, 0
+        behind = (entries.diff() != 1).nonzero()
+        run = int(behind[0]) + 1 if len(behind) else entries.numel()
+        first, stride = int(entries[0]), int(entries[run] - entries[0]) if len(behind) else 0
+        at = torch.arange(entries.numel())
+        if not torch.equal(entries, first + at.div(run, rounding_mode="floor") * stride + at % run):
+            raise OPLoRATypeError(
+                f"oplora: {self.tensors[i]} of layer {self.name} is divided in more than one of its inner dimensions "
+                f"({parameter.placements}). Divide it in one of them, and in its first."
+            )
+        return count, first, run, stride
+
     def published(self, i: int, tensor: Tensor) -> Tensor:
         """As a DTensor that is placed as the layer's, over the same memory."""
         parameter: Any = self._parameters[i]
         if not is_divided(parameter):
             return tensor
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        shape = here(parameter).shape
-        local = tensor if tensor.shape == shape else tensor[:0].view(shape)
-        return DTensor.from_local(
-            local,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        own, leading = here(parameter).shape, tensor.dim() - len(self.shapes[i])
+        columns = tensor.shape[:leading]
+        local = tensor if tensor.shape[leading:] == own else tensor.new_empty((*columns, *own))
+        shape = torch.Size((*columns, *parameter.shape))
+        told = TensorMeta(shape, torch.empty(shape, device="meta").stride(), local.dtype)
+        spec = DTensorSpec(parameter.device_mesh, _placements(parameter, leading), tensor_meta=told)
+        # from_local() would copy what lies in host memory to the mesh's device
+        divided: Tensor = DTensor(local, spec, requires_grad=False)  # type: ignore[abstract]
+        return divided
 
     def received(self, i: int, value: Any) -> Any:
         parameter: Any = self._parameters[i]
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        leading = value.dim() - parameter.dim() if isinstance(value, Tensor) else -1
+        if leading < 0 or value.shape[leading:] != parameter.shape:
             return value  # who checks it says what does not fit
         if not is_divided(parameter):
             return super().received(i, value)
         if not is_divided(value):
             value = divided_like(parameter, value)
         placed: Any = value
-        if placed.placements != parameter.placements or placed.device_mesh != parameter.device_mesh:
+        if placed.placements != _placements(parameter, leading) or placed.device_mesh != parameter.device_mesh:
             value = divided_like(parameter, super().received(i, value))
         local: Tensor = here(value)
-        return local if local.numel() else torch.zeros(1, dtype=local.dtype, device=local.device)
+        columns = local.shape[:leading]
+        return local if local.numel() else torch.zeros((*columns, 1), dtype=local.dtype, device=local.device)
 
     def places(self) -> list[Place]:
         return self.whole.places()

@@ -41,6 +41,7 @@ class State(ABC):
 
     KIND: str
     KEYS: tuple[str, ...]
+    STARTS_FROM_FACTORS = True  # whether a step adds to what the factors hold, or they are an output alone
     IS_LINEAR = True  # whether a report of scaled gradients can be made from that of the gradients
     DOUBTS = True  # whether values of which nobody knows who wrote them have to be looked into
     settings: Settings
@@ -92,6 +93,25 @@ class State(ABC):
     def scale(self, batch: "Batch", report: Tensor, scale: Tensor) -> None:
         """Makes of a measured report what it would have been for gradients times `scale`."""
 
+    # ---- where processes divide the tensors, and add up what each has of a sum over rows ----
+
+    @property
+    def summed(self) -> int:
+        """Numbers of a layer that a measurement sums."""
+        raise NotImplementedError
+
+    def summands(self, batch: "Batch", report: Tensor) -> list[Tensor]:
+        """Of what was measured of the rows that are here: views of a row a layer."""
+        raise NotImplementedError
+
+    def finish_measuring(self, batch: "Batch", gradients: list[Tensor], report: Tensor) -> None:
+        """Makes of added up summands the report of the whole layers."""
+        raise NotImplementedError
+
+    def reduce(self, batch: "Batch", gradients: list[Tensor], numbers: "Numbers", report: Tensor) -> list[Tensor]:
+        """More summands, that a step wants after it was measured; nothing is changed."""
+        return []
+
     @abstractmethod
     def watches(self, engine: "Engine") -> bool:
         """Whether a step has to know of values that somebody else wrote into the factors: where they are an output
@@ -112,7 +132,7 @@ class State(ABC):
             if parameter.dtype == state.factors.dtype:  # also after the model was moved back
                 state.masters[i] = None
             elif state.masters[i] is None:
-                state.masters[i] = parameter.detach().to(state.factors.dtype)
+                state.masters[i] = parameter.detach().to(state.factors.device, state.factors.dtype)
 
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
@@ -329,6 +349,7 @@ class Batch:
         self.sources: list[Tensor] = []  # what the gradients were made from, or are
         self.report: Tensor | None = None
         self.dh: Tensor | None = None  # dL/dh of all layers, if measured
+        self.sums: Tensor | None = None  # that processes add up
 
     def release(self) -> None:
         """Lets go of the gradients, which zero_grad() is to free, and of tensors that may be replaced."""
@@ -450,7 +471,7 @@ class Engine(ABC):
                 self._batches.clear()
             batch = self._batches[indices] = Batch(self, indices)
         batch.parameters, batch.gradients, batch.sources = batch.pick(parameters), ready, sources
-        batch.dh = None
+        batch.dh = batch.sums = None
         return batch
 
     @property
@@ -527,6 +548,14 @@ class Engine(ABC):
     def measure(self, batch: Batch) -> Tensor:
         """The core's report of the batch's gradients (float64; oplora_core.h says what is where, also which are not
         finite). The next step() takes it instead of measuring again."""
+
+    def finish_measuring(self, batch: Batch, report: Tensor) -> None:
+        """Where processes divide the tensors: of a report whose summands were added up."""
+        raise NotImplementedError
+
+    def reduce(self, batch: Batch, report: Tensor) -> list[Tensor]:
+        """Where processes divide the tensors: what they add up before step(), beside what was measured."""
+        raise NotImplementedError
 
     @abstractmethod
     def step(self, batch: Batch, report: Tensor | None) -> tuple[bool, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (loads the ops that are called below)
 from .engine import Batch, Engine, LayerState, State, StepNumbers
-from .factors import Factors
+from .factors import Factors, places_of
 from .memory import allocate, columns
 from .settings import Settings, count_parameters, start_parameters
 
@@ -25,6 +25,7 @@ class Exact(State):
 
     KIND = "exact"
     KEYS = ("parameters", "exp_avg", "exp_avg_sq", "decay", "moving")
+    STARTS_FROM_FACTORS = False
 
     def __init__(self, ties: Sequence[Factors], settings: Settings) -> None:
         self.ties, self.settings = ties, settings
@@ -42,6 +43,7 @@ class Exact(State):
             start_parameters(self.parameters[at : at + count], tie, settings)
             at, factor = at + count, factor + len(tie.shapes)
         self.sizes, self._begins = torch.tensor(sizes, dtype=torch.int64), [row[3] for row in sizes]
+        self.places = places_of(ties)
 
     @staticmethod
     def bytes_needed(tie: Factors, settings: Settings) -> int:
@@ -95,7 +97,19 @@ class Exact(State):
         torch.ops.oplora.exact_generate_(self.parameters, out, [], self.sizes[i : i + 1])
 
     def measure(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
-        torch.ops.oplora.exact_measure_(self.parameters, gradients, batch.sizes, report)
+        places = None if self.places is None else self.places[batch.factors]
+        torch.ops.oplora.exact_measure_(self.parameters, gradients, batch.sizes, report, places)
+
+    @property
+    def summed(self) -> int:
+        return 2 + self.settings.hidden_width
+
+    def summands(self, batch: Batch, report: Tensor) -> list[Tensor]:
+        numbers = report.view(len(batch.states), -1)
+        return [numbers[:, :2], numbers[:, 3 + self.settings.hidden_width :]]
+
+    def finish_measuring(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
+        torch.ops.oplora.exact_finish_(self.parameters, gradients, batch.sizes, report)
 
     def step(
         self, batch: Batch, out: list[Tensor], gradients: list[Tensor], numbers: Any, report: Tensor, measured: bool

@@ -11,7 +11,7 @@ from ..adapters import STARTS, AdaptedLayer, Start
 from ..errors import OPLoRATypeError, OPLoRAValueError, warn
 from .written import Written
 
-__all__ = ["Factors", "keep_starts", "warn_adopted"]
+__all__ = ["Factors", "keep_starts", "places_of", "warn_adopted"]
 
 
 @dataclass
@@ -30,6 +30,8 @@ class Factors:
     bases: list[Tensor | None]
     kept: list[bool]  # whether each keeps the value that it had; the generator then adds to it, from nothing on
     begun: list[bool] | None = None  # of a Share: whether each has a start other than zero in any process
+    places: list[list[int]] | None = None  # of each, where processes add sums up: AdaptedLayer.rows_here, and
+    # whether its rows count here
     _written: Written = field(default_factory=Written)
 
     @classmethod
@@ -65,14 +67,19 @@ class Factors:
     def sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
+    @property
+    def whole_sizes(self) -> list[int]:
+        """With the entries that other processes have."""
+        return self.sizes if self.places is None else [place[0] for place in self.places]
+
     def has_start(self, i: int, value: Tensor) -> bool:
         """Whether the i-th tensor, of this value here, has a start other than zero; in every process alike."""
         return bool(value.count_nonzero()) or (self.begun is not None and self.begun[i])
 
     def random_rows(self) -> list[tuple[int, int]]:
-        """[begin, end) of the rows of W2 that start at random."""
+        """[begin, end) of the rows of the whole W2 that start at random."""
         rows, begin = [], 0
-        for random, size in zip(self.is_random(), self.sizes, strict=True):
+        for random, size in zip(self.is_random(), self.whole_sizes, strict=True):
             if random:
                 rows.append((begin, begin + size))
             begin += size
@@ -91,8 +98,8 @@ class Factors:
     def hold_a_start(self) -> bool:
         """Whether a tensor that should start at zero does not (a trained adapter, PiSSA, OLoRA), or A is EVA's."""
         return self.layer.is_eva or any(
-            STARTS[tensor] is Start.ZERO and bool(parameter.detach().count_nonzero())
-            for tensor, parameter in zip(self.layer.tensors, self.layer.parameters(), strict=True)
+            STARTS[tensor] is Start.ZERO and self.has_start(i, parameter.detach())
+            for i, (tensor, parameter) in enumerate(zip(self.layer.tensors, self.layer.parameters(), strict=True))
         )
 
     def gradients(self, parameters: Sequence[nn.Parameter], *, cast: bool = True) -> list[Tensor] | None:
@@ -207,6 +214,13 @@ def _with_twin(parameter: nn.Parameter, gradient: Tensor | None, twin: nn.Parame
     as_laid_out = torch.zeros_like(twin, dtype=twin.grad.dtype, memory_format=torch.preserve_format).copy_(twin.grad)
     as_laid_out = as_laid_out.as_strided(parameter.shape, parameter.stride())
     return as_laid_out if gradient is None else gradient + as_laid_out
+
+
+def places_of(factors: Sequence[Factors]) -> Tensor | None:
+    """A row a tensor, as the core's oplora_place has it, where processes add sums up."""
+    if any(f.places is None for f in factors):
+        return None
+    return torch.tensor([place for f in factors for place in f.places or ()], dtype=torch.int64)
 
 
 def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:

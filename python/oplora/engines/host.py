@@ -37,6 +37,12 @@ class HostEngine(Engine):
             self.state.measure(batch, self.inputs(batch), report)
         return report
 
+    def finish_measuring(self, batch: Batch, report: Tensor) -> None:
+        self.state.finish_measuring(batch, self.measured_inputs(batch), report)
+
+    def reduce(self, batch: Batch, report: Tensor) -> list[Tensor]:
+        return self.state.reduce(batch, self.measured_inputs(batch), self.numbers, report)
+
     def step(self, batch: Batch, report: Tensor | None) -> tuple[bool, Tensor]:
         measured = report is not None
         if report is None:
@@ -50,6 +56,10 @@ class HostEngine(Engine):
 
     def inputs(self, batch: Batch) -> list[Tensor]:
         """The gradients where the core reads them."""
+        return batch.gradients
+
+    def measured_inputs(self, batch: Batch) -> list[Tensor]:
+        """The same after they were measured, as they were then."""
         return batch.gradients
 
     def outputs(self, batch: Batch) -> list[Any]:
@@ -89,8 +99,22 @@ class StagedEngine(HostEngine):
         Staging.fetch(batch.gradients, buffers)
         return buffers
 
-    def outputs(self, batch: Batch) -> list[Tensor]:
-        return [buffer for staging in self._of(batch) for buffer in staging.v]
+    def measured_inputs(self, batch: Batch) -> list[Tensor]:
+        return [buffer for staging in self._of(batch) for buffer in staging.g]
+
+    def outputs(self, batch: Batch) -> list[Any]:
+        buffers = [buffer for staging in self._of(batch) for buffer in staging.v]
+        if not self.state.STARTS_FROM_FACTORS:
+            return buffers
+        masters = [master for state in batch.states for master in state.masters]
+        values = [
+            (p.detach(), buffer)
+            for p, buffer, master in zip(batch.parameters, buffers, masters, strict=True)
+            if master is None
+        ]
+        if values:
+            Staging.fetch(*map(list, zip(*values, strict=True)))
+        return [buffer if master is None else master for buffer, master in zip(buffers, masters, strict=True)]
 
     def write(self, batch: Batch, out: Sequence[Any]) -> None:
         Staging.send(out, [parameter.detach() for parameter in batch.parameters])

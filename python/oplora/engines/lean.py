@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops  # noqa: F401  (loads the ops that are called below)
 from .engine import Batch, Engine, LayerState, State, StepNumbers
-from .factors import Factors
+from .factors import Factors, places_of
 from .memory import allocate, columns
 from .settings import Settings
 
@@ -42,6 +42,7 @@ class Lean(State):
         self.scalars = torch.zeros(SCALARS * len(ties), dtype=torch.float64, device=device)
         self.latent_std = [settings.latent_std] * len(ties)
         self.random = torch.tensor([int(random) for tie in ties for random in tie.is_random()], dtype=torch.int64)
+        self.places = places_of(ties)
         self._first = [0]  # factor of each layer
         self._begins, at = [], [0, 0, 0]
         for tie, (numbers, moments) in zip(ties, counts, strict=True):
@@ -137,16 +138,77 @@ class Lean(State):
 
     def start(self, i: int, out: list[Tensor]) -> None:
         """Begins layer i's generator and writes what it generates."""
-        sizes, random = self.sizes[i : i + 1], self.random[self._first[i] : self._first[i + 1]]
-        torch.ops.oplora.lean_start_(*self.arenas(), out, sizes, random, self.latent_std[i])
+        own = slice(self._first[i], self._first[i + 1])
+        places = None if self.places is None else self.places[own]
+        torch.ops.oplora.lean_start_(
+            *self.arenas(), out, self.sizes[i : i + 1], self.random[own], self.latent_std[i], places
+        )
 
     def measure(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
+        if self.places is not None:
+            self._reduce(batch, gradients, report, None)
+            return
         batch.dh = torch.zeros(batch.units, dtype=torch.float64)
         torch.ops.oplora.lean_measure_(*self.arenas(), gradients, *self.tables(batch), report, batch.dh)
+
+    @property
+    def summed(self) -> int:
+        return 2 + self.ranks[0] + self.settings.hidden_width
+
+    def summands(self, batch: Batch, report: Tensor) -> list[Tensor]:
+        """U^T g and W0^T g, which lie behind the Gram matrix."""
+        return [report.view(-1, REPORT)[:, :2], self._sums(batch)[:, self._gram_size :]]
+
+    def finish_measuring(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
+        batch.dh = torch.zeros(batch.units, dtype=torch.float64)
+        torch.ops.oplora.lean_finish_measure_(
+            *self.arenas(), gradients, *self._tables(batch), report, batch.sums, batch.dh
+        )
+
+    def reduce(self, batch: Batch, gradients: list[Tensor], numbers: Any, report: Tensor) -> list[Tensor]:
+        self._reduce(batch, gradients, report, numbers.adamw)
+        return [self._sums(batch)[:, : self._gram_size]]
+
+    @property
+    def _gram_size(self) -> int:
+        return (sum(self.ranks) + 1) ** 2
+
+    def _sums(self, batch: Batch) -> Tensor:
+        """A row a layer, as oplora_lean_reduce fills them."""
+        if batch.sums is None:
+            width = self._gram_size + self.ranks[0] + self.settings.hidden_width
+            batch.sums = torch.zeros(len(batch.states), width, dtype=torch.float64)
+        return batch.sums
+
+    def _reduce(self, batch: Batch, gradients: list[Tensor], report: Tensor, adamw: Tensor | None) -> None:
+        """The sums over the rows that are here: of a measurement, or with a step's numbers of a step."""
+        rates, rows = batch.engine.numbers.rates, batch.rows
+        torch.ops.oplora.lean_reduce_(
+            *self.arenas(), gradients, *self._tables(batch), report, self._sums(batch), adamw, rates, rows
+        )
+
+    def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.places is not None
+        return *self.tables(batch), self.places[batch.factors]
 
     def step(
         self, batch: Batch, out: list[Tensor], gradients: list[Tensor], numbers: Any, report: Tensor, measured: bool
     ) -> bool:
+        if batch.sums is not None:
+            finished: bool = torch.ops.oplora.lean_finish_step_(
+                *self.arenas(),
+                out,
+                batch.bases(),
+                gradients,
+                *self._tables(batch),
+                numbers.adamw,
+                numbers.rates,
+                batch.rows,
+                report,
+                batch.sums,
+                batch.dh,
+            )
+            return finished
         done: bool = torch.ops.oplora.lean_step_(
             *self.arenas(),
             out,
@@ -218,7 +280,7 @@ class Lean(State):
         if state.is_fresh:
             state.factors.adopt_edits(parameters, lambda: state.engine.generate(state))
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
-            if master is not None and not torch.equal(master.to(parameter.dtype), parameter.detach()):
+            if master is not None and not torch.equal(master.to(parameter), parameter.detach()):
                 state.masters[i] = parameter.detach().to(master)
         return False
 

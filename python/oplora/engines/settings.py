@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import _core
@@ -42,7 +43,10 @@ class Settings:
 
 def count_parameters(factors: Factors, settings: Settings) -> int:
     """Numbers in one generator: W2, c2, W1, c1 and z."""
-    H, Z, N = settings.hidden_width, settings.latent_width, sum(factors.sizes)
+    return _count(settings.hidden_width, settings.latent_width, sum(factors.sizes))
+
+
+def _count(H: int, Z: int, N: int) -> int:
     return H * N + N + H * Z + H + Z
 
 
@@ -57,8 +61,10 @@ def weight_ratio(hidden_width: int) -> float:
 
 def start_parameters(flat: Tensor, factors: Factors, settings: Settings) -> None:
     """Writes the paper's start of the layer's generator into its flat parameters, all zero."""
-    H, Z = settings.hidden_width, settings.latent_width
-    on_cpu = flat if flat.device.type == "cpu" else allocate(flat.numel(), flat.dtype, huge_pages=False)
+    H, Z, rows = settings.hidden_width, settings.latent_width, _rows_here(factors)
+    count = flat.numel() if rows is None else _count(H, Z, sum(factors.whole_sizes))
+    is_in_place = rows is None and flat.device.type == "cpu"
+    on_cpu = flat if is_in_place else allocate(count, flat.dtype, huge_pages=False)
     _core.start(
         on_cpu.numpy(),
         hidden_width=H,
@@ -69,8 +75,25 @@ def start_parameters(flat: Tensor, factors: Factors, settings: Settings) -> None
         random=factors.random_rows(),
         start=settings.start,  # type: ignore[arg-type]
     )
-    if on_cpu is not flat:
+    if rows is not None:
+        own, whole = views(flat, H, Z), views(on_cpu, H, Z)
+        own["W2"].copy_(whole["W2"][rows])
+        for name in ("z", "W1", "c1"):
+            own[name].copy_(whole[name])
+    elif on_cpu is not flat:
         flat.copy_(on_cpu)
+
+
+def _rows_here(factors: Factors) -> Tensor | None:
+    """Which rows of the whole W2 are here, where processes divide what starts at random; otherwise None."""
+    if factors.places is None or not any(factors.is_random()):
+        return None
+    rows, begin = [], 0
+    for (count, first, run, stride, _), size in zip(factors.places, factors.sizes, strict=True):
+        at = torch.arange(size)
+        rows.append(begin + first + at.div(run, rounding_mode="floor") * stride + at % run)
+        begin += count
+    return torch.cat(rows)
 
 
 def views(flat: Tensor, hidden_width: int, latent_width: int) -> dict[str, Tensor]:

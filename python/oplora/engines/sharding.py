@@ -6,9 +6,12 @@ numbers travel, the factors themselves. The cut runs between layers and not thro
 the undivided step (a sum over a layer's rows never crosses processes), a step waits for one message, and the largest
 share is at most an even one and one layer more.
 
-Mesh, where fully_shard or tensor parallelism has divided the tensors. State rate moves every entry by itself; of all
-entries it wants a few sums a layer. Each process measures the entries that it has, one message adds the reports up, and
-all find the same rate. An entry that several processes have (a replica's, HSDP's) counts in the first of them alone.
+Mesh, where fully_shard or tensor parallelism has divided the tensors. A step moves every entry by itself, given a few
+sums over all of them. Each process sums over the entries that it has, one message for all layers adds the sums up, and
+what is made of them (the rate, a generator's hidden path, the truncations) is the same everywhere. Of state rate these
+are its reports, of state exact W2^T g beside ||g||^2, of state lean the same and, in a second message, the Gram matrix:
+its rows are scaled by what ||g||^2 of all rows makes of the averages. An entry that several processes have (a
+replica's, HSDP's) counts in the first of them alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -165,6 +168,32 @@ class Mesh(Processes):
             places = batch.positions.to(table.device, non_blocking=True)
             report.view(-1, table.shape[1]).copy_(table.index_select(0, places))
         return ((table[:, 1].sum() + sums[-1]) > 0).to(refused.dtype).view(1).to(refused.device)
+
+    def add(self, batches: "Sequence[Batch]", summands: Sequence[Sequence[Tensor]], width: int, more: Tensor) -> Tensor:
+        """Adds up what each process has of sums, `width` numbers a layer, in place and in one message; and `more`, a
+        number, which is returned. summands: of each batch, views of a row a layer.
+
+        Raises:
+            OPLoRAError: a layer steps in some processes alone. They would go apart.
+        """
+        table = torch.zeros(len(self._counts), 1 + width, dtype=torch.float64)
+        for batch, views in zip(batches, summands, strict=True):
+            table.index_copy_(0, batch.positions, torch.cat([torch.ones(len(views[0]), 1).double(), *views], 1))
+        message = torch.cat([table.view(-1), more.view(1).to(table)])
+        sums = self.sum(message.to(self.device)).to(table.device)
+        table = sums[:-1].view(table.shape)
+        apart = (table[:, 0] % len(self.ranks)).nonzero()
+        if len(apart):
+            raise OPLoRARuntimeError(
+                f"oplora: layer {int(apart[0])} has a gradient in some processes and none in others. Every process has "
+                "to run the same layers before step(). Nothing was changed."
+            )
+        for batch, views in zip(batches, summands, strict=True):
+            widths = [view.shape[1] for view in views]
+            added = table.index_select(0, batch.positions)[:, 1:].split(widths, 1)
+            for view, one in zip(views, added, strict=True):
+                view.copy_(one)
+        return sums[-1:].to(more.device)
 
     def merge_squares(self, batches: "Sequence[Batch]", reports: Sequence[Tensor], others: Tensor) -> Tensor:
         """||.||^2 of each layer's gradient, and of `others`, of which this process gives what it counts."""

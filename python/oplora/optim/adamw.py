@@ -50,8 +50,9 @@ class AdamW(Resumable):
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
     forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
 
-    Under fully_shard (FSDP2), tensor parallelism and DeepSpeed's ZeRO-1 and 2 preset "auto" steps the part of every
-    tensor that is in the process, and keeps that part's state; the other presets want whole tensors (docs/loops.md).
+    Under fully_shard (FSDP2) and tensor parallelism a process steps the part of every tensor that it has, and keeps
+    that part's state; on a GPU the generators of presets "paper" and "flat" are then in host memory. Under DeepSpeed's
+    ZeRO-1 and 2 preset "auto" does the same, and the other presets refuse (docs/loops.md).
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
@@ -328,7 +329,8 @@ class AdamW(Resumable):
             scale_gradients([*factors, *others, *(g for batch in batches for g in batch.scaled())], scale)
             for batch, report in zip(batches, reports, strict=True):
                 batch.engine.state.scale(batch, report, scale.to(report.device, non_blocking=True))
-        self._clipped = Clipped(batches, reports)
+        # processes that add sums up measure again: one alone might find that its gradients are others now
+        self._clipped = None if self._stepper.adds_up else Clipped(batches, reports)
         for batch in batches:
             batch.release()
         return norm

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,11 +16,13 @@ __all__ = [
     "Unstepped",
     "check_generator_device",
     "check_positive",
+    "place_of_divided",
     "refuse_devices",
     "refuse_foreign_adapter",
     "refuse_mixed",
 ]
 
+HOST_MEMORY: Final = torch.device("cpu")
 _requires_grad = attrgetter("requires_grad")
 
 
@@ -72,6 +74,18 @@ def refuse_devices(factors: Sequence[Factors], precondition: float | None) -> No
             "oplora.AdamW: some layers' factors are on the CPU and some on a GPU; the step runs on one kind. Move the "
             "adapter to one of them."
         )
+
+
+def place_of_divided(layers: Sequence[AdaptedLayer], asked: torch.device | None) -> torch.device | None:
+    """Where generators are whose layers' rows processes divide: the kernels of a GPU want whole layers, so there they
+    are in host memory."""
+    if asked is not None or not runs_on_device(layers[0].parameters()[0].device):
+        return asked
+    warn(
+        "oplora: the factors are divided among processes (FSDP2, tensor parallelism). The generators of presets "
+        "'paper' and 'flat' are kept in host memory then, and the CPU steps them. Preset 'auto' steps on the GPU."
+    )
+    return HOST_MEMORY
 
 
 def refuse_mixed(layers: Sequence[AdaptedLayer], groups: Sequence[dict[str, Any]]) -> None:

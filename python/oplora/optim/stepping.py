@@ -38,7 +38,7 @@ from ..engines import (
 from ..errors import OPLoRARuntimeError
 from .listing import Listing
 from .plain import Plain
-from .refusals import refuse_devices
+from .refusals import place_of_divided, refuse_devices
 from .saved import load_layer
 
 __all__ = ["Stepper", "refuse_nonfinite"]
@@ -107,8 +107,6 @@ class Stepper:
     def _divided_ties(self, every: Sequence[nn.Parameter]) -> list[Factors]:
         """Of all layers, of which a process may have a part; `every` parameter of the optimizer as it is now."""
         self._layouts = [_layout_of(p) for layer in self.layers for p in layer.parameters()]
-        if not self.finds_rate:
-            refuse_divided(self.layers, f"state {self.recipe.kind!r}")
         divided = [any(map(is_divided, layer.parameters())) for layer in self.layers]
         of_here = [Share(layer) if some else layer for layer, some in zip(self.layers, divided, strict=True)]
         self._shares = [layer for layer in of_here if isinstance(layer, Share)]
@@ -116,12 +114,36 @@ class Stepper:
             self.mesh = Mesh.of(every, self.layers)
         else:
             self.mesh = Disjoint(self.pieces.group, self.pieces.device, self.layers)
+        if self.adds_up and self._delta is not None:
+            refuse_divided(self.layers, "precondition multiplies by all of a layer's A and B: leave it out")
+        if self.adds_up:
+            self._elsewhere = place_of_divided(of_here, self._elsewhere)
         ties = [Factors.of(layer, i, self._elsewhere) for i, layer in enumerate(of_here)]
-        if self.mesh is not None and self.finds_rate:
+        if self.adds_up:
+            self._place(ties)
+        if self._agrees:
+            assert self.mesh is not None
             nonzero = [bool(p.detach().count_nonzero()) for tie in ties for p in tie.layer.parameters()]
             for tie, begun in zip(ties, self.listing.by_layer(self.mesh.any(nonzero)), strict=True):
                 tie.begun = begun
         return ties
+
+    def _place(self, ties: Sequence[Factors]) -> None:
+        """Tells the layers which of their rows are here, and which of these count."""
+        assert self.mesh is not None
+        for tie, layer in zip(ties, self.layers, strict=True):
+            counts = map(self.mesh.counts, layer.parameters())
+            tie.places = [[*tie.layer.rows_here(i), int(counted)] for i, counted in enumerate(counts)]
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether processes divide tensors of generators that want sums over all rows of a layer."""
+        return bool(self._shares) and not self.finds_rate
+
+    @property
+    def _agrees(self) -> bool:
+        """Whether processes have to agree on what tensors start from."""
+        return self.mesh is not None and (self.finds_rate or self.adds_up)
 
     def follow_division(self, own: Sequence[nn.Parameter], every: Sequence[nn.Parameter]) -> None:
         """Goes on with what this process has of tensors that fully_shard has divided, or gathered, since."""
@@ -136,12 +158,13 @@ class Stepper:
                 "generators. Leave shard out: every process then keeps its part of the state."
             )
         ties = self._divided_ties(every)
-        for tie, (state, _) in zip(ties, before, strict=True):
-            tie.kept = state.factors.kept
+        for tie in ties:
+            tie.kept = [True] * len(tie.shapes)  # begin() is to write nothing
         self._take(self._made(ties))
         for engine in self.engines:
             engine.begin()
-        for state, (_, entries) in zip(self.states, before, strict=True):
+        for state, (old, entries) in zip(self.states, before, strict=True):
+            state.factors.kept = old.factors.kept
             load_layer(state, state.received(entries))
 
     def in_pieces(self, groups: Sequence[dict[str, Any]]) -> "Stepper":
@@ -179,7 +202,7 @@ class Stepper:
 
     def agree_on_starts(self) -> bool:
         """Has every process keep a start where one does, so that all save the same; whether something is new here."""
-        if self.mesh is None or self.pieces is not None or not self.finds_rate:
+        if self.mesh is None or self.pieces is not None or not self._agrees:
             return False
         bases = self.mesh.any([base is not None for state in self.states for base in state.factors.bases])
         is_new = False
@@ -310,7 +333,7 @@ class Stepper:
         before = self.states
         ties = [Factors.of(state.factors.layer, state.factors.position, self._elsewhere) for state in before]
         for tie, state in zip(ties, before, strict=True):
-            tie.kept, tie.begun = state.factors.kept, state.factors.begun
+            tie.kept, tie.begun, tie.places = state.factors.kept, state.factors.begun, state.factors.places
         self._take(self._made(ties))
         for old, new in zip(before, self.states, strict=True):
             new.take_over(old)
@@ -330,6 +353,8 @@ class Stepper:
     def step_on_host(self, batches: Sequence[Batch], reports: list[Tensor] | None) -> list[str]:
         """Whose gradient holds NaN or infinity; nothing was stepped then."""
         where = self.plain.nonfinite()
+        if self.adds_up:
+            return self._step_adding_up(batches, where)
         # several dtypes or processes: none may step before the gradients of all are known to be finite
         if reports is None and (len(batches) > 1 or self.processes is not None or self.finds_rate):
             reports = [batch.engine.measure(batch) for batch in batches]
@@ -349,6 +374,32 @@ class Stepper:
             if not done:
                 return batch.nonfinite(report)
         return []
+
+    def _step_adding_up(self, batches: Sequence[Batch], where: list[str]) -> list[str]:
+        """As step_on_host, where sums over a layer's rows cross processes; nothing is changed before the last has."""
+        reports = [batch.engine.measure(batch) for batch in batches]
+        told = self._add_up(batches, reports, torch.tensor([len(where)], dtype=torch.float64))
+        where += [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
+        if where or bool(told):
+            return where or ["parameters outside the adapters, in another process,"]
+        assert self.mesh is not None
+        sums = [batch.engine.reduce(batch, report) for batch, report in zip(batches, reports, strict=True)]
+        if any(sums):
+            self.mesh.add(batches, sums, sum(view.shape[1] for view in sums[0]), torch.zeros(1))
+        for batch, report in zip(batches, reports, strict=True):
+            batch.engine.step(batch, report)
+        return []
+
+    def _add_up(self, batches: Sequence[Batch], reports: Sequence[Tensor], more: Tensor) -> Tensor:
+        """Makes of reports of rows that are here those of whole layers, in one message, which adds up `more` too."""
+        assert self.mesh is not None
+        pairs = list(zip(batches, reports, strict=True))
+        summands = [batch.engine.state.summands(batch, report) for batch, report in pairs]
+        more = self.mesh.add(batches, summands, self.engines[0].state.summed, more)
+        if not any(name for batch, report in pairs for name in batch.nonfinite(report)):
+            for batch, report in pairs:
+                batch.engine.finish_measuring(batch, report)
+        return more
 
     def step_on_device(self, batches: Sequence[Batch], reports: list[Tensor] | None) -> Tensor | None:
         """Launches the step. Whether it is refused is decided on the device, for all devices and parameters alike.
@@ -416,6 +467,9 @@ class Stepper:
         other = torch.cat([torch.zeros(1, dtype=torch.float64, device=self.device), *others]).sum().view(1)
         if self.finds_rate:
             return self.mesh.merge_squares(batches, reports, other)
+        if self.adds_up:
+            added = self._add_up(batches, reports, other)
+            return torch.cat([self._squares(batches, reports), added])
         return torch.cat([self._squares(batches, reports), self.mesh.sum(other.to(self._told_at)).to(self.device)])
 
     def _squares(self, batches: Sequence[Batch], reports: list[Tensor]) -> Tensor:
