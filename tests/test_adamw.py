@@ -826,7 +826,7 @@ def test_optimizer_before_the_adapter_is_told_to_come_after_it() -> None:
 
 
 def test_rate_by_its_name_elsewhere_is_told_to_be_left_out() -> None:
-    with pytest.raises(oplora.OPLoRAError, match="no argument 'learning_rate'.*leave it out"):
+    with pytest.raises(oplora.OPLoRAError, match=r"no argument 'learning_rate'.*leave it out"):
         oplora.AdamW(make_model(), learning_rate=1e-4)
 
 
