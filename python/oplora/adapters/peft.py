@@ -220,8 +220,7 @@ def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> st
         return (
             f"oplora: {type(model).__name__} has no LoRA layer, nor another adapter inside its layers. Add one first: "
             "model = get_peft_model(model, LoraConfig(...)), or model = oplora.wrap(model, oplora.OPLoRAConfig(...)). "
-            "Where a trainer adds it (peft_config), pass that optimizer_cls_and_kwargs=oplora.for_trainer(args) instead "
-            "of an optimizer."
+            "Where a trainer adds it (peft_config), pass optimizer_cls_and_kwargs=oplora.for_trainer(args) to that."
         )
     if adapter_name is not None and adapter_name not in known:
         return f"oplora: no adapter is named {adapter_name!r}; the model has {', '.join(map(repr, sorted(known)))}."
