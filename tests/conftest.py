@@ -22,7 +22,7 @@ HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
 
 
 def pytest_collection_finish() -> None:
-    """What imports made stays to the end. To look through it at each collection took 29 of test_capture's 36 seconds."""
+    """What imports made stays to the end. Looked through at each collection it took 29 of test_capture's 36 seconds."""
     gc.collect()
     gc.freeze()
 
