@@ -123,6 +123,9 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml \
+	    .github/ISSUE_TEMPLATE/feature.yml
 
 format: build
 	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
