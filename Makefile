@@ -115,8 +115,8 @@ test: build checks pytest
 
 # all but pytest, which takes all cores itself, side by side; what compiles longest begins
 checks: build
-	$(MAKE) --jobs=$(JOBS) --output-sync=target --no-print-directory cuda lint docs test-c asan test-cuda \
-	    build/cuda/liboplora_cuda_on_cpu.so
+	$(MAKE) --old-file=$(VENV)/.built --old-file=$(VENV)/.environment --jobs=$(JOBS) --output-sync=target \
+	    --no-print-directory cuda lint docs test-c asan test-cuda build/cuda/liboplora_cuda_on_cpu.so
 
 lint: build
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/* wheels/*.cpp) $(CUDA_SOURCES)
