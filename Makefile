@@ -25,10 +25,13 @@ BIN := $(VENV)/bin
 # threads that spin while they wait make steps many times slower on shared cores
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# what is imported is compiled then; compiling all that is installed takes half a minute
+export PIP_NO_COMPILE ?= 1
+
 JOBS ?= $(shell nproc)
 CC ?= gcc
 C_FLAGS := -std=c11 -O2 -g -ffp-contract=off -fno-math-errno -fno-trapping-math -fopenmp-simd -Wall -Wextra -Werror
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 CORE := $(wildcard csrc/core/*.c)
 HEADERS := $(wildcard csrc/core/*.h csrc/shared/*.h)
 SOURCES := $(wildcard csrc/*/*.c csrc/*/*.h csrc/*/*.cpp)
@@ -51,11 +54,11 @@ CUDA_TESTS := $(patsubst tests/cuda/%.cpp,%,$(wildcard tests/cuda/test_*.cpp))
 CUDA_SOURCES := $(wildcard csrc/cuda/* tests/cuda/*.h tests/cuda/*.cpp tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.c* tests/cuda_on_cpu/*.cu)
 CUDA_CXX_FLAGS := -std=c++17 -g -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror -Wno-unknown-pragmas \
     -Icsrc/cuda -Icsrc/core -Icsrc/shared -Itests/cuda_on_cpu -Itests/cuda $(CUDA_INTERFACE)
-# what each of the three builds compiles kernels with, and everything else
-KERNEL_values := -O2
+# what each of the three builds compiles kernels with, and everything else; a library is made of the first too
+KERNEL_values := -O2 -fPIC
 KERNEL_address := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 KERNEL_races := -O2 -fsanitize=thread
-HOST_values := -O2
+HOST_values := $(KERNEL_values)
 HOST_address := $(KERNEL_address)
 HOST_races := -O2
 CUDA_BUILDS := values address races
@@ -68,7 +71,7 @@ NVCC ?= $(or $(shell command -v nvcc),$(VENV)/cuda/bin/nvcc)
 
 WHEEL_ARCH ?= $(shell uname -m)
 
-.PHONY: all demo test programs compiled build lint format test-c test-cuda cuda asan tsan ports pytest gpu docs wheel \
+.PHONY: all demo test checks build lint format test-c test-cuda cuda asan tsan ports pytest gpu docs wheel \
     test-wheel bench plot clean
 
 .SECONDARY:
@@ -108,21 +111,21 @@ demo: $(VENV)/.demo
 	@echo "  your own loop     optimizer = oplora.AdamW(model); docs/index.md"
 	@echo "  your trainer      docs/trainers.md"
 
-test: build lint programs test-c asan test-cuda cuda pytest docs
+test: build checks pytest
 
-# all that the targets behind it compile, on all cores
-programs: build
-	$(MAKE) --jobs=$(JOBS) --output-sync=target --no-print-directory compiled
-
-compiled: $(C_TESTS:%=build/c/%) $(C_TESTS:%=build/asan/%) $(KERNELS:%=build/nvcc/%.fatbin) \
-    $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%)) \
-    build/cuda/liboplora_cuda_on_cpu.so
+# all but pytest, which takes all cores itself, side by side; what compiles longest begins
+checks: build
+	$(MAKE) --old-file=$(VENV)/.built --old-file=$(VENV)/.environment --jobs=$(JOBS) --output-sync=target \
+	    --no-print-directory cuda lint docs test-c asan test-cuda build/cuda/liboplora_cuda_on_cpu.so
 
 lint: build
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/c/* benchmarks/*.c wheels/*.cpp) $(CUDA_SOURCES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml \
+	    .github/ISSUE_TEMPLATE/feature.yml
 
 format: build
 	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/c/* benchmarks/*.c wheels/*.cpp) $(CUDA_SOURCES)
@@ -131,7 +134,7 @@ format: build
 
 # $(1): a build of the core and its tests; $(2): its flags; $(3): its compiler. doubles.c includes other sources.
 define C_BUILD
-build/$(1)/core/%.o: csrc/core/%.c $$(HEADERS)
+build/$(1)/core/%.o: csrc/core/%.c $$(HEADERS) Makefile
 	@mkdir -p $$(@D)
 	$(3) $$(C_FLAGS) $(2) -c $$< -o $$@
 
@@ -140,7 +143,7 @@ build/$(1)/core/doubles.o: $$(CORE)
 build/$(1)/%: tests/c/%.c $$(wildcard tests/c/*.h) $$(CORE:csrc/core/%.c=build/$(1)/core/%.o) $$(HEADERS)
 	$(3) $$(C_FLAGS) $(2) -Icsrc/core -Icsrc/shared -Itests/c $$< $$(filter %.o,$$^) -lm -o $$@
 endef
-$(eval $(call C_BUILD,c,,$(CC)))
+$(eval $(call C_BUILD,c,-fPIC,$(CC)))
 $(eval $(call C_BUILD,asan,$(SANITIZE),$(CC)))
 $(eval $(call C_BUILD,tsan,-fsanitize=thread,$(CC)))
 $(eval $(call C_BUILD,clang,,$(CLANG)))
@@ -173,7 +176,7 @@ ports: $(C_TESTS:%=build/c/%) $(foreach port,$(PORTS),$(C_TESTS:%=build/$(port)/
 
 # $(1): a build. Objects of kernels, of the emulator and of the core, then a program a test.
 define CUDA_BUILD
-build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(wildcard csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_on_cpu/*.h) $$(HEADERS)
+build/cuda/$(1)/%.cu.o: csrc/cuda/%.cu $$(wildcard csrc/cuda/*.h csrc/cuda/*.cuh tests/cuda_on_cpu/*.h) $$(HEADERS) Makefile
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(KERNEL_$(1)) -x c++ -c $$< -o $$@
 
@@ -181,7 +184,7 @@ build/cuda/$(1)/selftest: tests/cuda_on_cpu/selftest.cu build/cuda/$(1)/cuda_on_
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(KERNEL_$(1)) -x c++ -c $$< -o $$@.o
 	$$(CXX) $$(HOST_$(1)) $$@.o build/cuda/$(1)/cuda_on_cpu.o -ldl -o $$@
 
-build/cuda/$(1)/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_cpu/cuda_on_cpu.h
+build/cuda/$(1)/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cpp tests/cuda_on_cpu/cuda_on_cpu.h Makefile
 	@mkdir -p $$(@D)
 	$$(CXX) $$(CUDA_CXX_FLAGS) $$(HOST_$(1)) -c $$< -o $$@
 
@@ -192,14 +195,9 @@ endef
 $(foreach build,$(CUDA_BUILDS),$(eval $(call CUDA_BUILD,$(build))))
 
 # the kernels as a library that executes them on the CPU, with which pytest tests oplora.AdamW's way to a GPU
-build/cuda/liboplora_cuda_on_cpu.so: $(wildcard csrc/cuda/* csrc/core/* csrc/shared/*) tests/cuda/on_cpu.cpp \
-    $(wildcard tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp)
-	@mkdir -p $(@D)/on_cpu
-	for kernel in $(KERNELS); do \
-	    $(CXX) $(CUDA_CXX_FLAGS) -O2 -fPIC -x c++ -c csrc/cuda/$$kernel.cu -o $(@D)/on_cpu/$$kernel.cu.o || exit 1; done
-	for file in $(CORE); do $(CC) $(C_FLAGS) -fPIC -c $$file -o $(@D)/on_cpu/$$(basename $$file).o || exit 1; done
-	$(CXX) $(CUDA_CXX_FLAGS) -O2 -fPIC -shared tests/cuda/on_cpu.cpp tests/cuda_on_cpu/cuda_on_cpu.cpp $(@D)/on_cpu/*.o \
-	    -lm -ldl -o $@
+build/cuda/liboplora_cuda_on_cpu.so: tests/cuda/on_cpu.cpp build/cuda/values/cuda_on_cpu.o \
+    $(KERNELS:%=build/cuda/values/%.cu.o) $(CORE:csrc/core/%.c=build/c/core/%.o) $(wildcard csrc/cuda/*.h)
+	$(CXX) $(CUDA_CXX_FLAGS) $(HOST_values) -shared $(filter-out %.h,$^) -lm -ldl -o $@
 
 # every kernel in three builds and three orders of threads, against the C core
 test-cuda: $(foreach build,$(CUDA_BUILDS),build/cuda/$(build)/selftest $(CUDA_TESTS:%=build/cuda/$(build)/%))

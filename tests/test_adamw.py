@@ -577,7 +577,7 @@ def test_damaged_state_is_refused(key: str) -> None:
 def test_state_of_another_kind_is_refused(default_state: str) -> None:
     other = {"lean": "exact", "exact": "lean"}[default_state]
     saved = oplora.AdamW(make_model(), state=other).state_dict()
-    message = f"with state='{other}', this one has state='{default_state}'.* start anew .with init='keep'"
+    message = f"with state='{other}'.*, this one has state='{default_state}'.* load the saved adapter and no state"
     with pytest.raises(oplora.OPLoRAError, match=message):
         oplora.AdamW(make_model()).load_state_dict(saved)
 
@@ -819,13 +819,24 @@ def test_model_without_adapter_is_refused() -> None:
         oplora.AdamW(Net())
 
 
+def test_optimizer_before_the_adapter_is_told_to_come_after_it() -> None:
+    linear = nn.Sequential(nn.Linear(13, 5), nn.Linear(5, 21), nn.Linear(21, 5))
+    with pytest.raises(oplora.OPLoRAError, match="after get_peft_model"):
+        oplora.AdamW(linear.parameters())
+
+
+def test_rate_by_its_name_elsewhere_is_told_to_be_left_out() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"no argument 'learning_rate'.*leave it out"):
+        oplora.AdamW(make_model(), learning_rate=1e-4)
+
+
 def test_frozen_adapter_is_refused() -> None:
-    with pytest.raises(oplora.OPLoRAError, match=r"No adapter is trainable.*default"):
+    with pytest.raises(oplora.OPLoRAError, match=r"No adapter is trainable.*set_adapter\('default'\)"):
         oplora.AdamW(make_model(inference_mode=True))
 
 
 def test_unknown_adapter_name_is_refused() -> None:
-    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is named 'x'; the model has default"):
+    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is named 'x'; the model has 'default'"):
         oplora.AdamW(make_model(), adapter_name="x")
 
 

@@ -57,6 +57,11 @@ def test_cuda_library_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch
     assert finding.trouble and "liboplora_cuda.so" in finding.trouble
 
 
+def test_command_without_arguments_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "merge" in (said := capsys.readouterr().err) and "--version" in said
+
+
 @pytest.mark.parametrize("command", [["--version"], ["--help"]])
 def test_command_answers_without_torch(command: list[str]) -> None:
     code = f"import sys; from oplora.__main__ import main\ntry: main({command})\nexcept SystemExit: pass\n"

@@ -34,15 +34,14 @@ QUIET = ("--checkpointing-steps", "0")
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
+def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("finetune_diffusion", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclass looks itself up
     spec.loader.exec_module(module)
     gc.collect()
     gc.freeze()  # what is imported by now need not be searched after every training
-    yield module
-    gc.unfreeze()
+    return module
 
 
 @pytest.fixture(scope="module")

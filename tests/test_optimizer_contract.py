@@ -437,7 +437,7 @@ def test_adapter_name_that_is_no_name_is_refused(name: Any, make: Make) -> None:
 
 @every
 def test_adapter_that_is_not_there_is_refused_with_those_that_are(make: Make) -> None:
-    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is named 'other'; the model has default"):
+    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is named 'other'; the model has 'default'"):
         make(make_model(), adapter_name="other")
 
 

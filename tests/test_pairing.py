@@ -222,7 +222,7 @@ def test_lora_without_its_wrapper_is_found_in_diffusers_old_names() -> None:
     names = ["to_q.lora.down.weight", "to_q.lora.up.weight", "block.down.weight"]
     shapes = [(3, 13), (11, 3), (5, 13)]
     named = [(n, nn.Parameter(torch.zeros(s))) for n, s in zip(names, shapes, strict=True)]
-    assert "1 generators" in repr(oplora.AdamW(named)) and "1 other parameters" in repr(oplora.AdamW(named))
+    assert "layers: 1," in repr(oplora.AdamW(named)) and "other parameters: 1" in repr(oplora.AdamW(named))
 
 
 def test_adapter_name_chooses_among_named_parameters() -> None:
@@ -231,7 +231,7 @@ def test_adapter_name_chooses_among_named_parameters() -> None:
     for name, p in model.named_parameters():
         p.requires_grad_("lora_" in name)
     text = repr(oplora.AdamW(model.named_parameters(), adapter_name="other"))
-    assert "1 generators" in text and "4 other parameters" in text
+    assert "layers: 1," in text and "other parameters: 4" in text
 
 
 def test_adalora_is_not_generated_by_its_names() -> None:
@@ -241,7 +241,7 @@ def test_adalora_is_not_generated_by_its_names() -> None:
     with pytest.raises(oplora.OPLoRAError, match="there is no adapter"):
         oplora.AdamW(model.named_parameters())
     beside = zip(["x.lora_A", "x.lora_B"], weights(*PAIR), strict=True)
-    assert "1 generators" in repr(oplora.AdamW([*model.named_parameters(), *beside], init="keep"))
+    assert "layers: 1," in repr(oplora.AdamW([*model.named_parameters(), *beside], init="keep"))
 
 
 # ---- what is no pair ----
@@ -324,7 +324,7 @@ def test_ambiguous_shapes_are_refused_with_the_list_and_the_remedy(shapes: list[
 def test_names_settle_what_shapes_do_not() -> None:
     some = weights((3, 13), (3, 17), (11, 3), (3, 7), (5, 3), (9, 3))
     names = ["a.lora_A", "b.lora_A", "a.lora_B", "c.lora_A", "b.lora_B", "c.lora_B"]
-    assert "3 generators" in repr(oplora.AdamW(zip(names, some, strict=True), init="keep"))
+    assert "layers: 3," in repr(oplora.AdamW(zip(names, some, strict=True), init="keep"))
 
 
 NOTHING = {
@@ -395,8 +395,14 @@ def test_refusal_writes_nothing() -> None:
 @pytest.mark.parametrize("preset", ["paper", "flat"])
 def test_repr_tells_what_was_found(state: str, preset: str) -> None:
     text = repr(oplora.AdamW(make_model(bias="all"), state=state, hidden_width=7, preset=preset))
-    assert f"2 generators (state {state}, hidden_width 7, preset {preset})" in text
-    assert "behind 4 tensors of 180 entries; 2 other parameters" in text
+    assert f"preset {preset}, state {state}, hidden_width 7; layers: 2," in text
+    assert "adapter tensors: 4, numbers in them: 180, other parameters: 2" in text
+
+
+def test_print_of_auto_has_no_number_that_is_not_the_users() -> None:
+    told = repr(oplora.AdamW(make_model(), preset="auto"))
+    assert "preset auto, which finds the learning rate; layers: 2, adapter tensors: 4" in told
+    assert "lr: 1.0" in told and "peak_lr" not in told
 
 
 def test_log_line_tells_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
@@ -404,7 +410,7 @@ def test_log_line_tells_what_was_found(caplog: pytest.LogCaptureFixture) -> None
         oplora.AdamW(make_model().parameters(), hidden_width=7, preset="flat")
     (record,) = caplog.records
     assert record.name == "oplora" and record.levelno == logging.INFO
-    assert "2 generators (state lean, hidden_width 7, preset flat) behind 4 tensors" in record.getMessage()
+    assert "preset flat, state lean, hidden_width 7; layers: 2, adapter tensors: 4," in record.getMessage()
 
 
 @pytest.mark.parametrize(("init", "says"), [("paper", True), ("keep", False)])
@@ -412,4 +418,4 @@ def test_log_line_and_repr_tell_that_a_was_overwritten(caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, logger="oplora"):
         text = repr(oplora.AdamW(make_model(), init=init))
     for line in (text, caplog.records[0].getMessage()):
-        assert ("A is what the generators start with, not what it was before (init='paper')" in line) == says
+        assert ("A was replaced by the generators' start (init='paper')" in line) == says

@@ -62,7 +62,12 @@ exit status: 0 all is well; 2 something is wrong."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
         return options.run_command(options) or 0

@@ -94,6 +94,11 @@ def test_arguments_that_were_set_reach_the_optimizer_unless_given(tmp_path: Path
     assert numbers({"lr": 1.0, "betas": (0.7, 0.9)}, **changed) == {**expected, "lr": 1.0, "betas": (0.7, 0.9)}
 
 
+def test_model_in_the_place_of_the_arguments_is_refused() -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"expected TrainingArguments, got \w+\. The model is not needed"):
+        oplora.for_trainer(torch.nn.Linear(2, 2))
+
+
 # ---- TRL ----
 
 

@@ -104,16 +104,16 @@ class AdaptedLayer(ABC):
             refuse_flattened(f"the tensors of layer {self.name} are", parameters)
             raise OPLoRARuntimeError(
                 f"oplora: the factors of layer {self.name} are of shapes {[tuple(p.shape) for p in parameters]}, and "
-                f"were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new optimizer, "
-                "with init='keep', after a rank has changed (a larger adapter swapped in, EVA's initialisation). "
-                "Nothing was changed."
+                f"were of {[tuple(shape) for shape in self.shapes]} when the optimizer was made. Make a new optimizer "
+                "after a rank has changed (a larger adapter swapped in, EVA's initialisation); it continues from the "
+                "values that are there. Nothing was changed."
             )
         for twin in self.twins:
             if parameters[twin.index].data_ptr() != twin.parameter().data_ptr():
                 raise OPLoRARuntimeError(
                     f"oplora: {twin.tensor} of layer {twin.layer} was tied to {self.tensors[twin.index]} of layer "
-                    f"{self.name} and no longer is, as after model.to(). Make a new optimizer, with init='keep'. "
-                    "Nothing was changed."
+                    f"{self.name} and no longer is, as after model.to(). Make a new optimizer; it continues from "
+                    "the values that are there. Nothing was changed."
                 )
 
     def pair(self) -> tuple[int, int] | None:

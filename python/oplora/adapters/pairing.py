@@ -293,11 +293,12 @@ def _pair(down: tuple[int, Any], up: tuple[int, Any]) -> PlainLayer:
 def _ambiguous(left: Sequence[tuple[int, Any]]) -> str:
     listed = ", ".join(f"{place}: {tuple(tensor.shape)}" for place, tensor in left[:6])
     return (
-        f"oplora: {len(left)} tensors without names look like adapters, but not how they belong together "
-        f"({listed}{', ...' if len(left) > 6 else ''}; number and shape): expected a down projection (r, in_features) "
-        "and its up projection (out_features, r) in turn, or all downs before all ups. Pass "
-        "model.named_parameters(), or the model, or set a name at each tensor's `original_name`, as in "
-        "'q_proj.lora_A.weight' and 'q_proj.lora_B.weight'; what is no adapter gets any other name."
+        f"oplora: {len(left)} tensors without names could be adapters, but their shapes do not tell which belong "
+        f"together ({listed}{', ...' if len(left) > 6 else ''}; number and shape). Pass the model, "
+        "oplora.AdamW(model), or model.named_parameters(); after get_peft_model, as a model without an adapter has "
+        "none to find. Tensors without names are paired where each down projection (r, in_features) comes before its "
+        "up projection (out_features, r), or all downs before all ups. A tensor's `original_name` is its name too, as "
+        "in 'q_proj.lora_A.weight' and 'q_proj.lora_B.weight'."
     )
 
 

@@ -207,26 +207,34 @@ def find_layers(model: nn.Module, adapter_name: str | None = None) -> list[PeftL
 def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> str:
     if not known and any(_is_adalora(module) for _, module in _tuner_layers(model)):
         return (
-            f"oplora: the adapter of {type(model).__name__} is AdaLoRA, which prunes between the steps what it trains, "
-            "so it is not generated. Train it with torch.optim.AdamW, or use LoraConfig."
+            f"oplora: the adapter of {type(model).__name__} is AdaLoRA, which prunes its matrices between steps. "
+            "oplora cannot follow that. Use LoraConfig, or train this adapter with torch.optim.AdamW."
         )
     if not known and (unknown := _unknown_tensors(model)):
         return (
             f"oplora: the adapter of {type(model).__name__} is of a type that oplora does not know "
-            f"({'; '.join(unknown[:3])}); docs/adapters.md has the table of those that it does. Train this one with "
-            "torch.optim.AdamW, or use LoraConfig."
+            f"({'; '.join(unknown[:3])}); docs/adapters.md lists those that it knows. Use LoraConfig, or train this "
+            "adapter with torch.optim.AdamW."
+        )
+    prompts = (c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False))
+    if not known and (config := next(prompts, None)) is not None:
+        return (
+            f"oplora: {type(config).__name__} trains prompts, and no adapter inside the model's layers. Use LoraConfig, "
+            "or train the prompts with torch.optim.AdamW."
         )
     if not known:
         return (
             f"oplora: {type(model).__name__} has no LoRA layer, nor another adapter inside its layers. Add one first: "
-            "model = get_peft_model(model, LoraConfig(...)), or model = oplora.wrap(model, oplora.OPLoRAConfig(...))."
+            "model = get_peft_model(model, LoraConfig(...)), or model = oplora.wrap(model, oplora.OPLoRAConfig(...)). "
+            "Where a trainer adds it (peft_config), pass optimizer_cls_and_kwargs=oplora.for_trainer(args) to that."
         )
     if adapter_name is not None and adapter_name not in known:
-        return f"oplora: no adapter is named {adapter_name!r}; the model has {', '.join(sorted(known))}."
+        return f"oplora: no adapter is named {adapter_name!r}; the model has {', '.join(map(repr, sorted(known)))}."
     which = "No adapter" if adapter_name is None else f"Adapter {adapter_name!r} is there, but no layer of it"
+    name = adapter_name or min(known)
     return (
-        f"oplora: {which} is trainable (the model has {', '.join(sorted(known))}). Call model.set_adapter(name), or "
-        "load with is_trainable=True."
+        f"oplora: {which} is trainable. The model has {', '.join(map(repr, sorted(known)))}: call "
+        f"model.set_adapter({name!r}), or load it by PeftModel.from_pretrained(..., is_trainable=True)."
     )
 
 

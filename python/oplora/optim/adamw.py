@@ -41,14 +41,20 @@ TOLD_AFTER: Final = 100  # steps: what rate was found
 
 
 class AdamW(Resumable):
-    """AdamW which trains each layer's LoRA factors through a generator (OP-LoRA), and all else as torch's AdamW does.
+    """AdamW for models with LoRA, without a learning rate to choose.
 
-    By default nobody chooses a learning rate: the gradients tell it, whatever lr is (docs/rate.md). Behind the factors
-    of a layer stands a generator, [A | B] = W2 h + c2; under presets "paper" and "flat" with h = ReLU(W1 z + c1), under
-    "auto" with one h for all layers. What DoRA, VeRA, IA3 and the other adapters of docs/adapters.md train besides or
-    instead is generated likewise. A step takes the gradients that backward left in A and B, moves the generator as
-    torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
-    forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
+        optimizer = oplora.AdamW(model)                     # after get_peft_model
+        optimizer = oplora.AdamW(model, max_grad_norm=1.0)  # clips gradients in every step
+
+    It takes the place of torch.optim.AdamW and steps every trainable parameter of the model. The gradients tell the
+    learning rate: lr can be left out, and `found_lr` is what was found (docs/rate.md). Forward, backward, saving and
+    loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
+
+    How: behind the factors of a layer stands a generator, [A | B] = W2 h + c2 (OP-LoRA). Under presets "paper" and
+    "flat" h = ReLU(W1 z + c1), under "auto" all layers share one h. A step takes the gradients that backward left in A
+    and B, moves the generator as torch.optim.AdamW would if autograd ran through it, and writes the next A and B in
+    place. What DoRA, VeRA, IA3 and the other adapters of docs/adapters.md train is generated in the same way; biases
+    and modules_to_save get plain AdamW.
 
     Under fully_shard (FSDP2) and tensor parallelism a process steps the part of every tensor that it has, and keeps
     that part's state; on a GPU the generators of presets "paper" and "flat" are then in host memory. Under DeepSpeed's
@@ -57,54 +63,56 @@ class AdamW(Resumable):
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
     graph, after a few that were not; lr as a tensor on the device is then read at every replay (the ratio of preset
-    "flat" stays that of the lr which the tensor held first, as nobody reads it again).
+    "flat" stays that of the first lr).
 
     Args:
-        params: a model with adapters, whose trainable parameters are all stepped; or, as torch's optimizers take them,
-            tensors, (name, tensor) pairs, or groups of either with rates, decays and betas of their own. Tensors that
-            belong together are found by PEFT's layers, by names or by shapes (docs/adapters.md); repr() tells what was
-            found. A and B of one layer may be in groups with other rates and decays, not with other betas and eps.
-        lr: preset "auto" finds the rate, and takes of lr a schedule's course and the ratios between groups; by default
-            1.0. Else the learning rate of W2 (at the default width), c2 and all other trainable parameters; 1e-3.
-        betas: as in torch.optim.AdamW; by default its own, and (0.9, 0.99) under preset "auto", where beta1 is the
-            share of the average.
+        params: a model with adapters. Or, as torch's optimizers take them, tensors, (name, tensor) pairs, or groups of
+            either with their own lr, weight_decay, betas and eps. Tensors that belong together are found by PEFT's
+            layers, by names or by shapes (docs/adapters.md); print(optimizer) tells what was found. A and B of one
+            layer may be in groups with different lr and weight_decay, but not with different betas and eps.
+        lr: under preset "auto" its size does not matter: only the course of a schedule and the ratios between groups
+            do; by default 1.0. Under the others the learning rate of W2 (at the default width), c2 and all other
+            trainable parameters; by default 1e-3.
+        betas: as in torch.optim.AdamW; by default (0.9, 0.999). Under preset "auto" (0.9, 0.99), and beta1 is the share
+            of the average in the factors.
         eps: as in torch.optim.AdamW.
         weight_decay: as in torch.optim.AdamW.
         preset: "auto": one hidden unit for all layers, whose gradient finds the learning rate, and factors that are
-            averages; 16 bytes an entry, value and gradient counted in (docs/rate.md). "paper": a generator a layer as
-            the paper sets it up. "flat": the same with init="keep", and for z, W1 and c1 a rate of 0.01 at the highest
-            lr of a schedule, at most 5e-6 over it (schedules scale both). By default "auto", or "paper" where one of
-            the arguments of generators a layer is given, which are the following up to generator_device.
-        hidden_width: H, the units of a generator, 32. State "exact" takes 12 (H + 1) bytes a factor entry, "lean" 16
-            whatever H is. W2's rate is 32 lr / H, so that one lr serves every width.
+            averages; 16 bytes for each number in A and B, gradient included (docs/rate.md). "paper": a generator in
+            every layer, as in the paper. "flat": the same with init="keep", and for z, W1 and c1 a rate of 0.01 at the
+            highest lr of a schedule, at most 5e-6 over it (schedules scale both). By default "auto"; or "paper" where
+            an argument of generators is given, which are those from hidden_width on, without seed.
+        max_grad_norm: in every step clip the gradients to this norm, as clip_grad_norm_ does.
+        skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising an error. Either way such a
+            step changes nothing.
+        adapter_name: train this adapter only; by default every adapter that is trainable.
+        shard: under torch.distributed each process keeps the generators of some of the layers (docs/loops.md). The
+            factors are those of shard=False to the bit. On a GPU the host then waits for it once a step.
+        hidden_width: H, the units of a generator, 32. State "exact" takes 12 (H + 1) bytes for each number in A and B,
+            "lean" 16 at any H. W2's rate is 32 lr / H, so that one lr serves every width.
         latent_width: Z, the length of z, 128.
         latent_std: standard deviation of z's start, 0.01.
-        hidden_lr_ratio: the learning rate of z, W1 and c1 is their group's lr times this; the group of a layer's first
-            tensor. It is read and set in param_groups, as lr is. By default the preset's.
+        hidden_lr_ratio: the learning rate of z, W1 and c1 is their group's lr times this; their group is that of the
+            layer's first tensor. It is read and set in param_groups, as lr is. By default the preset's.
         state: how the generators are kept. "lean", the default: W2 as its seeded start and a change of rank
             weight_rank, its moments as factors; "exact": all of W2 and both its moments. docs/lean.md compares them.
         start: of W2's random rows. "sign": +-1/sqrt(3 H), one random bit each; "uniform": the paper's. By default
-            "sign" for state "lean", whose step makes them anew each time, and "uniform" for "exact".
-        weight_rank: of state "lean", 1 to 8, by default 2. A factor entry takes 4 weight_rank + 2 moment_rank + 6
+            "sign" for state "lean", which computes them again in each step, and "uniform" for "exact".
+        weight_rank: of state "lean", 1 to 8, by default 2. A number in A and B takes 4 weight_rank + 2 moment_rank + 6
             bytes, and 4 more in a tensor that keeps a start other than zero. oplora.stats tells what the truncations
             drop.
         moment_rank: of state "lean", 1 to 8, by default 1.
-        init: "paper": A starts from its generator's random numbers and B at zero, which are written now. "keep": every
-            factor keeps the value it has, and the generator adds to it, from nothing on: W2 starts at 0. Layers whose
-            B is not zero (a trained adapter, PiSSA, OLoRA) and EVA's are kept in either case, with a warning; so are,
-            without one, all tensors that are not LoRA's A and B. Preset "auto" keeps all of them.
+        init: "paper": A gets random numbers from its generator and B zero, at once. "keep": every factor keeps the
+            value that it has, and the generator adds to it, beginning with W2 = 0. Layers whose B is not zero (a
+            trained adapter, PiSSA, OLoRA) and EVA's are kept in either case, with a warning; so are, without one, all
+            tensors that are not LoRA's A and B. Preset "auto" keeps all of them.
         precondition: delta > 0 (1e-6) scales the gradients of A by (B^T B + delta I)^-1 and those of B by
             (A A^T + delta I)^-1 before they flow into the generator (OP-ScaledAdamW).
+        seed: of the generators' starts; the same on every replica.
         generator_device: of state "exact" with factors on a GPU. None keeps the generators there too, "cpu" in host
             memory: the CPU makes the step, and only the factors and their gradients cross the bus.
-        max_grad_norm: clip_grad_norm_ to it in every step, for loops that only clip the factors' own gradients.
-        shard: under torch.distributed keep the generators of some layers in each process (docs/loops.md). The factors
-            are those of shard=False to the bit. On a GPU the host then waits for it once a step.
-        adapter_name: generate this adapter only; by default every adapter that is trainable.
-        seed: of the generators' starts; the same on every replica.
-        skip_nonfinite: skip a step whose gradient holds NaN or infinity, instead of raising. Neither changes anything.
-        options: foreach, fused and capturable of torch.optim.AdamW mean nothing here; amsgrad, maximize and
-            differentiable are refused.
+        options: foreach, fused and capturable of torch.optim.AdamW are accepted and change nothing; amsgrad, maximize
+            and differentiable are refused.
 
     Raises:
         OPLoRAError: no trainable adapter, tensors that could belong together in several ways, factors without values or
@@ -286,8 +294,9 @@ class AdamW(Resumable):
             self._is_silent = True
             warn(
                 f"oplora: step() found no gradient in any of this optimizer's {len(self._all())} parameters, now or "
-                "before. Is it of the model that is trained? Where a trainer makes the model itself (model_init, "
-                "peft_config) hand over oplora.for_trainer(arguments) as optimizer_cls_and_kwargs."
+                "before. Was it made of another model than the one that is trained? Make it last, after "
+                "get_peft_model. Where a trainer makes the model itself (model_init, peft_config) pass it "
+                "optimizer_cls_and_kwargs=oplora.for_trainer(args) instead."
             )
 
     def _numbers(self) -> list[Any]:
@@ -380,26 +389,21 @@ class AdamW(Resumable):
         recipe, tensors = self._stepper.recipe, self._stepper.listing.now()
         entries, plain = sum(p.numel() for p in tensors), sum(1 for p in self._stepper.plain if p.requires_grad)
         begun = any(not all(state.factors.kept) for state in self._stepper.states)
-        written = "; A is what the generators start with, not what it was before (init='paper')" if begun else ""
+        written = "; A was replaced by the generators' start (init='paper')" if begun else ""
+        what = f"layers: {len(self._stepper.layers)}, adapter tensors: {len(tensors)}, numbers in them: {entries:,}"
+        what += f", other parameters: {plain}"
         if self._preset.finds_rate:
-            return (
-                f"{len(self._stepper.layers)} generators (preset auto, one hidden unit for all) behind {len(tensors)} "
-                f"tensors of {entries:,} entries; {plain} other parameters"
-            )
-        return (
-            f"{len(self._stepper.layers)} generators (state {recipe.kind}, hidden_width "
-            f"{recipe.settings.hidden_width}, preset "
-            f"{self._preset.name}) behind {len(tensors)} tensors of {entries:,} entries; {plain} other parameters"
-            f"{written}"
-        )
+            return f"preset auto, which finds the learning rate; {what}"
+        width = recipe.settings.hidden_width
+        return f"preset {self._preset.name}, state {recipe.kind}, hidden_width {width}; {what}{written}"
 
     def __repr__(self) -> str:
         """torch's, without the tensors' names, and what was found."""
-        found = self._found()
+        found, unsaid = self._found(), {"params", "param_names"} | ({"peak_lr"} if self._preset.finds_rate else set())
         rate = "" if found is None else f"; rate {found['rate']:.1e} found"
         lines = [f"{type(self).__name__} (", f"{self._summary()}{rate}"]
         for i, group in enumerate(self.param_groups):
-            numbers = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            numbers = {k: v for k, v in group.items() if k not in unsaid}
             told = ", ".join(f"{name}: {value}" for name, value in sorted(numbers.items()))
             lines.append(f"Parameter Group {i}: {len(group['params'])} tensors, {told}")
         return "\n    ".join(lines) + "\n)"

@@ -47,7 +47,8 @@ def refuse_options(options: dict[str, Any], where: str = "") -> None:
         if name in REFUSED and value:
             raise OPLoRAValueError(f"oplora.AdamW: {name}=True is not supported{where}: {REFUSED[name]}.")
         if name not in NO_MATTER and name not in REFUSED:
-            raise OPLoRATypeError(f"oplora.AdamW: there is no argument {name!r}. help(oplora.AdamW) lists them.")
+            hint = " The rate is called lr, and is found: leave it out." if name == "learning_rate" else ""
+            raise OPLoRATypeError(f"oplora.AdamW: there is no argument {name!r}.{hint} help(oplora.AdamW) lists them.")
 
 
 def _is_on_device(value: Any) -> bool:

@@ -28,9 +28,16 @@ __all__ = [
 ]
 
 KINDS = {"weight_change": "lean", "weight": "exact", "generated": "rate"}  # by a key that only the one has
-MADE_WITH = {"lean": "state='lean'", "exact": "state='exact'", "rate": "preset='auto'"}  # an optimizer of each kind
+MADE_WITH = {  # an optimizer of each kind
+    "lean": "state='lean' (presets 'paper' and 'flat')",
+    "exact": "state='exact'",
+    "rate": "preset='auto'",
+}
 SETTINGS = ("hidden_width", "latent_width", "weight_rank", "moment_rank", "sign")
 BEGUN = {"listens": (1, 1 << 62), "seed": (-(1 << 63), 1 << 64), "layer": (0, 1 << 32), "random": (0, 1 << 62)}
+
+
+DAMAGED = "The checkpoint is damaged or was edited: take another one."
 
 
 class Loaded:
@@ -64,8 +71,8 @@ def refuse_without_generators(saved: Mapping[str, Any]) -> None:
     entries = saved["state"].values() if isinstance(saved.get("state"), Mapping) else ()
     if not any(isinstance(entry, Mapping) and not KINDS.keys().isdisjoint(entry) for entry in entries):
         raise OPLoRAValueError(
-            "oplora: this state_dict has no generators: it was saved by another optimizer. Load it there, or start "
-            "anew with init='keep', which continues from the adapter's present values."
+            "oplora: this state_dict has no generators: another optimizer saved it. Load it into that optimizer. Or "
+            "load nothing: a new oplora.AdamW continues from the values that the adapter has."
         )
 
 
@@ -119,8 +126,8 @@ def _check_kind(layer: LayerState, saved: Sequence[Any]) -> None:
             raise OPLoRAValueError(
                 f"oplora: the saved state of layer {layer.name} is of an optimizer with {MADE_WITH[theirs]}, this one "
                 f"has {MADE_WITH[kind]}. One cannot be converted into the other. To resume, make the optimizer with "
-                f"{MADE_WITH[theirs]}. To continue with {MADE_WITH[kind]}, load the saved adapter and start anew (with "
-                "init='keep', but for preset 'auto'): A and B keep their values, the moments begin at 0."
+                f"the arguments of the run that was saved. To continue with {MADE_WITH[kind]}, load the saved adapter "
+                "and no state: A and B keep their values, the moments begin at 0."
             )
         wanted = (own.keys() | factor) - {"base", "master"}
         if missing := wanted - entry.keys():
@@ -134,14 +141,14 @@ def _check_begun(layer: LayerState, saved: dict[str, Any], own: dict[str, Any]) 
     """Numbers that tell how a generator began, and how far it is."""
     for name, (least, end) in BEGUN.items():
         if name in own and not (isinstance(saved[name], int) and least <= saved[name] < end):
-            raise OPLoRAValueError(f"oplora: the saved {name} of layer {layer.name} is {saved[name]!r}.")
+            raise OPLoRAValueError(f"oplora: the saved {name} of layer {layer.name} is {saved[name]!r}. {DAMAGED}")
     latent_std = saved.get("latent_std", 0.0)
     if not isinstance(latent_std, int | float) or not 0 <= latent_std < float("inf"):
-        raise OPLoRAValueError(f"oplora: the saved latent_std of layer {layer.name} is {latent_std!r}.")
+        raise OPLoRAValueError(f"oplora: the saved latent_std of layer {layer.name} is {latent_std!r}. {DAMAGED}")
     step = saved["step"]
     number = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
     if not isinstance(number, int | float) or number < 0 or number != int(number):
-        raise OPLoRAValueError(f"oplora: the saved step of layer {layer.name} is {step!r}.")
+        raise OPLoRAValueError(f"oplora: the saved step of layer {layer.name} is {step!r}. {DAMAGED}")
 
 
 def _check_like(what: str, saved: Any, mine: Tensor) -> None:

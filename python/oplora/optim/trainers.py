@@ -4,9 +4,10 @@ Trainer makes its optimizer when training begins, from a class and arguments, or
 model that it makes or wraps itself (model_init, SFTTrainer's peft_config) is there then, and not before.
 """
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+from ..errors import OPLoRATypeError
 from .adamw import AdamW
 from .presets import Preset, preset_of
 
@@ -31,6 +32,11 @@ def for_trainer(arguments: Any = None, **given: Any) -> tuple[Any, dict[str, Any
             adam_epsilon where they are not as transformers has them by default, unless `given` says otherwise.
         given: arguments of oplora.AdamW.
     """
+    if arguments is not None and not (is_dataclass(arguments) and hasattr(arguments, "learning_rate")):
+        raise OPLoRATypeError(
+            f"oplora.for_trainer: expected TrainingArguments, got {type(arguments).__name__}. The model is not needed: "
+            "Trainer(model, args, optimizer_cls_and_kwargs=oplora.for_trainer(args))."
+        )
     return _factory, {**({} if arguments is None else _taken(arguments, given)), **given}
 
 

@@ -93,8 +93,8 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
         where it is."""
         if self.optimizer is None:
             raise OPLoRATypeError(
-                "oplora.Monitor: whose numbers? Make it with the optimizer, oplora.Monitor(folder, optimizer), or give "
-                "it to transformers' Trainer as a callback."
+                "oplora.Monitor: there is no optimizer to watch. Pass it, oplora.Monitor(folder, optimizer), or "
+                "give the monitor to transformers' Trainer as a callback."
             )
         self._count = self._count + 1 if step is None else step
         if self._is_due(self._count):
