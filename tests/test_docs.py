@@ -148,6 +148,8 @@ def test_code_runs(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         stand_ins = {name: MagicMock(name=name) for name in left_out(code, named)}
         if "accelerator" in stand_ins:
             stand_ins["accelerator"].prepare.side_effect = lambda *prepared: prepared
+        if "deepspeed" in stand_ins:
+            stand_ins["deepspeed"].initialize.return_value = [MagicMock()] * 4
         if "dist" in stand_ins:
             stand_ins["dist"].get_world_size.return_value = 1
         code = code.replace("=...,", "=0.01,").replace("=...)", "=0.01)")
