@@ -219,8 +219,8 @@ def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> st
     prompts = (c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False))
     if not known and (config := next(prompts, None)) is not None:
         return (
-            f"oplora: {type(config).__name__} trains prompts, and nothing inside the model's layers. Use LoraConfig, "
-            "or train the prompts with torch.optim.AdamW."
+            f"oplora: {type(config).__name__} trains prompts, and no adapter inside the model's layers. Use "
+            "LoraConfig, or train the prompts with torch.optim.AdamW."
         )
     if not known:
         return (
