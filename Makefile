@@ -3,6 +3,7 @@
 #   make demo      fine-tune SmolLM2-135M with LoRA at 1e-4 and with OP-LoRA, save, reload, compare, draw: five minutes
 #   make test      everything: lint, C tests, C tests under the sanitizers, the CUDA kernels on the CPU and compiled,
 #                  pytest, the documentation
+#   make checks    all of that but pytest, side by side
 #   make tsan      the core on two threads under the thread sanitizer, a minute
 #   make ports     the C tests by clang and on AArch64 (cross compiler and qemu-user, some minutes), where these are
 #                  installed: the same digests
@@ -228,9 +229,9 @@ build/nvcc/%.loads: csrc/cuda/%.cu $(wildcard csrc/cuda/*.h csrc/cuda/*.cuh) $(H
 
 cuda: $(KERNELS:%=build/nvcc/%.fatbin) $(LOADED:%=build/nvcc/%.loads)
 
-# a file to a worker: files share what is slow to make
+# a file to a worker, in the order of tests/conftest.py: files share what is slow to make
 pytest: build build/cuda/liboplora_cuda_on_cpu.so
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile --no-loadscope-reorder
 
 # the kernels for this GPU, its tests, then benchmarks/results/bench_gpu.json and bench_training.json
 gpu: build

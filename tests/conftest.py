@@ -21,6 +21,19 @@ ROOT = Path(__file__).parents[1]
 HOST = torch.device("cpu:0")  # the CPU when it is not taken for a GPU
 
 
+# Files that take longest begin, so that no worker is left alone with one at the end.
+LONG = (
+    *("test_fsdp2", "test_package", "test_example_finetune_diffusion", "test_killed_saving", "test_benchmarks"),
+    *("test_distributed", "test_transformers_and_trl", "test_notebook", "test_example_finetune_vlm"),
+    *("test_example_finetune_llm", "test_exact_trajectory", "test_export", "test_lean_trajectory"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_collection_finish() -> None:
     """What imports made stays to the end. Looked through at each collection it took 29 of test_capture's 36 seconds."""
     gc.collect()
