@@ -13,7 +13,7 @@ SUB_GROUP = 4  # parameters
 
 class Zero:
     """Stages 1 and 2. Lays every group's parameters behind each other, pads the row, and puts this process's part of
-    it, in float32, into the group. step() averages gradients, hands the part's over and copies the part into the model."""
+    it, in float32, into the group. step() averages gradients, hands the part's over and copies the part back."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, at_once: bool = False, round_robin: bool = False) -> None:
         self.optimizer, self.at_once = optimizer, at_once
