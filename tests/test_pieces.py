@@ -1,4 +1,4 @@
-"""oplora.AdamW on the pieces that DeepSpeed's ZeRO-1 and ZeRO-2 hand over, cut here by hand (zero.py).
+"""oplora.AdamW on the pieces that DeepSpeed's ZeRO hands over, cut here by hand (zero.py).
 tests/trainers/test_deepspeed.py does the same with DeepSpeed.
 
 A test hands a function of this module to all processes of a group, and gets what each of them returns.
@@ -15,7 +15,7 @@ from ranks import Ranks, join_group
 from test_fsdp2 import Batch, Bits, assert_close, backward, data, make_chain, part, train_alone, trained
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
-from zero import Zero
+from zero import Zero, cut
 
 import oplora
 
@@ -57,7 +57,7 @@ def of_loraplus_turned(model: nn.Module) -> oplora.AdamW:
     return oplora.AdamW([{"params": up, "lr": 4e-3}, {"params": down, "lr": 1e-3}])
 
 
-def train(model: nn.Module, zero: Zero, some: list[Batch]) -> None:
+def train(model: nn.Module, zero: Any, some: list[Batch]) -> None:
     for batch in some:
         backward(model, part(batch, dist.get_rank(), dist.get_world_size()))
         zero.step()
@@ -66,7 +66,7 @@ def train(model: nn.Module, zero: Zero, some: list[Batch]) -> None:
 
 def run_in_pieces(make: Callable[..., oplora.AdamW], config: dict[str, Any], options: dict[str, Any]) -> Bits:
     model = make_chain(**config)
-    train(model, Zero(make(model), **options), data(50))
+    train(model, cut(make(model), **options), data(50))
     return trained(model)
 
 
@@ -76,7 +76,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "biases and a head": {"bias": "all", **SMALL, "modules_to_save": ["4"]},
 }
-WAYS: dict[str, dict[str, Any]] = {"group by group": {}, "at once": {"at_once": True}, "in turn": {"round_robin": True}}
+WAYS: dict[str, dict[str, Any]] = {
+    "group by group": {},
+    "at once": {"at_once": True},
+    "in turn": {"round_robin": True},
+    "stage 3": {"stage": 3},
+}
+every_stage = pytest.mark.parametrize("stage", [1, 3])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -186,12 +192,12 @@ def test_clipping_trains_as_in_one_process(ranks: Ranks) -> None:
 # ---- refusals ----
 
 
-def poison(make: Callable[..., oplora.AdamW], skip: bool) -> tuple[str, Bits, Bits]:
+def poison(make: Callable[..., oplora.AdamW], stage: int, skip: bool) -> tuple[str, Bits, Bits]:
     """Infinity in the gradient of one entry of the last tensor; what the step says, and two steps after it."""
     clean, model = make_chain(**SMALL), make_chain(**SMALL)
-    others, optimizer = Zero(make(clean)), make(model)
+    others, optimizer = cut(make(clean), stage), make(model)
     optimizer.skip_nonfinite = skip
-    zero, (first, second, third) = Zero(optimizer), data(3)
+    zero, (first, second, third) = cut(optimizer, stage), data(3)
     train(clean, others, [first, third])
     train(model, zero, [first])
     before, message = trained(model), ""
@@ -210,10 +216,11 @@ def poison(make: Callable[..., oplora.AdamW], skip: bool) -> tuple[str, Bits, Bi
 
 @pytest.mark.parametrize("make", [of_model, of_loraplus, of_loraplus_turned])
 @pytest.mark.parametrize("skip", [False, True], ids=["raised", "skipped"])
+@every_stage
 def test_infinity_in_one_process_is_refused_by_all_and_changes_nothing(
-    ranks: Ranks, make: Callable[..., Any], skip: bool
+    ranks: Ranks, make: Callable[..., Any], stage: int, skip: bool
 ) -> None:
-    for message, bits, clean in ranks.run(poison, make, skip):
+    for message, bits, clean in ranks.run(poison, make, stage, skip):
         assert ("holds NaN or infinity" in message) is not skip
         assert_same_bits(bits, clean)
 
@@ -245,18 +252,18 @@ def test_other_ways_to_keep_generators_are_refused(ranks: Ranks, options: dict[s
 # ---- what was saved, and other hands ----
 
 
-def resume(make: Callable[..., oplora.AdamW]) -> tuple[Bits, Bits]:
+def resume(make: Callable[..., oplora.AdamW], stage: int) -> tuple[Bits, Bits]:
     """Ten steps; and five, saved and gone on from in another model, whose pieces are loaded as DeepSpeed does."""
     config = CONFIGS["biases and a head"]
     whole, early, late = (make_chain(**config) for _ in range(3))
     some = data(10)
-    train(whole, Zero(make(whole)), some)
-    first = Zero(make(early))
+    train(whole, cut(make(whole), stage), some)
+    first = cut(make(early), stage)
     train(early, first, some[:5])
-    saved = [first.optimizer.state_dict(), early.state_dict(), [p.detach().clone() for p in first.parts]]
-    second = Zero(make(late))
+    saved = [first.state_dict(), early.state_dict(), [p.detach().clone() for p in first.parts]]
+    second = cut(make(late), stage)
     late.load_state_dict(saved[1])
-    second.optimizer.load_state_dict(saved[0])
+    second.load_state_dict(saved[0])
     for mine, theirs in zip(second.parts, saved[2], strict=True):
         mine.data.copy_(theirs)
     train(late, second, some[5:])
@@ -264,12 +271,13 @@ def resume(make: Callable[..., oplora.AdamW]) -> tuple[Bits, Bits]:
 
 
 @pytest.mark.parametrize("make", [of_model, of_list, of_loraplus])
-def test_run_goes_on_from_what_each_process_saved(ranks: Ranks, make: Callable[..., Any]) -> None:
-    for resumed, whole in ranks.run(resume, make):
+@every_stage
+def test_run_goes_on_from_what_each_process_saved(ranks: Ranks, make: Callable[..., Any], stage: int) -> None:
+    for resumed, whole in ranks.run(resume, make, stage):
         assert_same_bits(resumed, whole)
 
 
-def cut_late(world: int | None = None) -> Bits:
+def cut_late(stage: int, world: int | None = None) -> Bits:
     """Whole tensors for ten steps, pieces afterwards."""
     model = make_chain(**CONFIGS["biases and a head"])
     optimizer, some = oplora.AdamW(model), data(30)
@@ -277,15 +285,16 @@ def cut_late(world: int | None = None) -> Bits:
     train_alone(model, optimizer, some[:10], count)
     model.zero_grad()
     if world is None:
-        train(model, Zero(optimizer), some[10:])
+        train(model, cut(optimizer, stage), some[10:])
     else:
         train_alone(model, optimizer, some[10:], count)
     return trained(model)
 
 
-def test_tensors_that_are_cut_after_some_steps_go_on(ranks: Ranks) -> None:
-    alone = cut_late(ranks.world)
-    for bits in ranks.run(cut_late):
+@every_stage
+def test_tensors_that_are_cut_after_some_steps_go_on(ranks: Ranks, stage: int) -> None:
+    alone = cut_late(stage, ranks.world)
+    for bits in ranks.run(cut_late, stage):
         assert_close(bits, alone, torch.float32)
 
 

@@ -172,13 +172,18 @@ def check_parameter(layer: str, tensor: str, parameter: nn.Parameter) -> None:
 def refuse_flattened(what: str, parameters: Iterable[Any]) -> None:
     """Raises where one of them is a flat piece, in a sentence that begins with `what`."""
     sharded = next((who for p in parameters if (who := _how_flattened(p)) is not None), None)
-    if sharded is not None:
-        stages = "ZeRO stage 1 or 2, or " if "ZeRO" in sharded else ""
+    if sharded is not None and "DeepSpeed" in sharded:
         raise OPLoRATypeError(
-            f"oplora: {what} sharded by {sharded}, which gives a process flat pieces without a shape. Use {stages}"
-            "FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), whose shards "
-            "oplora.AdamW(model) steps as they are; or DistributedDataParallel, where oplora.AdamW(model, shard=True) "
-            "divides the generators among the processes."
+            f"oplora: {what} sharded by {sharded}, which has put flat pieces without a shape in its place. Make the "
+            "optimizer first, deepspeed.initialize(model=model, optimizer=oplora.AdamW(model), ...), and the adapter "
+            "outside of deepspeed.zero.Init()."
+        )
+    if sharded is not None:
+        raise OPLoRATypeError(
+            f"oplora: {what} sharded by {sharded}, which gives a process flat pieces without a shape. Use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; with accelerate fsdp_version=2), whose shards oplora.AdamW(model) "
+            "steps as they are; or DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the "
+            "generators among the processes."
         )
 
 

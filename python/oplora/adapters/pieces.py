@@ -1,12 +1,13 @@
 """What DeepSpeed's ZeRO leaves in this process of a model's tensors: pieces of flat rows.
 
 Stages 1 and 2 lay the tensors of a parameter group behind each other, pad the row and cut it into one part a process.
-Each process gets its part, in float32, in the place of the group's tensors; its gradient is there when a step is to be
-made, and DeepSpeed then copies the part into the model. Preset "auto" moves every entry by itself, so the run of a
-tensor's entries that is in the part is stepped as a tensor of its own, over the same memory. Padding is no tensor's.
+Stage 3 cuts every tensor, and lays the parts of this process behind each other. Either way a process has rows of
+float32, which are put into the groups in the tensors' places; their gradients are there when a step is to be made, and
+DeepSpeed then copies the rows into the model. Preset "auto" moves every entry by itself, so the run of a tensor's
+entries that is in a row is stepped as a tensor of its own, over the same memory. Padding is no tensor's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,8 +23,8 @@ __all__ = ["Piece", "Pieces", "are_in_pieces", "refuse_in_pieces"]
 
 
 def are_in_pieces(parameters: Sequence[Any]) -> bool:
-    """Whether ZeRO has laid them into rows; by the attribute that DeepSpeed leaves, as it may not be installed."""
-    return any(hasattr(p, "_hp_mapping") for p in parameters)
+    """Whether ZeRO has laid them into rows; by the attributes that DeepSpeed leaves, as it may not be installed."""
+    return any(hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in parameters)
 
 
 def refuse_in_pieces(layers: Sequence[AdaptedLayer], what: str) -> None:
@@ -39,23 +40,16 @@ def refuse_in_pieces(layers: Sequence[AdaptedLayer], what: str) -> None:
 class Run:
     """The entries of a parameter from `begin` on that are in this process, which are those of `row` from `at` on."""
 
-    parameter: nn.Parameter  # the model's
+    parameter: Any  # the model's
     row: Tensor
     at: int
     begin: int
     size: int
-    stand_in: nn.Parameter  # over the same memory; one zero where nothing is here
 
-    @classmethod
-    def of(cls, parameter: Any, place: int, row: Tensor, part: int) -> "Run":
-        """place: of the parameter in the uncut row; part: which of its parts `row` is."""
-        first = part * row.numel()
-        begin = max(first - place, 0)
-        size = max(min(place + parameter.numel(), first + row.numel()) - place - begin, 0)
-        nothing = torch.zeros(1, dtype=row.dtype, device=row.device)
-        run = cls(parameter, row, max(place - first, 0), begin, size, nn.Parameter(nothing))
-        run.follow()
-        return run
+    def __post_init__(self) -> None:
+        """The stand-in lies in the row; where nothing is here it is one zero."""
+        self.stand_in = nn.Parameter(torch.zeros(1, dtype=self.row.dtype, device=self.row.device))
+        self.follow()
 
     def follow(self) -> None:
         """The row, wherever it lies now."""
@@ -75,9 +69,11 @@ class Run:
         return whole.reshape(-1)[self.begin : self.begin + self.size]
 
     def write(self) -> None:
-        """Into the model."""
+        """Into the model, as DeepSpeed keeps it in this process."""
         if self.size:
-            self.parameter.detach().view(-1)[self.begin : self.begin + self.size].copy_(self.stand_in.detach())
+            kept = getattr(self.parameter, "ds_tensor", None)
+            here = self.received(self.parameter.detach()) if kept is None else kept.detach()[: self.size]
+            here.copy_(self.stand_in.detach())
 
 
 class Piece(PlainLayer):
@@ -99,68 +95,72 @@ class Piece(PlainLayer):
 
 
 class Pieces:
-    """All runs of an optimizer's parameters, and their rows.
+    """All runs of an optimizer's parameters, and the rows that they lie in.
 
-    layers: the pieces of `wholes`; groups: DeepSpeed's; before: what each of them held before.
+    layers: the pieces of `wholes`; before: what each of the groups held before DeepSpeed came.
     """
 
     def __init__(
         self,
         wholes: Sequence[AdaptedLayer],
         groups: Sequence[dict[str, Any]],
-        before: Sequence[Sequence[nn.Parameter]],
+        before: Sequence[Sequence[Any]],
     ) -> None:
-        self.rows = [_row_of(group) for group in groups]
+        known = [p for some in before for p in some if are_in_pieces([p])]
+        stage_3 = next((p._z3_optimizer for p in known if hasattr(p, "_z3_optimizer")), None)
+        cut = _in_groups(groups, before) if stage_3 is None else _in_stage_3(stage_3)
+        self._of_groups, self.rows, self._runs = zip(*cut, strict=True)
         self._addresses = [row.data_ptr() for row in self.rows]
-        self._runs = [_runs_of(row, some) for row, some in zip(self.rows, before, strict=True)]
-        of_parameter = {id(run.parameter): run for some in self._runs for run in some}
-        for whole in wholes:
-            if any(id(p) not in of_parameter for p in whole.parameters()):
-                raise OPLoRARuntimeError(
-                    f"oplora: DeepSpeed's ZeRO does not know tensors of layer {whole.name}, which were put there or "
-                    "unfrozen since deepspeed.initialize(). Call it when the adapter is complete."
-                )
-            if whole.twins:
-                raise OPLoRARuntimeError(
-                    f"oplora: tensors of layer {whole.name} are tied to others in memory, which DeepSpeed's ZeRO "
-                    "undoes. Use stage 0, which keeps them as they are."
-                )
-        self.layers = [Piece(whole, [of_parameter[id(p)] for p in whole.parameters()]) for whole in wholes]
-        generated = {id(p) for layer in self.layers for p in layer.held}
-        for group, row, some, names in zip(groups, self.rows, self._runs, _names(groups, before), strict=True):
-            held = [run for run in some if run.size or id(run.stand_in) in generated]
-            if names is not None:
-                group["param_names"] = ["", *(names[id(run.parameter)] for run in held)]
-            group["params"] = [row, *(run.stand_in for run in held)]  # the first stays DeepSpeed's
-        first: Any = self._runs[0][0].parameter
-        self.group, self.device = first._dp_group, first.device  # of processes, and where they tell each other
-        self._early: list[int] = []  # groups that wait for later ones
         self._taken: list[Tensor | None] = [None] * len(self.rows)  # gradients that the runs have
-        if any(run.parameter._dp_group is not self.group for some in self._runs for run in some):  # type: ignore[attr-defined]
+        self._early: list[int] = []  # rows that wait for later ones
+        of_parameter = {id(run.parameter): run for run in chain(*self._runs)}
+        _refuse(wholes, of_parameter)
+        self.layers = [Piece(whole, [of_parameter[id(p)] for p in whole.parameters()]) for whole in wholes]
+        self._listed: list[Any] = [None] * len(groups)  # what is in each now
+        self._stepped = self._in_order(groups, before)
+        self.put_back(groups)
+        distributed = [p._dp_group if stage_3 is None else p.ds_process_group for p in known]
+        self.group, self.device = distributed[0], known[0].device  # of processes, and where they tell each other
+        if any(one is not self.group for one in distributed):
             raise OPLoRATypeError(
                 "oplora: DeepSpeed divides some parameters among other processes than others (experts). Train the "
                 "adapters of experts without ZeRO."
             )
 
-    def of_state(self, state: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
-        """Of what an optimizer kept of the parameters that no layer has, what is here."""
-        generated = {id(p) for layer in self.layers for p in layer.held}
-        return {
-            run.stand_in: {
-                name: run.received(value).to(run.stand_in, copy=True) if name != "step" else value
-                for name, value in state[run.parameter].items()
-            }
-            for run in chain.from_iterable(self._runs)
-            if run.size and run.parameter in state and id(run.stand_in) not in generated
-        }
+    # ---- groups ----
 
-    def await_more(self, groups: Sequence[int]) -> bool:
-        """Whether other groups come after these, which are stepped with them."""
-        if groups[-1] == len(self.rows) - 1:
+    def _in_order(self, groups: Sequence[dict[str, Any]], before: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """What is stepped of each group, behind its rows: DeepSpeed looks for these in the first places."""
+        generated, stepped = {id(p) for layer in self.layers for p in layer.held}, []
+        for g, (group, some) in enumerate(zip(groups, before, strict=True)):
+            rows = [i for i, owner in enumerate(self._of_groups) if owner == g]
+            held = [r for i in rows for r in self._runs[i] if r.size or id(r.stand_in) in generated]
+            stepped.append([*(self.rows[i] for i in rows), *(run.stand_in for run in held)])
+            if "param_names" in group:
+                names = dict(zip(map(id, some), group["param_names"], strict=True))
+                group["param_names"] = [*("" for _ in rows), *(names[id(run.parameter)] for run in held)]
+        return stepped
+
+    def put_back(self, groups: Sequence[dict[str, Any]]) -> None:
+        """What is stepped, where DeepSpeed's stage 3 has put its rows, or nothing, in the meantime."""
+        for g, (group, stepped) in enumerate(zip(groups, self._stepped, strict=True)):
+            if group["params"] is not self._listed[g] or len(group["params"]) != len(stepped):
+                group["params"] = self._listed[g] = list(stepped)
+
+    def await_more(self, held: Sequence[Any], groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether other rows follow those in `held`, lists that DeepSpeed has just had in groups; they are then stepped
+        together. `groups` have been put back since."""
+        others = [some for some in held if all(some is not listed for listed in self._listed)]
+        there = {id(p) for some in others or held for p in some}
+        rows = [i for i, row in enumerate(self.rows) if id(row) in there]
+        self.put_back(groups)
+        if not rows or rows[-1] == len(self.rows) - 1:
             return False
         self.take_gradients()
-        self._early += groups
+        self._early += rows
         return True
+
+    # ---- a step ----
 
     def take_gradients(self) -> None:
         """Of the rows that have one; of the others the runs keep what they have."""
@@ -176,37 +176,82 @@ class Pieces:
 
     def write(self) -> None:
         """Into the model what DeepSpeed has copied there too early."""
-        for run in chain.from_iterable(self._runs[g] for g in self._early):
-            run.write()
+        for i in self._early:
+            for run in self._runs[i]:
+                run.write()
 
     def release(self) -> None:
         """Lets go of the gradients."""
         self._early, self._taken = [], [None] * len(self.rows)
-        for run in chain.from_iterable(self._runs):
+        for run in chain(*self._runs):
             run.stand_in.grad = None
 
+    # ---- what was kept before ----
 
-def _row_of(group: dict[str, Any]) -> Tensor:
-    row: Tensor = group["params"][0]
-    if len(group["params"]) != 1 or row.dim() != 1 or row.dtype != torch.float32:
+    def of_state(self, state: Mapping[Tensor, Any]) -> dict[Tensor, Any]:
+        """Of what an optimizer kept of the parameters that no layer has, what is here."""
+        generated = {id(p) for layer in self.layers for p in layer.held}
+        return {
+            run.stand_in: {
+                name: run.received(value).to(run.stand_in, copy=True) if name != "step" else value
+                for name, value in state[run.parameter].items()
+            }
+            for run in chain(*self._runs)
+            if run.size and run.parameter in state and id(run.stand_in) not in generated
+        }
+
+
+def _refuse(wholes: Sequence[AdaptedLayer], known: Mapping[int, Run]) -> None:
+    for whole in wholes:
+        if any(id(p) not in known for p in whole.parameters()):
+            raise OPLoRARuntimeError(
+                f"oplora: DeepSpeed's ZeRO does not know tensors of layer {whole.name}, which were put there or "
+                "unfrozen since deepspeed.initialize(). Call it when the adapter is complete."
+            )
+        if whole.twins:
+            raise OPLoRARuntimeError(
+                f"oplora: tensors of layer {whole.name} are tied to others in memory, which DeepSpeed's ZeRO undoes. "
+                "Use stage 0, which keeps them as they are."
+            )
+
+
+def _in_groups(
+    groups: Sequence[dict[str, Any]], before: Sequence[Sequence[Any]]
+) -> Iterator[tuple[int, Tensor, list[Run]]]:
+    """Of stages 1 and 2: each row with its group and its runs. The parameters' memory tells where in the uncut row they
+    lie: the addresses that DeepSpeed leaves at them are others with round_robin_gradients."""
+    for g, (group, some) in enumerate(zip(groups, before, strict=True)):
+        row, cut = _checked(group["params"]), [p for p in some if are_in_pieces([p])]
+        origin, runs = min((p.storage_offset() for p in cut), default=0), []
+        for p in cut:
+            place, first = p.storage_offset() - origin, dist.get_rank(p._dp_group) * row.numel()
+            begin = max(first - place, 0)
+            size = max(min(place + p.numel(), first + row.numel()) - place - begin, 0)
+            runs.append(Run(p, row, max(place - first, 0), begin, size))
+        yield g, row, runs
+
+
+def _in_stage_3(optimizer: Any) -> Iterator[tuple[int, Tensor, list[Run]]]:
+    """Of stage 3: the last process's part of a parameter ends in padding."""
+    for i, row in enumerate(optimizer.fp32_partitioned_groups_flat):
+        runs = []
+        for p in optimizer.fp16_groups[i]:
+            _, at, part = optimizer.grad_position[optimizer.get_param_id(p)]
+            begin = dist.get_rank(p.ds_process_group) * part
+            runs.append(Run(p, _checked([row]), at, begin, max(min(p.ds_numel - begin, part), 0)))
+        if row.numel() < max((run.at + run.size for run in runs), default=0):
+            raise OPLoRARuntimeError(
+                "oplora: DeepSpeed's ZeRO-3 keeps float32 rows on a disk (NVMe), where they cannot be stepped. Offload "
+                "the optimizer to the CPU instead."
+            )
+        yield optimizer.sub_group_to_group_id[i], row, runs
+
+
+def _checked(held: Sequence[Tensor]) -> Tensor:
+    """A group's only row."""
+    if len(held) != 1 or held[0].dim() != 1 or held[0].dtype != torch.float32:
         raise OPLoRATypeError(
-            f"oplora: DeepSpeed keeps a parameter group as {len(group['params'])} tensors of {row.dtype}, expected one "
-            "row of float32. Leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of its config."
+            f"oplora: DeepSpeed keeps a parameter group as {len(held)} tensors of {held[0].dtype}, expected one row of "
+            "float32. Leave bf16_master_weights_and_grads and fp16_master_weights_and_grads out of its config."
         )
-    return row
-
-
-def _runs_of(row: Tensor, before: Sequence[Any]) -> list[Run]:
-    """Of the parameters that DeepSpeed trains. Their memory tells where in the uncut row they lie: the addresses that
-    DeepSpeed leaves at them are others with round_robin_gradients."""
-    some = [p for p in before if are_in_pieces([p])]
-    first = min((p.storage_offset() for p in some), default=0)
-    return [Run.of(p, p.storage_offset() - first, row, dist.get_rank(p._dp_group)) for p in some]
-
-
-def _names(groups: Sequence[dict[str, Any]], before: Sequence[Sequence[nn.Parameter]]) -> list[dict[int, str] | None]:
-    """Of each group the parameters' names by their ids; None where they have none."""
-    return [
-        dict(zip(map(id, some), group["param_names"], strict=True)) if "param_names" in group else None
-        for group, some in zip(groups, before, strict=True)
-    ]
+    return held[0]

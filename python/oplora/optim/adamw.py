@@ -217,7 +217,7 @@ class AdamW(Resumable):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.param_groups is not self._every_group and self._awaits_more():
+        if self._awaits_more():
             return loss
         if self._max_grad_norm is not None:
             self.clip_grad_norm_(self._max_grad_norm)

@@ -87,11 +87,8 @@ class Listing:
         listed = {id(p) for group in groups for p in group["params"]}
         if any(id(p) not in listed for p in after):
             raise OPLoRARuntimeError(
-                "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, as "
-                "DeepSpeed's ZeRO-3 does with its flat pieces; the factors would get no gradients. Use ZeRO stage 1 "
-                "or 2, which oplora.AdamW(model) steps; FSDP2 (torch.distributed.fsdp.fully_shard; with accelerate "
-                "fsdp_version=2); or DistributedDataParallel, where oplora.AdamW(model, shard=True) divides the "
-                "optimizer's state."
+                "oplora: somebody put other parameters in the place of the factors in optimizer.param_groups, which "
+                "would get no gradients. Make a new optimizer of the parameters that are trained now."
             )
         if differ(own, self._known):
             check_layers(self.layers)

@@ -62,6 +62,8 @@ class Resumable(torch.optim.Optimizer):
     def _refresh(self) -> list[nn.Parameter]:
         """The generated tensors as they are now; what was replaced, moved or added since the last time is followed."""
         stepper = self._stepper
+        if stepper.pieces is not None:
+            stepper.pieces.put_back(self.param_groups)
         own: list[nn.Parameter] = stepper.listing.now()
         self._every_group = self.param_groups
         if stepper.listing.has_changed(own, self.param_groups):
@@ -91,16 +93,15 @@ class Resumable(torch.optim.Optimizer):
         self.state.update(self._stepper.pieces.of_state(before))
 
     def _awaits_more(self) -> bool:
-        """DeepSpeed steps group by group, with the one in the place of all. Puts all back; whether others follow, with
-        whose gradients this one's are to be stepped."""
-        given, every = self.param_groups, self._every_group
-        numbers = {id(group): g for g, group in enumerate(every)}
-        is_cut = self._stepper.pieces is not None or are_in_pieces(self._stepper.listing.now())
-        if not is_cut or not all(id(group) in numbers for group in given):
+        """DeepSpeed steps row by row: one group takes the place of all, or one row that of what is in a group. Puts all
+        back; whether other rows follow, with whose gradients this one's are to be stepped."""
+        if self._stepper.pieces is None and not are_in_pieces(self._stepper.listing.generated()[:1]):
             return False
-        self.param_groups = every
+        held = [group["params"] for group in self.param_groups]
+        if all(any(group is known for known in self._every_group) for group in self.param_groups):
+            self.param_groups = self._every_group
         self._refresh()
-        awaits: bool = self._stepper.pieces.await_more([numbers[id(group)] for group in given])
+        awaits: bool = self._stepper.pieces.await_more(held, self.param_groups)
         return awaits
 
     def _complete_groups(self, own: list[nn.Parameter]) -> None:
