@@ -48,7 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "flat": {"preset": "flat"},
 }
 GENERATORS = tuple(kind for kind in KINDS if kind != "auto")
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", ["auto", "exact", "lean"])
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
@@ -479,9 +479,9 @@ def test_whole_tensors_beside_divided_ones_count_once(ranks: Ranks, kind: str) -
         assert_close(bits, alone, torch.float64)
 
 
-def watch(folder: Path) -> dict[str, dict[str, float]]:
+def watch(folder: Path, kind: str) -> dict[str, dict[str, float]]:
     model = divide(make_chain(torch.float64))
-    optimizer = oplora.AdamW(model)
+    optimizer = oplora.AdamW(model, **KINDS[kind])
     monitor = oplora.Monitor(folder, optimizer, every=1)
     for batch in data(3, torch.float64):
         train(model, optimizer, [batch])
@@ -490,14 +490,15 @@ def watch(folder: Path) -> dict[str, dict[str, float]]:
     return oplora.stats(optimizer)
 
 
-def test_numbers_to_watch_are_of_all_processes_and_written_once(ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["auto", "exact", "lean"])
+def test_numbers_to_watch_are_of_all_processes_and_written_once(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     model = make_chain(torch.float64)
-    optimizer = oplora.AdamW(model)
+    optimizer = oplora.AdamW(model, **KINDS[kind])
     train_alone(model, optimizer, data(3, torch.float64), ranks.world)
-    for numbers in ranks.run(watch, tmp_path):
+    for numbers in ranks.run(watch, tmp_path, kind):
         for name, expected in oplora.stats(optimizer).items():
-            assert numbers[name]["norm_g"] == pytest.approx(expected["norm_g"], rel=1e-9)
-            assert numbers[name]["lr"] == pytest.approx(expected["lr"], rel=1e-9)
+            for key in expected.keys() - {"norm_A", "norm_B", "norm_BA"}:
+                assert numbers[name][key] == pytest.approx(expected[key], rel=1e-9, nan_ok=True), key
     assert [file.name for file in tmp_path.glob("monitor*.jsonl")] == ["monitor.jsonl"]
 
 
@@ -740,10 +741,19 @@ NOT_TAKEN = {"LoRA, MultiheadAttention"}  # PEFT takes Parameters out of the mod
 
 
 @pytest.mark.parametrize("case", [case for case in adapter_types.CASES if case not in NOT_TAKEN])
-@pytest.mark.parametrize("kind", ["auto", "exact", "lean"])
-def test_every_adapter_type_that_fully_shard_takes_trains_as_in_one_process(ranks: Ranks, kind: str, case: str) -> None:
-    alone = run_type(case, kind, ranks.world)
-    for bits in ranks.run(run_type, case, kind):
+def test_every_adapter_type_that_fully_shard_takes_trains_as_in_one_process(ranks: Ranks, case: str) -> None:
+    alone = run_type(case, "auto", ranks.world)
+    for bits in ranks.run(run_type, case, "auto"):
+        assert_close(bits, alone, torch.float64)
+
+
+@pytest.mark.parametrize("case", [case for case in adapter_types.CASES if case not in NOT_TAKEN])
+@pytest.mark.parametrize("kind", ["exact", "lean"])
+def test_generators_of_every_adapter_type_train_as_in_one_process(
+    groups: dict[int, Ranks], kind: str, case: str
+) -> None:
+    alone = run_type(case, kind, 3)
+    for bits in groups[3].run(run_type, case, kind):
         assert_close(bits, alone, torch.float64, AMPLIFIED.get(case))
 
 
@@ -839,7 +849,7 @@ def tiny_llama(folder: Path, divided: bool) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
-def run_llama(folder: Path) -> tuple[list[float], list[float], bool]:
+def run_llama(folder: Path, kind: str) -> tuple[list[float], list[float], bool]:
     """The losses of tensor parallelism and of one process that starts from the same values."""
     ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
     runs, start = [], Bits()
@@ -851,7 +861,7 @@ def run_llama(folder: Path) -> tuple[list[float], list[float], bool]:
             for name, p in factors.items():
                 p.data.copy_(start[name])
         kinds = {hasattr(p, "full_tensor") for p in factors.values()}
-        optimizer, losses = oplora.AdamW(model), []
+        optimizer, losses = oplora.AdamW(model, **KINDS[kind]), []
         for _ in range(20):
             optimizer.zero_grad()
             loss = model(input_ids=ids, labels=ids).loss
@@ -862,14 +872,17 @@ def run_llama(folder: Path) -> tuple[list[float], list[float], bool]:
     return runs[0][0], runs[1][0], runs[0][1]
 
 
-def test_pefts_tensor_parallel_layers_train_as_in_one_process(groups: dict[int, Ranks], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["auto", "exact", "lean"])
+def test_pefts_tensor_parallel_layers_train_as_in_one_process(
+    groups: dict[int, Ranks], tmp_path: Path, kind: str
+) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    for losses, alone, are_mixed in groups[2].run(run_llama, tmp_path):
+    for losses, alone, are_mixed in groups[2].run(run_llama, tmp_path, kind):
         assert are_mixed and losses == pytest.approx(alone, rel=1e-9)
-        assert losses[-1] < losses[0] - 0.1
+        assert losses[-1] < losses[0] - 0.05
 
 
 # ---- checkpoints that other numbers of processes go on with ----
@@ -1010,7 +1023,7 @@ def test_checkpoint_that_does_not_fit_changes_nothing_in_any_process(ranks: Rank
 # ---- accelerate ----
 
 
-def prepare(optimizer_of: str) -> tuple[Accelerator, nn.Module, Any]:
+def prepare(optimizer_of: str, kind: str) -> tuple[Accelerator, nn.Module, Any]:
     """As a script does it, with accelerate's plugin for FSDP2, which it takes on GPUs only unless told."""
     accelerator = Accelerator()
     PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
@@ -1019,19 +1032,19 @@ def prepare(optimizer_of: str) -> tuple[Accelerator, nn.Module, Any]:
     )
     model = make_chain(torch.float64, **CONFIGS["biases and a head"])
     params: Any = model if optimizer_of == "model" else [p for p in model.parameters() if p.requires_grad]
-    return accelerator, *accelerator.prepare(model, oplora.AdamW(params))
+    return accelerator, *accelerator.prepare(model, oplora.AdamW(params, **KINDS[kind]))
 
 
-def run_accelerate(optimizer_of: str, folder: Path) -> tuple[Bits, list[float], list[float]]:
+def run_accelerate(optimizer_of: str, kind: str, folder: Path) -> tuple[Bits, list[float], list[float]]:
     """What is trained, and the losses after save_state, of that run and of one that loads it."""
     some, resumed_losses = data(12, torch.float64), []
-    accelerator, model, optimizer = prepare(optimizer_of)
+    accelerator, model, optimizer = prepare(optimizer_of, kind)
     for batch in some[:SAVED]:
         step_accelerated(accelerator, model, optimizer, batch)
     accelerator.save_state(folder)
     losses = [step_accelerated(accelerator, model, optimizer, batch) for batch in some[SAVED:]]
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator, fresh, optimizer = prepare(optimizer_of)
+    accelerator, fresh, optimizer = prepare(optimizer_of, kind)
     accelerator.load_state(folder)
     resumed_losses = [step_accelerated(accelerator, fresh, optimizer, batch) for batch in some[SAVED:]]
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -1048,10 +1061,14 @@ def step_accelerated(accelerator: Accelerator, model: nn.Module, optimizer: Any,
     return loss.item()
 
 
-@pytest.mark.parametrize("optimizer_of", ["model", "parameters"])
-def test_accelerates_plugin_trains_saves_and_resumes(ranks: Ranks, tmp_path: Path, optimizer_of: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer_of", "kind"), [("model", "auto"), ("parameters", "auto"), ("model", "exact"), ("parameters", "lean")]
+)
+def test_accelerates_plugin_trains_saves_and_resumes(
+    ranks: Ranks, tmp_path: Path, optimizer_of: str, kind: str
+) -> None:
     model = make_chain(torch.float64, **CONFIGS["biases and a head"])
-    train_alone(model, oplora.AdamW(model), data(12, torch.float64), ranks.world)
-    for bits, losses, resumed_losses in ranks.run(run_accelerate, optimizer_of, tmp_path / "saved"):
+    train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(12, torch.float64), ranks.world)
+    for bits, losses, resumed_losses in ranks.run(run_accelerate, optimizer_of, kind, tmp_path / "saved"):
         assert resumed_losses == losses
         assert_close({k.replace("_orig_mod.", ""): v for k, v in bits.items()}, trained(model), torch.float64)

@@ -101,7 +101,8 @@ class State(ABC):
         raise NotImplementedError
 
     def summands(self, batch: "Batch", report: Tensor) -> list[Tensor]:
-        """Of what was measured of the rows that are here: views of a row a layer."""
+        """Of what was measured of the rows that are here: views of a row a layer, the first of ||g||^2 and how many
+        entries are not finite."""
         raise NotImplementedError
 
     def finish_measuring(self, batch: "Batch", gradients: list[Tensor], report: Tensor) -> None:

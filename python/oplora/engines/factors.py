@@ -30,8 +30,7 @@ class Factors:
     bases: list[Tensor | None]
     kept: list[bool]  # whether each keeps the value that it had; the generator then adds to it, from nothing on
     begun: list[bool] | None = None  # of a Share: whether each has a start other than zero in any process
-    places: list[list[int]] | None = None  # of each, where processes add sums up: AdaptedLayer.rows_here, and
-    # whether its rows count here
+    places: list[list[int]] | None = None  # where processes add sums up: rows_here() of each, and if these count
     _written: Written = field(default_factory=Written)
 
     @classmethod

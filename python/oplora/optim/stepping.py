@@ -116,9 +116,8 @@ class Stepper:
             self.mesh = Disjoint(self.pieces.group, self.pieces.device, self.layers)
         if self.adds_up and self._delta is not None:
             refuse_divided(self.layers, "precondition multiplies by all of a layer's A and B: leave it out")
-        if self.adds_up:
-            self._elsewhere = place_of_divided(of_here, self._elsewhere)
-        ties = [Factors.of(layer, i, self._elsewhere) for i, layer in enumerate(of_here)]
+        home = self._home(of_here)
+        ties = [Factors.of(layer, i, home) for i, layer in enumerate(of_here)]
         if self.adds_up:
             self._place(ties)
         if self._agrees:
@@ -127,6 +126,10 @@ class Stepper:
             for tie, begun in zip(ties, self.listing.by_layer(self.mesh.any(nonzero)), strict=True):
                 tie.begun = begun
         return ties
+
+    def _home(self, layers: Sequence[AdaptedLayer]) -> torch.device | None:
+        """Where the layers' generators are to be, if not beside their factors."""
+        return place_of_divided(layers, self._elsewhere) if self.adds_up else self._elsewhere
 
     def _place(self, ties: Sequence[Factors]) -> None:
         """Tells the layers which of their rows are here, and which of these count."""
@@ -331,7 +334,8 @@ class Stepper:
     def _follow(self, own: list[nn.Parameter]) -> None:
         """The model was moved (model.to(device), accelerator.prepare): the generators go where the factors are now."""
         before = self.states
-        ties = [Factors.of(state.factors.layer, state.factors.position, self._elsewhere) for state in before]
+        home = self._home([state.factors.layer for state in before])
+        ties = [Factors.of(state.factors.layer, state.factors.position, home) for state in before]
         for tie, state in zip(ties, before, strict=True):
             tie.kept, tie.begun, tie.places = state.factors.kept, state.factors.begun, state.factors.places
         self._take(self._made(ties))
@@ -396,7 +400,7 @@ class Stepper:
         pairs = list(zip(batches, reports, strict=True))
         summands = [batch.engine.state.summands(batch, report) for batch, report in pairs]
         more = self.mesh.add(batches, summands, self.engines[0].state.summed, more)
-        if not any(name for batch, report in pairs for name in batch.nonfinite(report)):
+        if not any(bool(views[0][:, 1].any()) for views in summands):  # how many entries are not finite
             for batch, report in pairs:
                 batch.engine.finish_measuring(batch, report)
         return more
