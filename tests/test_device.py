@@ -13,6 +13,7 @@ import adapter_types
 import pytest
 import torch
 from conftest import HOST, assert_same_bits, batches, factors, make_model, train, train_on
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -557,3 +558,45 @@ def test_layers_on_several_devices_step_or_refuse_together(as_device, state, mon
     assert_same_bits(factors(model), before)
     with pytest.raises(oplora.OPLoRAError, match="second"):
         optimizer.step()
+
+
+class CountingOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(layers: int, **settings: object) -> tuple[int, int]:
+    """How many Python functions and how many torch ops the step of a model of as many layers calls."""
+    sizes = [nn.Linear(4, 4, bias=False) for _ in range(layers)]
+    config = LoraConfig(r=2, target_modules=[str(i) for i in range(layers)])
+    model = get_peft_model(nn.Sequential(*sizes), config)
+    optimizer = oplora.AdamW(model, **settings)
+    calls = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=False)
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    with CountingOps() as ops:
+        optimizer.step()
+    sys.setprofile(count)
+    optimizer.step()
+    sys.setprofile(None)
+    return calls, ops.count
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("state", STATES)
+def test_the_hosts_part_of_a_step_calls_no_more_for_many_layers(as_device, state, on_device):
+    as_device(on_device)
+    few, many = (calls_of_a_step(layers, state=state, hidden_width=4 if state else None) for layers in (2, 40))
+    assert few == many

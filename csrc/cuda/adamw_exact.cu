@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(THREADS) reduce_kernel(Table t) {
 }
 
 __global__ void __launch_bounds__(THREADS, 1) report_kernel(Table t, int steps, int measured) {
-    SHARED_ARRAY(double, lanes, THREADS);
+    SHARED_ARRAY(double, lanes, REPORT_ROOM);
     if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     if (!measured) report_hidden(l, lanes);

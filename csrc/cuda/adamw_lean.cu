@@ -71,13 +71,14 @@ __global__ void __launch_bounds__(COLLECT_THREADS) collect_kernel(Table t, int m
 
 __global__ void __launch_bounds__(THREADS, 1) begin_kernel(Table t, int wants) {
     SHARED_ARRAY(double, number, 4);
+    SHARED_ARRAY(double, room, SUM_ROOM<2>);
     if (t.refused()) return;
     const Layer &l = t.layers[blockIdx.x];
     find_hidden(l, l.h);
     if (!(wants & LEAN_WANTS_GRAM)) return;
     if (threadIdx.x == 0) find_rates(t, l);
     prepare_map(l.outer, l.h, l.report[0], *l.adamw, oplora_rounding_key(l.seed, l.layer, l.adamw->step + 1, 0),
-                l.corrections, number);
+                l.corrections, number, room);
 }
 
 /* ---- reduce ---- */

@@ -196,7 +196,18 @@ __global__ void __launch_bounds__(THREADS, 1) update_kernel(Table t) {
     if (task.of_layer == 0 && threadIdx.x == 0) task.layer->adamw->step++;
 }
 
-/* ---- find ---- */
+/* ---- hear, find ---- */
+
+__global__ void __launch_bounds__(32)
+    heard_kernel(const double *reports, int64_t n_layers, const double *rates, int64_t n_rates,
+                 const int64_t *listening, const double *groups, int64_t n_groups, double *heard) {
+    const int64_t layer = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+    if (layer >= n_layers) return;
+    const int64_t row = listening[layer];
+    const double lr = row >= 0 && row < n_rates ? rates[2 * row] : 0; /* a table that is wrong reads nothing else */
+    const double highest = oplora_highest_lr(groups, n_groups);
+    oplora_hear(reports + layer * SUMS, lr, highest, heard + 3 * layer);
+}
 
 __global__ void __launch_bounds__(32)
     find_kernel(oplora_found *found, const double *heard, int64_t n, const int *veto) {
@@ -281,6 +292,14 @@ int oplora_cuda_rate_measure(const oplora_cuda_plan *plan, const void *table, vo
     CUDA_FORWARD(cuda_launch(begin_kernel, layers, 32, 0, on, t, 0));
     CUDA_FORWARD(cuda_launch(measure_kernel, grid_of((plan->n_parts + TASKS - 1) / TASKS), THREADS, 0, on, t));
     return cuda_launch(report_kernel, layers, 32, 0, on, t);
+}
+
+int oplora_cuda_rate_heard(const double *reports, int64_t n_layers, const double *rates, int64_t n_rates,
+                           const int64_t *listening, const double *groups, int64_t n_groups, double *heard,
+                           void *stream) {
+    if (n_layers == 0) return cudaSuccess;
+    return cuda_launch(heard_kernel, grid_of((n_layers + 31) / 32), 32, 0, static_cast<cudaStream_t>(stream), reports,
+                       n_layers, rates, n_rates, listening, groups, n_groups, heard);
 }
 
 int oplora_cuda_find_rate(double *found, const double *heard, int64_t n_layers, const int *veto, void *stream) {

@@ -20,6 +20,12 @@ OPLORA_CUDA_API oplora_status oplora_cuda_rate_plan_layers(const oplora_rate_f32
                                                            oplora_cuda_verdict *verdict, void *workspace, void *table,
                                                            oplora_cuda_plan *plan);
 
+/* What find_rate hears: heard (n_layers, 3) of the layers' reports, each with the lr in row listening[layer] of rates
+ * (n_rates, 2), by the highest in the first column of groups (n_groups, 7). */
+OPLORA_CUDA_API int oplora_cuda_rate_heard(const double *reports, int64_t n_layers, const double *rates,
+                                           int64_t n_rates, const int64_t *listening, const double *groups,
+                                           int64_t n_groups, double *heard, void *stream);
+
 /* oplora_find_rate; where *veto (or NULL) is not 0 nothing is changed. All pointers are the device's. */
 OPLORA_CUDA_API int oplora_cuda_find_rate(double *found, const double *heard, int64_t n_layers, const int *veto,
                                           void *stream);

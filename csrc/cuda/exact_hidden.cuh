@@ -27,7 +27,10 @@ __device__ inline void find_latent(const Layer &l) {
     __syncthreads();
 }
 
-__device__ inline void report_hidden(const Layer &l, double *sums) {
+/* room: REPORT_ROOM numbers. */
+constexpr int REPORT_ROOM = SUM_ROOM<2> + 3;
+static_assert(REPORT_ROOM >= THREADS, "step_hidden takes it too");
+__device__ inline void report_hidden(const Layer &l, double *room) {
     double *const h = l.report + 3, *const d = h + l.H;
     const int t = static_cast<int>(threadIdx.x);
     for (int64_t j = t; j < l.H; j += THREADS) {
@@ -38,18 +41,14 @@ __device__ inline void report_hidden(const Layer &l, double *sums) {
     }
     __syncthreads();
     find_latent(l);
-    if (t == 0) { /* sums in order: one thread each */
-        sums[0] = 0;
-        for (int64_t j = 0; j < l.H; j++) sums[0] += d[j] * d[j];
-    } else if (t == 32) {
-        const float *const z = z_of(l);
-        sums[1] = 0;
-        for (int64_t i = 0; i < l.Z; i++) sums[1] += static_cast<double>(z[i]) * z[i];
-    } else if (t == 64) {
-        sums[2] = 0;
-        for (int64_t i = 0; i < l.Z; i++) sums[2] += l.latent[i] * l.latent[i];
-    }
-    __syncthreads();
+    const float *const z = z_of(l);
+    double *const sums = room + SUM_ROOM<2>;
+    sum_in_order<THREADS>(
+        room, 1, l.H, [&](int, int64_t j) { return d[j] * d[j]; }, [&](int, double sum) { sums[0] = sum; });
+    sum_in_order<THREADS>(
+        room, 2, l.Z,
+        [&](int which, int64_t i) { return which ? l.latent[i] * l.latent[i] : static_cast<double>(z[i]) * z[i]; },
+        [&](int which, double sum) { sums[1 + which] = sum; });
     if (t == 0) l.report[2] = sums[2] + sums[0] * (sums[1] + 1);
 }
 

@@ -18,23 +18,18 @@ __device__ inline void report_hidden(const Layer &l, Small &s) {
     const double bound = l.w1_bound * *l.hidden.scale;
     const int t = static_cast<int>(threadIdx.x);
     for (int64_t j = t; j < l.H; j += THREADS) l.d[j] = oplora_narrowed_f32(l.dh[j]);
-    if (t < r.d) { /* sums in order: one thread each */
-        double along = 0;
-        for (int64_t j = 0; j < l.H; j++)
-            if (l.dh[j] != 0) along += static_cast<double>(r.U[t * l.H + j]) * l.dh[j];
-        s.now[t] = along;
-    } else if (t == 32) {
-        double sum = 0;
-        for (int64_t j = 0; j < l.H; j++) sum += l.dh[j] * l.dh[j];
-        s.number[0] = sum;
-    } else if (t == 64) {
-        double live = 0;
-        for (int64_t j = 0; j < l.H; j++) live += l.h[j] != 0;
-        l.report[4] = live;
-        l.report[3] = square(l.h, l.H);
-    } else if (t == 96)
-        s.number[1] = square(l.z, l.Z);
-    __syncthreads();
+    sum_terms(
+        s.room, r.d, l.H,
+        [&](int i, int64_t j) { return l.dh[j] != 0 ? static_cast<double>(r.U[i * l.H + j]) * l.dh[j] : 0; },
+        [&](int i, double sum) { s.now[i] = sum; });
+    sum_terms(
+        s.room, 3, l.H,
+        [&](int which, int64_t j) {
+            return which == 0 ? l.dh[j] * l.dh[j] : which == 1 ? square(l.h[j]) : l.h[j] != 0;
+        },
+        [&](int which, double sum) { *(which == 0 ? s.number : l.report + 2 + which) = sum; });
+    sum_terms(
+        s.room, 1, l.Z, [&](int, int64_t i) { return square(l.z[i]); }, [&](int, double sum) { s.number[1] = sum; });
     for (int64_t first = static_cast<int64_t>(group()) * SUB; first < l.Z; first += GROUPS * SUB) {
         float dz[ROWS] = {};
         for (int64_t j = 0; j < l.H; j++) {
@@ -56,12 +51,9 @@ __device__ inline void report_hidden(const Layer &l, Small &s) {
         }
     }
     __syncthreads();
-    if (t == 0) {
-        double dz2 = 0;
-        for (int64_t i = 0; i < l.Z; i++) dz2 += l.hidden.K[i];
-        l.report[2] = dz2 + s.number[0] * (s.number[1] + 1);
-    }
-    __syncthreads();
+    sum_terms(
+        s.room, 1, l.Z, [&](int, int64_t i) { return l.hidden.K[i]; },
+        [&](int, double sum) { l.report[2] = sum + s.number[0] * (s.number[1] + 1); });
 }
 
 /* W1's start times x (Z), row j, by one group of threads; lanes[] holds LANES numbers of the group's own. */
@@ -101,9 +93,11 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
     const Map &map = l.hidden;
     const int t = static_cast<int>(threadIdx.x);
     report_hidden(l, s);
+    sum_terms(
+        s.room, 1, l.H, [&](int, int64_t j) { return square(l.d[j]); }, [&](int, double sum) { s.number[2] = sum; });
+    const double square_d = s.number[2];
     if (t == 0) {
         Share &share = *map.rows.shares;
-        s.number[2] = square(l.d, l.H);
         map.steps[0] = map.steps[3] = 1 - a.hidden_lr * a.weight_decay;
         map.steps[1] = a.hidden_lr / l.corrections[0];
         share.kappa = share.rho = 1;
@@ -111,7 +105,8 @@ template <bool DEFAULTS> __device__ void begin_hidden(const Layer &l, Small &s, 
         share.constants.rate = static_cast<float>(map.steps[1]);
     }
     __syncthreads();
-    prepare_map(map, l.z, s.number[2], a, oplora_rounding_key(l.seed, l.layer, a.step + 1, 1), l.corrections, s.number);
+    prepare_map(map, l.z, square_d, a, oplora_rounding_key(l.seed, l.layer, a.step + 1, 1), l.corrections, s.number,
+                s.room);
     for (int i = t; i < oplora_lean_sums(map.rows.d, map.rows.k); i += THREADS) map.sums[i] = 0;
     __syncthreads();
     for (int64_t j = 0; j < l.H; j += CHUNK)

@@ -9,12 +9,11 @@
 
 namespace lean {
 
-/* Sums in order by one thread, as the core's plain loops. */
-__device__ inline double square(const float *x, int64_t n) {
-    double sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += static_cast<double>(x[i]) * x[i];
-    return sum;
+template <class Term, class Out>
+__device__ void sum_terms(double *room, int count, int64_t n, const Term &term, const Out &out) {
+    sum_in_order<THREADS>(room, count, n, term, out);
 }
+__device__ inline double square(float x) { return static_cast<double>(x) * x; }
 
 /* What prepare_map and step_hidden say to each other through shared memory. */
 struct Small {
@@ -22,21 +21,22 @@ struct Small {
     double gram[BASIS * BASIS], all[BASIS * BASIS];
     oplora_matrix change;
     double rotate_A[BASIS * RANK], rotate_W[BASIS * RANK];
-    double now[RANK], next[RANK], number[4];
+    double now[RANK], next[RANK], number[4], room[SUM_ROOM<2 * RANK>];
 };
 
 /* The averages that do not depend on single rows, and with them the step's numbers. square_g is ||g||^2. */
 __device__ inline void prepare_map(const Map &map, const float *x, double square_g, const oplora_adamw &a,
-                                   oplora_words key, const double corrections[2], double number[4]) {
+                                   oplora_words key, const double corrections[2], double number[4], double *room) {
     const int t = static_cast<int>(threadIdx.x);
-    if (t == 0) {
-        const double mean_x = square(x, map.inputs) / static_cast<double>(map.inputs);
-        const double fresh = oplora_lean_fresh(a.beta2, mean_x, square_g, map.rows.rows, oplora_most_gradient_f32);
-        *map.mean = a.beta2 * *map.mean + fresh;
-        number[0] = mean_x;
-        number[1] = *map.mean > 0 ? fresh / *map.mean : 0;
-    }
-    __syncthreads();
+    sum_terms(
+        room, 1, map.inputs, [&](int, int64_t j) { return square(x[j]); },
+        [&](int, double sum) {
+            const double mean_x = sum / static_cast<double>(map.inputs);
+            const double fresh = oplora_lean_fresh(a.beta2, mean_x, square_g, map.rows.rows, oplora_most_gradient_f32);
+            *map.mean = a.beta2 * *map.mean + fresh;
+            number[0] = mean_x;
+            number[1] = *map.mean > 0 ? fresh / *map.mean : 0;
+        });
     const double mean_x = number[0], turn = number[1];
     for (int64_t j = t; j < map.inputs; j += THREADS) {
         map.r[j] = oplora_lean_next_r_f32(map.r[j], turn, x[j], mean_x);
@@ -45,13 +45,12 @@ __device__ inline void prepare_map(const Map &map, const float *x, double square
         map.col[j] = c > 0 ? 1 / c : 0;
     }
     __syncthreads();
+    sum_terms(
+        room, 2, map.inputs, [&](int which, int64_t j) { return which == 0 ? map.K[j] : map.K[j] > 0; },
+        [&](int which, double sum) { number[2 + which] = sum; });
     if (t == 0) {
-        double root = 0;
-        int64_t live = 0;
-        for (int64_t j = 0; j < map.inputs; j++) {
-            root += map.K[j];
-            live += map.K[j] > 0;
-        }
+        const double root = number[2];
+        const int64_t live = static_cast<int64_t>(number[3]);
         map.steps[2] = a.beta1;
         MapStep &step = *map.rows.step;
         step.constants = oplora_lean_constants_of_f32(&a, mean_x, live, root, corrections[1], key.a);
@@ -145,19 +144,13 @@ __device__ inline void finish_map(const Map &map, const float *x, const float *x
     const Rows &r = map.rows;
     const int t = static_cast<int>(threadIdx.x), d = r.d;
     const int64_t n = map.inputs;
-    if (t < 2 * d) { /* sums in order: one thread each */
-        const int i = t % d;
-        double sum = 0;
-        if (t < d) {
-            for (int64_t j = 0; j < n; j++) sum += static_cast<double>(map.Q[i * n + j]) * x[j];
-            s.now[i] = sum;
-        } else {
-            for (int64_t j = 0; j < n; j++)
-                sum += static_cast<double>(static_cast<float>(map.Q_next[i * n + j])) * x_next[j];
-            s.next[i] = sum;
-        }
-    }
-    __syncthreads();
+    sum_terms(
+        s.room, 2 * d, n,
+        [&](int which, int64_t j) {
+            if (which < d) return static_cast<double>(map.Q[which * n + j]) * x[j];
+            return static_cast<double>(static_cast<float>(map.Q_next[(which - d) * n + j])) * x_next[j];
+        },
+        [&](int which, double sum) { (which < d ? s.now : s.next - d)[which] = sum; });
     for (int64_t j = t; j < d * n; j += THREADS) map.Q[j] = static_cast<float>(map.Q_next[j]);
     MapStep &step = *r.step;
     if (t < oplora_lean_basis(d, r.k)) {

@@ -132,6 +132,32 @@ static __device__ __forceinline__ void find_squares(const Gradient &g, int64_t n
     to[1] = count;
 }
 
+/* ---- sums in order ---- */
+
+constexpr int SUM_SPAN = 64; /* terms of a sum at a time */
+template <int COUNT> constexpr int SUM_ROOM = COUNT * (SUM_SPAN + 1);
+
+/* out(i, the sum of term(i, j) over j < n), for i < count: added in the order of j, as the core's plain loops, by one thread
+ * a sum; all threads of the block make the terms, as reading them takes longest. room: SUM_ROOM<count> numbers, free again
+ * afterwards, when out has been called. */
+template <int THREADS, class Term, class Out>
+__device__ void sum_in_order(double *room, int count, int64_t n, const Term &term, const Out &out) {
+    const int t = static_cast<int>(threadIdx.x);
+    double sum = 0;
+    for (int64_t first = 0; first < n; first += SUM_SPAN) {
+        const int span = n - first < SUM_SPAN ? static_cast<int>(n - first) : SUM_SPAN;
+        for (int e = t; e < count * SUM_SPAN; e += THREADS)
+            if (e % SUM_SPAN < span)
+                room[e / SUM_SPAN * (SUM_SPAN + 1) + e % SUM_SPAN] = term(e / SUM_SPAN, first + e % SUM_SPAN);
+        __syncthreads();
+        if (t < count)
+            for (int k = 0; k < span; k++) sum += room[t * (SUM_SPAN + 1) + k];
+        __syncthreads();
+    }
+    if (t < count) out(t, sum);
+    __syncthreads();
+}
+
 /* ---- the plan, on the host ----
  *
  * What a State has of its own:

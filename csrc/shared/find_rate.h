@@ -5,6 +5,8 @@
 
 #include "shared.h"
 
+#include <stdint.h>
+
 /* As the tensor `found` of OPLORA_FOUND numbers. signal, scale and recent are means that forget half at every step; pace is
  * the search's, in the logarithm of the rate; turned is the step at which the signal was first above 0, or 0. */
 typedef struct {
@@ -16,6 +18,23 @@ OPLORA_SHARED double oplora_exp_of_small(double x) {
     double y = 1;
     for (int k = 20; k > 0; k--) y = 1 + x * y / k;
     return y;
+}
+
+enum { OPLORA_GROUP_NUMBERS = 7 }; /* of a parameter group, the first of which is its lr */
+
+/* The highest lr of all groups, above 0. */
+OPLORA_SHARED double oplora_highest_lr(const double *groups, int64_t n_groups) {
+    double highest = 2.2250738585072014e-308;
+    for (const double *lr = groups; lr < groups + n_groups * OPLORA_GROUP_NUMBERS; lr += OPLORA_GROUP_NUMBERS)
+        if (!(*lr <= highest)) highest = *lr; /* NaN too */
+    return highest;
+}
+
+/* What a layer tells of the rate: of its report <g, v - start>, <g, u> times its lr over the highest, and <g, v - p>. */
+OPLORA_SHARED void oplora_hear(const double *report, double lr, double highest, double heard[3]) {
+    heard[0] = report[2];
+    heard[1] = report[3] * (lr / highest);
+    heard[2] = report[4];
 }
 
 /* signal = <g, v - start>, the derivative of the loss in the logarithm of h: below 0 a higher rate would have led lower.

@@ -173,6 +173,18 @@ void cuda_rate_step_(const Tensor &plan, const Tensor &table, const Tensor &work
     });
 }
 
+Tensor rate_heard(const Tensor &report, const Tensor &rates, const Tensor &listening, const Tensor &groups) {
+    const char *const op = "rate_heard";
+    const Place place = place_of(op, report);
+    Tensor heard = new_heard(op, report, rates, listening, groups, place);
+    on_device(op, place, [&](void *stream) {
+        return CUDA_CALL(oplora_cuda_rate_heard)(in<double>(report), listening.numel(), in<double>(rates),
+                                                 rates.size(0), in<int64_t>(listening), in<double>(groups),
+                                                 groups.size(0), out<double>(heard), stream);
+    });
+    return heard;
+}
+
 void find_rate_(const Tensor &found, const Tensor &heard, const std::optional<Tensor> &refused) {
     const char *const op = "find_rate_";
     const Place place = place_of(op, found);
@@ -231,6 +243,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(oplora, m) {
 STABLE_TORCH_LIBRARY_IMPL(oplora, CUDA, m) {
     m.impl("generate", TORCH_BOX(&generate));
     m.impl("generate_backward", TORCH_BOX(&generate_backward));
+    m.impl("rate_heard", TORCH_BOX(&rate_heard));
     m.impl("find_rate_", TORCH_BOX(&find_rate_));
     STEP_IMPLEMENTATIONS(m);
 }

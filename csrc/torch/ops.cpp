@@ -266,6 +266,19 @@ bool rate_step_(const Tensor &generated, const Tensor &exp_avg_sq, Tensors facto
     });
 }
 
+Tensor rate_heard(const Tensor &report, const Tensor &rates, const Tensor &listening, const Tensor &groups) {
+    const char *const op = "rate_heard";
+    Tensor heard = new_heard(op, report, rates, listening, groups);
+    const double highest = oplora_highest_lr(in<double>(groups), groups.size(0));
+    for (int64_t i = 0; i < listening.numel(); i++) {
+        const int64_t row = in<int64_t>(listening)[i];
+        STD_TORCH_CHECK(row >= 0 && row < rates.size(0), "oplora::", op, ": listening names no row of rates");
+        oplora_hear(in<double>(report) + OPLORA_RATE_REPORT * i, in<double>(rates)[RATES * row], highest,
+                    out<double>(heard) + 3 * i);
+    }
+    return heard;
+}
+
 void find_rate_(const Tensor &found, const Tensor &heard, const std::optional<Tensor> &refused) {
     const char *const op = "find_rate_";
     check(op, "found", found, ScalarType::Double, OPLORA_FOUND);
@@ -329,6 +342,7 @@ STABLE_TORCH_LIBRARY(oplora, m) {
           "Tensor sizes, Tensor listens, Tensor adamw, Tensor rates, Tensor rows, Tensor(a!) report) -> bool");
     m.def("rate_step_(Tensor(a!) generated, Tensor(b!) exp_avg_sq, Tensor(c!)[] factors, Tensor[] grads, Tensor sizes, "
           "Tensor listens, Tensor(d!) adamw, Tensor rates, Tensor rows, Tensor report, Tensor found) -> bool");
+    m.def("rate_heard(Tensor report, Tensor rates, Tensor listening, Tensor groups) -> Tensor");
     m.def("find_rate_(Tensor(a!) found, Tensor heard, Tensor? refused) -> ()");
     m.def("fingerprint(Tensor[] tensors) -> Tensor");
 }
@@ -348,6 +362,7 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CPU, m) {
     m.impl("lean_finish_step_", TORCH_BOX(&lean_finish_step_));
     m.impl("rate_measure_", TORCH_BOX(&rate_measure_));
     m.impl("rate_step_", TORCH_BOX(&rate_step_));
+    m.impl("rate_heard", TORCH_BOX(&rate_heard));
     m.impl("find_rate_", TORCH_BOX(&find_rate_));
 }
 

@@ -1,6 +1,7 @@
 // The layers of each state: exact, lean, rate.
 #pragma once
 
+#include "../shared/find_rate.h"
 #include "layers.h"
 
 namespace {
@@ -191,5 +192,22 @@ template <class T> struct RateLayers : Layers<T, typename core<T>::rate> {
         this->set_rows(tensors);
     }
 };
+
+// ---- what the rate is found by ----
+
+// Room for what all layers tell, once the tensors that it is made of are checked.
+inline Tensor new_heard(const char *op, const Tensor &report, const Tensor &rates, const Tensor &listening,
+                        const Tensor &groups, Place place = {}) {
+    const int64_t n = listening.numel();
+    check(op, "listening", listening, ScalarType::Long, n, place);
+    STD_TORCH_CHECK(n <= report.numel(), "oplora::", op, ": report has fewer layers than listening");
+    check(op, "report", report, ScalarType::Double, OPLORA_RATE_REPORT * n, place);
+    check(op, "rates", rates, ScalarType::Double, rates.numel(), place);
+    check(op, "groups", groups, ScalarType::Double, groups.numel(), place);
+    STD_TORCH_CHECK(rates.dim() == 2 && rates.size(1) == RATES && groups.dim() == 2 &&
+                        groups.size(1) == OPLORA_GROUP_NUMBERS,
+                    "oplora::", op, ": expected rates (factors, 2) and groups (groups, 7)");
+    return new_tensor(report, {n, 3});
+}
 
 } // namespace

@@ -147,6 +147,16 @@ static inline void dense_generate(dense *t) {
     map_output(&t->outer, t->h, t->v);
 }
 
+/* How near a unit is to the edge of its ReLU, over the largest: whoever computes less exactly may have it on the other side. */
+static inline double dense_edge(const dense *t) {
+    double nearest = INFINITY, largest = 0;
+    for (int64_t j = 0; j < t->hidden.rows; j++) {
+        nearest = fmin(nearest, fabs(t->pre[j]));
+        largest = fmax(largest, fabs(t->pre[j]));
+    }
+    return nearest / largest;
+}
+
 /* decay: of W2's start. Returns how many units went on or off. */
 static inline int64_t dense_step(dense *t, const double *g, double decay, const oplora_adamw *a) {
     const int64_t H = t->hidden.rows, Z = t->hidden.inputs;

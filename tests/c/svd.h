@@ -49,7 +49,7 @@ static inline void make_orthogonal(double *M, int count, int64_t n, double *turn
 static inline double truncated(double *X, int p, int64_t rows, const double *K, int64_t n, int rank, double *left,
                                double *right) {
     double triangle[OPLORA_MOST_BASIS][OPLORA_MOST_BASIS] = {{0}}, turned[OPLORA_MOST_BASIS * OPLORA_MOST_BASIS];
-    double total = 0, kept = 0, *const C = zeros(p * n, sizeof(double));
+    double total = 0, kept = 0, largest = 0, *const C = zeros(p * n, sizeof(double));
     for (int i = 0; i < p; i++) { /* Gram and Schmidt, twice */
         double *const column = X + i * rows;
         for (int pass = 0; pass < 2; pass++)
@@ -73,7 +73,8 @@ static inline double truncated(double *X, int p, int64_t rows, const double *K, 
         for (int i = 1; i < p; i++)
             if (dot(C + i * n, C + i * n, n) > dot(C + best * n, C + best * n, n)) best = i;
         const double square = dot(C + best * n, C + best * n, n), length = sqrt(square);
-        if (length == 0) break;
+        if (r == 0) largest = square;
+        if (square <= 1e-26 * largest) break; /* rounding, whose direction may be one that is there already */
         for (int a = 0; a < p; a++)
             for (int64_t i = 0; i < rows; i++) left[r * rows + i] += length * turned[best * p + a] * X[a * rows + i];
         for (int64_t j = 0; j < n; j++) right[r * n + j] = C[best * n + j] / length;

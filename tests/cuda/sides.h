@@ -7,8 +7,12 @@
 
 #include <cmath>
 #include <limits>
+#include <new>
 #include <random>
 #include <tuple>
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 inline size_t count(int64_t n) { return static_cast<size_t>(n); }
 
@@ -52,12 +56,43 @@ template <class Side> bool same_factors_and_steps(const Side &core, const Side &
     return true;
 }
 
+// Memory that ends before a page that nobody may touch: a byte beyond what a workspace or a table is said to take shows.
+class Guarded {
+  public:
+    Guarded() = default;
+    Guarded(const Guarded &) = delete;
+    Guarded &operator=(const Guarded &) = delete;
+    ~Guarded() {
+        if (memory) munmap(memory, room + page());
+    }
+
+    // bytes, which must be a multiple of 64, all of them holding `value`.
+    void take(int64_t bytes, char value) {
+        check(bytes >= 0 && bytes % 64 == 0, "a size that can be aligned");
+        room = (count(bytes) + page() - 1) / page() * page();
+        void *const mapped = mmap(nullptr, room + page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (mapped == MAP_FAILED) throw std::bad_alloc();
+        memory = static_cast<char *>(mapped);
+        check(mprotect(memory + room, page(), PROT_NONE) == 0, "a page is guarded");
+        std::memset(memory, value, room);
+        begin = memory + room - bytes;
+    }
+
+    char *begin = nullptr;
+
+  private:
+    static size_t page() { return count(sysconf(_SC_PAGESIZE)); }
+
+    char *memory = nullptr;
+    size_t room = 0;
+};
+
 // Both sides. A state's Pair adds its plan and its calls: begin(), measure(), step(measured) and launch_step(measured, veto);
 // same_sides(core, device, &where) and Side::state(), what a step writes, are the state's too.
 template <class Shape, class Side> struct CommonPair {
     Shape shape;
     Side core, device;
-    std::vector<char> scratch, table, workspace;
+    Guarded scratch, table, workspace;
     oplora_cuda_plan plan;
     Halves halves;
     oplora_cuda_verdict verdict = {};
@@ -77,13 +112,9 @@ template <class Shape, class Side> struct CommonPair {
 
     // What a device hands out holds anything.
     void take(int64_t core_bytes, int64_t workspace_bytes, int64_t table_bytes) {
-        scratch.resize(count(core_bytes) + 64);
-        workspace.assign(count(workspace_bytes) + 64, '\x7f');
-        table.resize(count(table_bytes) + 64);
-    }
-
-    static void *aligned(std::vector<char> &memory) {
-        return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+        scratch.take(core_bytes, 0);
+        workspace.take(workspace_bytes, '\x7f');
+        table.take(table_bytes, 0);
     }
 
     void compare(const char *what) {

@@ -71,7 +71,7 @@ struct Pair : CommonPair<Shape, Side> {
              oplora_cuda_exact_workspace_bytes(device.layers.data(), n),
              oplora_cuda_exact_table_bytes(device.layers.data(), n));
         check(oplora_cuda_exact_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), halves.halves.data(),
-                                            &verdict, aligned(workspace), aligned(table), &plan) == OPLORA_OK,
+                                            &verdict, workspace.begin, table.begin, &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
 
@@ -82,26 +82,25 @@ struct Pair : CommonPair<Shape, Side> {
 
     void begin() { generate(); }
     void generate() {
-        oplora_exact_generate_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
-        check(oplora_cuda_exact_generate(&plan, aligned(table), nullptr) == cudaSuccess,
-              shape.name + ": generate runs");
+        oplora_exact_generate_f32(core.layers.data(), plan.n_layers, scratch.begin, nullptr);
+        check(oplora_cuda_exact_generate(&plan, table.begin, nullptr) == cudaSuccess, shape.name + ": generate runs");
         compare("generate");
     }
 
     void measure() {
-        oplora_exact_measure_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
-        check(oplora_cuda_exact_measure(&plan, aligned(table), nullptr) == cudaSuccess, shape.name + ": measure runs");
+        oplora_exact_measure_f32(core.layers.data(), plan.n_layers, scratch.begin, nullptr);
+        check(oplora_cuda_exact_measure(&plan, table.begin, nullptr) == cudaSuccess, shape.name + ": measure runs");
         compare("measure");
     }
 
     int launch_step(int measured, const int *veto) {
-        return oplora_cuda_exact_step(&plan, aligned(table), measured, veto, nullptr);
+        return oplora_cuda_exact_step(&plan, table.begin, measured, veto, nullptr);
     }
 
     void step(int measured = 0) {
         set_numbers();
         const oplora_status status =
-            oplora_exact_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
+            oplora_exact_step_f32(core.layers.data(), plan.n_layers, measured, scratch.begin, nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
         check(launch_step(measured, nullptr) == cudaSuccess, shape.name + ": step runs");
         compare(measured ? "measured step" : "step");
@@ -216,5 +215,9 @@ int main(int argc, char **argv) {
         layers = side.layers;
         layers[0].N = 10;
         refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+        side.factors[0].rows = layers[0].N = int64_t{1} << 44;
+        refuses("more tasks than a grid has blocks are refused", OPLORA_EOVERFLOW, layers);
+        layers[0].H = int64_t{1} << 19;
+        refuses("H N beyond 2^63 is refused", OPLORA_ESIZE, layers);
     });
 }

@@ -67,32 +67,31 @@ struct Pair : CommonPair<Shape, Side> {
              oplora_cuda_lean_workspace_bytes(device.layers.data(), n),
              oplora_cuda_lean_table_bytes(device.layers.data(), n));
         check(oplora_cuda_lean_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), halves.halves.data(),
-                                           &verdict, aligned(workspace), aligned(table), &plan) == OPLORA_OK,
+                                           &verdict, workspace.begin, table.begin, &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
 
     void begin() {
         for (auto &layer : core.layers) oplora_lean_start_f32(&layer, 0.01, nullptr);
-        check(oplora_cuda_lean_start(&plan, aligned(table), 0.01, nullptr) == cudaSuccess, shape.name + ": start runs");
+        check(oplora_cuda_lean_start(&plan, table.begin, 0.01, nullptr) == cudaSuccess, shape.name + ": start runs");
         compare("start");
     }
 
     void measure() {
-        const oplora_status status =
-            oplora_lean_measure_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
-        check(oplora_cuda_lean_measure(&plan, aligned(table), nullptr) == cudaSuccess, shape.name + ": measure runs");
+        const oplora_status status = oplora_lean_measure_f32(core.layers.data(), plan.n_layers, scratch.begin, nullptr);
+        check(oplora_cuda_lean_measure(&plan, table.begin, nullptr) == cudaSuccess, shape.name + ": measure runs");
         check(status == OPLORA_OK || status == OPLORA_ENONFINITE, shape.name + ": measure");
         compare("measure");
     }
 
     int launch_step(int measured, const int *veto) {
-        return oplora_cuda_lean_step(&plan, aligned(table), measured, veto, nullptr);
+        return oplora_cuda_lean_step(&plan, table.begin, measured, veto, nullptr);
     }
 
     void step(int measured = 0) {
         set_numbers();
         const oplora_status status =
-            oplora_lean_step_f32(core.layers.data(), plan.n_layers, measured, aligned(scratch), nullptr);
+            oplora_lean_step_f32(core.layers.data(), plan.n_layers, measured, scratch.begin, nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
         check(launch_step(measured, nullptr) == cudaSuccess, shape.name + ": step runs");
         compare(measured ? "measured step" : "step");
@@ -254,5 +253,13 @@ int main(int argc, char **argv) {
         layers = side.layers;
         layers[0].moment_rank = 9;
         refuses("a rank above 8 is refused", OPLORA_ESIZE, layers);
+        layers = side.layers;
+        side.factors[0].rows = layers[0].N = int64_t{1} << 44;
+        refuses("more chunks than a grid has blocks are refused", OPLORA_EOVERFLOW, layers);
+        side.factors[0].rows = layers[0].N = int64_t{1} << 60;
+        refuses("numbers beyond 2^63 bytes are refused", OPLORA_ESIZE, layers);
+        layers[0].N = 9;
+        layers[0].H = int64_t{1} << 60;
+        refuses("units beyond 2^63 bytes are refused", OPLORA_ESIZE, layers);
     });
 }

@@ -67,7 +67,7 @@ struct Pair : CommonPair<Shape, Side> {
              oplora_cuda_rate_workspace_bytes(device.layers.data(), n),
              oplora_cuda_rate_table_bytes(device.layers.data(), n));
         check(oplora_cuda_rate_plan_layers(device.layers.data(), n, adamw.data(), rates.data(), &device.found,
-                                           halves.halves.data(), &verdict, aligned(workspace), aligned(table),
+                                           halves.halves.data(), &verdict, workspace.begin, table.begin,
                                            &plan) == OPLORA_OK,
               shape.name + ": plan");
     }
@@ -79,20 +79,19 @@ struct Pair : CommonPair<Shape, Side> {
 
     void measure() {
         set_numbers();
-        const oplora_status status =
-            oplora_rate_measure_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
-        check(oplora_cuda_rate_measure(&plan, aligned(table), nullptr) == cudaSuccess, shape.name + ": measure runs");
+        const oplora_status status = oplora_rate_measure_f32(core.layers.data(), plan.n_layers, scratch.begin, nullptr);
+        check(oplora_cuda_rate_measure(&plan, table.begin, nullptr) == cudaSuccess, shape.name + ": measure runs");
         check(verdict.nonfinite == (status == OPLORA_ENONFINITE), shape.name + ": the verdict of a measurement");
         compare("measure");
     }
 
-    int launch_step(int, const int *veto) { return oplora_cuda_rate_step(&plan, aligned(table), veto, nullptr); }
+    int launch_step(int, const int *veto) { return oplora_cuda_rate_step(&plan, table.begin, veto, nullptr); }
 
     // What starts is what the sides are made with; every step follows a measurement.
     void begin() {}
     void step(int = 0) {
         set_numbers();
-        const oplora_status status = oplora_rate_step_f32(core.layers.data(), plan.n_layers, aligned(scratch), nullptr);
+        const oplora_status status = oplora_rate_step_f32(core.layers.data(), plan.n_layers, scratch.begin, nullptr);
         for (auto &a : core.adamw) a.step += status == OPLORA_OK;
         check(launch_step(0, nullptr) == cudaSuccess, shape.name + ": step runs");
         check(verdict.nonfinite == (status == OPLORA_ENONFINITE), shape.name + ": the verdict of a step");
@@ -137,8 +136,8 @@ void edits_of_16_bits_are_gone_on_from(const Shape &shape) {
         }
     pair.gradients(1.f);
     pair.set_numbers();
-    oplora_rate_measure_f32(pair.core.layers.data(), pair.plan.n_layers, Pair::aligned(pair.scratch), nullptr);
-    check(oplora_cuda_rate_measure(&pair.plan, Pair::aligned(pair.table), nullptr) == cudaSuccess,
+    oplora_rate_measure_f32(pair.core.layers.data(), pair.plan.n_layers, pair.scratch.begin, nullptr);
+    check(oplora_cuda_rate_measure(&pair.plan, pair.table.begin, nullptr) == cudaSuccess,
           shape.name + ": measure runs");
     std::string where;
     check(same(pair.core.report, pair.device.report, "report", &where), shape.name + ": edited: " + where);
@@ -221,6 +220,9 @@ int main(int argc, char **argv) {
         layers = side.layers;
         layers[0].N = 10;
         refuses("rows that do not add up are refused", OPLORA_ESIZE, layers);
+        side.factors[0].rows = layers[0].N = int64_t{1} << 44;
+        refuses("more tasks than a grid has blocks are refused", OPLORA_EOVERFLOW, layers);
+        side.factors[0].rows = 9;
         layers = side.layers;
         side.factors[0].out = nullptr;
         refuses("a factor without its value is refused", OPLORA_ENULL, layers);

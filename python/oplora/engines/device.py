@@ -11,6 +11,8 @@ layers, the table is written anew.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import torch
@@ -25,12 +27,15 @@ from .rate import Rate
 
 __all__ = ["DeviceEngine"]
 
+_dtype = attrgetter("dtype")
+
 
 @dataclass
 class Plan:
     """What the launches for a batch take, and the tensors at whose addresses it was made for.
 
-    key: of the batch, of what the model has (factors, gradients), and of what the engine has (bases, masters).
+    key: of the batch, of what the model has (how often its factors were looked at, which is whenever one was replaced;
+    gradients), and of what the engine has (masters, bases).
     """
 
     key: tuple[Any, Any, Any]
@@ -61,6 +66,7 @@ class DeviceEngine(Engine):
     def __init__(self, state: State, ties: Sequence[Factors], weight_ratio: float) -> None:
         super().__init__(state, ties, weight_ratio)
         self.verdict = torch.zeros(2, dtype=torch.int32, device=self.device)  # not finite, steps that were refused
+        self.refused = self.verdict[:1]  # whether the last gradients were
         self.plan: Plan | None = None
         self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self._refusals_told = 0
@@ -89,7 +95,7 @@ class DeviceEngine(Engine):
         """Has the verdict sent to the host, which does not wait for it."""
         self._verdict_on_host.copy_(self.verdict, non_blocking=True)
         if self.device.type == "cuda" and not is_capturing(self.device):
-            self._told = torch.cuda.Event()
+            self._told = self._told or torch.cuda.Event()
             self._told.record(torch.cuda.current_stream(self.device))
 
     def count_refusal(self, veto: Tensor) -> None:
@@ -103,7 +109,7 @@ class DeviceEngine(Engine):
             self._told.synchronize()
         elif wait and self.device.type == "cuda":  # a replay records no event that could be waited for
             torch.cuda.current_stream(self.device).synchronize()
-        refused = int(self._verdict_on_host[1])
+        refused: int = self._verdict_on_host.tolist()[1]
         new, self._refusals_told = refused - self._refusals_told, refused
         return new
 
@@ -159,8 +165,9 @@ class DeviceEngine(Engine):
             batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=self.device)
 
     def _plan_of(self, batch: Batch) -> Plan:
-        tensors = [*batch.parameters, *batch.gradients]
-        key = (batch.indices, _addresses(tensors), self._own_addresses(batch))
+        gradients = batch.gradients
+        of_gradients = list(map(Tensor.data_ptr, gradients)), list(map(_dtype, gradients))
+        key = (batch.indices, (self.looks, *of_gradients), self._own_addresses(batch))
         if is_capturing(self.device):
             return self._plan_of_capture(key, batch)
         self.renew_captured()
@@ -169,7 +176,8 @@ class DeviceEngine(Engine):
         return self.plan
 
     def _own_addresses(self, batch: Batch) -> tuple[Any, ...]:
-        return _addresses([*batch.bases(), *_masters(batch)])
+        masters, bases = _masters(batch), batch.bases()
+        return _addresses(masters), _addresses(bases)
 
     def _make_plan(self, key: tuple[Any, Any, Any], batch: Batch) -> Plan:
         factors: list[Tensor | None] = []
@@ -235,8 +243,11 @@ class DeviceEngine(Engine):
         self._captured_is_stale = False
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return tuple(t if t is None else (t.data_ptr(), t.dtype) for t in tensors)
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """0 where there is none; an empty list where there is none at all."""
+    if any(map(is_not, tensors, repeat(None))):
+        return [0 if t is None else t.data_ptr() for t in tensors]
+    return []
 
 
 def _masters(batch: Batch) -> list[Tensor | None]:

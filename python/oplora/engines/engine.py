@@ -6,7 +6,7 @@ device (host.py, device.py: how a step runs there).
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 from operator import attrgetter, is_not
 from types import NoneType
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from .written import marks
 __all__ = ["Batch", "Engine", "Entry", "LayerState", "Numbers", "State", "StepNumbers"]
 
 GroupNumbers = Sequence[float | Tensor]  # lr, weight_decay, hidden_lr, beta1, beta2, eps, as a parameter group has them
-_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
+_dtype, _layout, _is_fresh = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_fresh")
 
 
 class StepNumbers(NamedTuple):
@@ -149,7 +149,7 @@ class Numbers:
         self.adamw[:, 0] = self.weight_ratio = weight_ratio
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
         self._of_layers, self._of_factors = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
-        self._groups = torch.zeros(0, 7)
+        self.groups = torch.zeros(0, 7)  # lr, weight_decay, hidden_lr, beta1, beta2, eps and weight_decay again
         self._known: list[list[float | None]] = []
         self._former: list[Tensor] = []  # of other numbers of groups, for CUDA graphs that read them
 
@@ -157,11 +157,6 @@ class Numbers:
     def steps(self) -> Tensor:
         """That each layer has done."""
         return self.adamw.view(torch.int64)[:, 6]
-
-    @property
-    def highest_lr(self) -> Tensor:
-        """Of all groups."""
-        return self._groups[:, 0].amax()
 
     def assign(self, of_layers: Sequence[int], of_factors: Sequence[int], n_groups: int) -> None:
         """Which group's numbers every layer and every factor has."""
@@ -172,9 +167,9 @@ class Numbers:
             self._of_factors.copy_(factors)
         else:
             if self._known:
-                self._former += [self._of_layers, self._of_factors, self._groups]
+                self._former += [self._of_layers, self._of_factors, self.groups]
             self._of_layers, self._of_factors = layers, factors
-            self._groups = torch.zeros(n_groups, 7, dtype=torch.float64, device=device)
+            self.groups = torch.zeros(n_groups, 7, dtype=torch.float64, device=device)
         self._known = [[None] * 6 for _ in range(n_groups)]
 
     def set(self, groups: Sequence[GroupNumbers]) -> None:
@@ -183,18 +178,18 @@ class Numbers:
         for g, numbers in enumerate(groups):
             for i, number in enumerate(numbers):
                 if isinstance(number, Tensor):
-                    self._groups[g, i].copy_(number)
+                    self.groups[g, i].copy_(number)
                     self._known[g][i] = None
                 elif number != self._known[g][i]:
-                    self._groups[g, i].fill_(number)
+                    self.groups[g, i].fill_(number)
                     self._known[g][i] = number
                 else:
                     continue
                 changed = True
         if changed:
-            self._groups[:, 6].copy_(self._groups[:, 1])  # the hidden path's decay is its group's
-            self.rates.copy_(self._groups[:, :2].index_select(0, self._of_factors))
-            self.adamw[:, 1:6].copy_(self._groups[:, 2:].index_select(0, self._of_layers))
+            self.groups[:, 6].copy_(self.groups[:, 1])  # the hidden path's decay is its group's
+            self.rates.copy_(self.groups[:, :2].index_select(0, self._of_factors))
+            self.adamw[:, 1:6].copy_(self.groups[:, 2:].index_select(0, self._of_layers))
 
 
 class LayerState:
@@ -343,7 +338,7 @@ class Batch:
         self.positions = torch.tensor(of_model, dtype=torch.int64, device=engine.device)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
         self.begins = dict(zip(indices, accumulate(self.report_sizes, initial=0), strict=False))
-        self.bad = torch.tensor([begin + 1 for begin in self.begins.values()])  # where entries that aren't finite count
+        self._count_places = torch.tensor([begin + 1 for begin in self.begins.values()], dtype=torch.int64)
         self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
@@ -367,7 +362,7 @@ class Batch:
     def bases(self) -> list[Tensor | None]:
         """A base or None for each factor; none at all where none has one."""
         bases = [base for state in self.states for base in state.factors.bases]
-        return bases if any(base is not None for base in bases) else []
+        return bases if any(map(is_not, bases, repeat(None))) else []
 
     def every_base(self) -> list[Tensor | None]:
         return self.bases() or [None] * len(self.factors)
@@ -378,8 +373,8 @@ class Batch:
 
     def nonfinite(self, report: Tensor) -> list[str]:
         """The layers whose gradients hold NaN or infinity."""
-        bad = report.cpu().index_select(0, self.bad).tolist()
-        return [f"layer {state.name}" for state, count in zip(self.states, bad, strict=True) if count]
+        counts = report.cpu()[self._count_places].tolist()
+        return [f"layer {state.name}" for state, count in zip(self.states, counts, strict=True) if count != 0]
 
     def scaled(self) -> list[Tensor]:
         """Gradients that were made from what the Parameters hold, and are scaled when that is."""
@@ -411,6 +406,7 @@ class Engine(ABC):
         self._is_watched = True
         self.writes_in_place = False  # the core reads and writes the factors themselves
         self._looked_at: tuple[list[nn.Parameter], list[int], list[torch.dtype]] = [], [], []
+        self.looks = 0  # how often that was
 
     # ---- what steps together ----
 
@@ -426,6 +422,7 @@ class Engine(ABC):
 
     def look(self, parameters: list[nn.Parameter]) -> None:
         """Takes note of tensors that were replaced, moved or cast."""
+        self.looks += 1
         self._looked_at = parameters, list(map(Tensor.data_ptr, parameters)), list(map(_dtype, parameters))
         for state, own in zip(self.states, self.by_layer(parameters), strict=True):
             self.state.make_masters(state, own)
@@ -500,7 +497,7 @@ class Engine(ABC):
             changed = [a != b and (doubts or a is not None) for a, b in zip(known, now, strict=True)]
             of_states = zip(batch.states, batch.by_state(changed), strict=True)
             touched = [any(some) or state.is_fresh for state, some in of_states]
-        elif not any(state.is_fresh for state in batch.states):
+        elif not any(map(_is_fresh, batch.states)):
             return []
         else:
             touched = [state.is_fresh for state in batch.states]

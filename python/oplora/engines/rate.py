@@ -146,11 +146,10 @@ class Rate(State):
     def heard(self, batch: Batch, report: Tensor) -> Tensor:
         """(layers of the batch, 3): <g, v - start>, <g, u> times the lr of what listens over the highest lr of all
         groups, and <g, v - p>."""
-        numbers = report.view(-1, REPORT)
-        listening = self._listening.index_select(0, batch.places)
-        rates = batch.engine.numbers.rates[:, 0].index_select(0, listening)
-        relative = rates / batch.engine.numbers.highest_lr.clamp(min=torch.finfo(torch.float64).tiny)
-        return torch.stack([numbers[:, 2], numbers[:, 3] * relative, numbers[:, 4]], 1)
+        listening = self._listening if batch.is_whole else self._listening.index_select(0, batch.places)
+        numbers = batch.engine.numbers
+        heard: Tensor = torch.ops.oplora.rate_heard(report, numbers.rates, listening, numbers.groups)
+        return heard
 
     def find(self, heard: Tensor, refused: Tensor | None) -> None:
         """Moves the rate by what all layers of the model tell, (layers, 3); not where `refused` is not 0."""

@@ -6,6 +6,7 @@ there version counters and addresses have to do.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from .. import ops  # noqa: F401  (loads the op that is called below)
 
 __all__ = ["Written", "marks"]
+
+_version = attrgetter("_version")
 
 
 class Written:
@@ -39,4 +42,4 @@ def marks(tensors: Sequence[Tensor]) -> list[Any]:
     if tensors and tensors[0].device.type == "cpu":
         fingerprints: list[Any] = torch.ops.oplora.fingerprint(tensors).tolist()
         return fingerprints
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    return list(zip(map(Tensor.data_ptr, tensors), map(_version, tensors), strict=True))

@@ -12,7 +12,7 @@ from ..errors import OPLoRARuntimeError
 
 __all__ = ["Listing", "differ"]
 
-_requires_grad = attrgetter("requires_grad")
+_merged_adapters, _is_disabled = attrgetter("merged_adapters"), attrgetter("_disable_adapters")
 
 
 class Listing:
@@ -26,7 +26,7 @@ class Listing:
     ) -> None:
         self.layers, self._model, self._rows = layers, model, {id(row) for row in rows}
         self._places = [place for layer in layers for place in layer.places()]
-        self._modules = [module for layer in layers for module in layer.modules()]
+        self._modules = list({id(module): module for layer in layers for module in layer.modules()}.values())
         self._has_twins = any(layer.twins for layer in layers)
         self._known: list[nn.Parameter] = []
         self.groups: list[list[nn.Parameter]] = []  # what is in each, at the last update()
@@ -51,7 +51,7 @@ class Listing:
 
     def any_folded(self) -> bool:
         """Whether a layer is merged into its base, or switched off."""
-        return any(m.merged_adapters or m._disable_adapters for m in self._modules)
+        return any(map(_merged_adapters, self._modules)) or any(map(_is_disabled, self._modules))
 
     def has_changed(self, own: list[nn.Parameter], groups: Sequence[dict[str, Any]]) -> bool:
         """Whether a tensor, or what a group holds, is another than at the last update()."""

@@ -30,6 +30,7 @@ class Resumable(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         self._stepper: Any = None  # a Stepper, once the groups are there
         self._entries: dict[Tensor, dict[str, Any]] = {}  # that were put into self.state
+        self._seen: tuple[list[Tensor], list[Any]] = [], []  # what was in self.state, its keys and values
         super().__init__(groups, defaults)
 
     def _begin(self, stepper: Stepper, preset: Preset, hidden_lr_ratio: float | None) -> None:
@@ -80,10 +81,20 @@ class Resumable(torch.optim.Optimizer):
             stepper.follow_division(own, self._all())
             stepper.assign(len(self.param_groups), own)
             self._publish()
+        self._follow_entries()
+        return own
+
+    def _follow_entries(self) -> None:
+        """Sees whether what is kept of the generated tensors is still where it was put. Where optimizer.state has the
+        same dicts under the same tensors as at the last time, nothing is looked up."""
+        keys, values = self._seen
+        same = keys and len(keys) == len(self.state) and not any(map(is_not, self.state, keys))
+        if same and not any(map(is_not, self.state.values(), values)) and all(self._entries.values()):
+            return
         held = list(map(self.state.get, self._entries))
         if not held or not all(held) or any(map(is_not, held, self._entries.values())):
             self._take_entries()
-        return own
+        self._seen = list(self.state), list(self.state.values())
 
     def _go_on_in_pieces(self) -> None:
         """Goes on with what DeepSpeed's ZeRO has made of everything in the groups."""
@@ -143,7 +154,7 @@ class Resumable(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
         held = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
-        return {**held, "_entries": {}}
+        return {**held, "_entries": {}, "_seen": ([], [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.keys() != {"state", "param_groups"}:  # a copy

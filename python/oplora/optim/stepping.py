@@ -415,10 +415,10 @@ class Stepper:
         # several devices or processes: none may step before the gradients of all are known to be finite
         if len(batches) > 1 or self.processes is not None or self.finds_rate:
             reports = [batch.engine.measure(batch) for batch in batches] if reports is None else reports
-            found = [engine.verdict[:1] for engine in engines] + ([] if veto is None else [veto])
-            found = found or [torch.zeros(1, dtype=torch.int32, device=self.engines[0].device)]
-            veto = torch.cat([one.to(found[0].device, non_blocking=True) for one in found]).amax(0, keepdim=True)
+            found = [engine.refused for engine in engines] + ([] if veto is None else [veto])
+            veto = _any_of(found, self.engines[0].device)
             if self.processes is not None:
+                veto = veto.clone()  # which becomes the verdict of all
                 if self.mesh is not None and self.finds_rate:
                     veto = self.mesh.merge(batches, reports, veto)
                 else:
@@ -428,26 +428,34 @@ class Stepper:
             if self.finds_rate and (batches or self.shards is not None):
                 self._find_rate(batches, reports, veto)
         for engine, batch in zip(engines, batches, strict=True):
-            on_device = None if veto is None else veto.to(engine.device, non_blocking=True)
-            engine.launch(batch, reports is not None, on_device)
-        return engines[0].verdict[:1] if engines else veto
+            # its own measurement it has in its reports
+            vetoed = None if veto is None or veto is engine.refused else veto.to(engine.device, non_blocking=True)
+            engine.launch(batch, reports is not None, vetoed)
+        return engines[0].refused if engines else veto
 
     def _find_rate(self, batches: Sequence[Batch], reports: Sequence[Tensor], refused: Tensor | None) -> None:
         """By what the gradients of all layers tell, in the model's order, for any number of engines and processes."""
-        heard = torch.zeros(len(self.layers), 3, dtype=torch.float64, device=self.engines[0].device)
-        for batch, report in zip(batches, reports, strict=True):
-            assert isinstance(batch.engine.state, Rate)
-            some = batch.engine.state.heard(batch, report).to(heard.device, non_blocking=True)
-            if len(some) == len(heard):
-                heard = some
-            else:
-                heard.index_copy_(0, batch.positions.to(heard.device, non_blocking=True), some)
+        heard = self._heard(batches, reports)
         if self.shards is not None:
             self.shards.sum(heard)
         for engine in self.engines:
             assert isinstance(engine.state, Rate)
             on_device = None if refused is None else refused.to(engine.device)
             engine.state.find(heard.to(engine.device), on_device)
+
+    def _heard(self, batches: Sequence[Batch], reports: Sequence[Tensor]) -> Tensor:
+        """What the gradients of every layer tell; nothing where it has none."""
+        device = self.engines[0].device
+        some = []
+        for batch, report in zip(batches, reports, strict=True):
+            assert isinstance(batch.engine.state, Rate)
+            some.append(batch.engine.state.heard(batch, report))
+        if len(some) == 1 and len(some[0]) == len(self.layers):
+            return some[0].to(device, non_blocking=True)
+        heard = torch.zeros(len(self.layers), 3, dtype=torch.float64, device=device)
+        for batch, told in zip(batches, some, strict=True):
+            heard.index_copy_(0, batch.positions.to(device, non_blocking=True), told.to(device, non_blocking=True))
+        return heard
 
     def refusals(self) -> tuple[int, list[str]]:
         """How many steps devices have refused since the last call, as far as they have told, and whose gradient it
@@ -549,3 +557,12 @@ def refuse_nonfinite(where: Sequence[str], earlier: int = 0) -> None:
         "or pass skip_nonfinite=True to skip such steps. If it happens often, clip gradients (max_grad_norm), or where "
         "you chose a learning rate, lower it."
     )
+
+
+def _any_of(verdicts: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Whether one of them is set, where the first lies; on `device` where there is none."""
+    if not verdicts:
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    if len(verdicts) == 1:
+        return verdicts[0]
+    return torch.cat([one.to(verdicts[0].device, non_blocking=True) for one in verdicts]).amax(0, keepdim=True)
