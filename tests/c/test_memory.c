@@ -70,7 +70,7 @@ static void test_layer_of_more_than_2_31_entries(void) {
         for (int64_t n = 0; n < N; n++) last[which][n] = 1e-3f * (float)(n % 7);
         double *const decay = zeros(H, 8);
         for (int64_t j = 0; j < H; j++) decay[j] = 1;
-        oplora_factor_f32 factor = {N, g, NULL, out[which], 1e-2, 0.1, 0, 0};
+        oplora_factor_f32 factor = {.rows = N, .g = g, .out = out[which], .lr = 1e-2, .weight_decay = 0.1};
         oplora_exact_f32 l = {
             .H = H, .Z = Z, .N = N, .parameters = p, .decay = decay, .factors = &factor, .n_factors = 1};
         l.exp_avg = zeros(size, 4), l.exp_avg_sq = zeros(size, 4);
