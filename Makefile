@@ -44,7 +44,8 @@ QEMU ?= $(or $(shell command -v qemu-aarch64),$(shell command -v qemu-aarch64-st
 PORTS := $(if $(shell command -v $(CLANG)),clang) $(if $(and $(shell command -v $(AARCH64)),$(QEMU)),aarch64)
 
 # as in setup.py: of the headers that liboplora_cuda.so and liboplora_torch.so share
-INTERFACE := csrc/core/oplora_core.h $(filter-out csrc/cuda/device.h,$(sort $(wildcard csrc/cuda/*.h)))
+INTERFACE := csrc/core/oplora_core.h csrc/shared/find_rate.h csrc/shared/shared.h \
+    $(filter-out csrc/cuda/device.h,$(sort $(wildcard csrc/cuda/*.h)))
 INTERFACE_HASH := $(shell cat $(INTERFACE) | sha256sum | cut -c1-16)
 CUDA_INTERFACE := -DOPLORA_CUDA_INTERFACE=$(INTERFACE_HASH)
 

@@ -34,6 +34,8 @@ CUDA = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
 # another build is refused when it is loaded. The Makefile makes the same for its own builds.
 INTERFACE = [
     "csrc/core/oplora_core.h",
+    "csrc/shared/find_rate.h",
+    "csrc/shared/shared.h",
     *sorted(map(str, set(Path("csrc/cuda").glob("*.h")) - {Path("csrc/cuda/device.h")})),
 ]
 INTERFACE_HASH = hashlib.sha256(b"".join(Path(header).read_bytes() for header in INTERFACE)).hexdigest()[:16]

@@ -113,7 +113,9 @@ def test_every_header_that_both_sides_include_is_in_the_hash() -> None:
                 shared.add(str(header))
                 todo.append(str(header))
     ours = {header for header in shared if not header.startswith("csrc/torch/")}
-    assert ours == {"csrc/core/oplora_core.h", *map(str, hashed(root))}
+    by_name = {"csrc/core/oplora_core.h", "csrc/shared/find_rate.h", "csrc/shared/shared.h"}
+    assert ours == {*by_name, *map(str, hashed(root))}
+    assert all(header in makefile and header in setup for header in by_name)
     assert "csrc/cuda/device.h" in makefile and "csrc/cuda/device.h" in setup
 
 

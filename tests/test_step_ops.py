@@ -320,6 +320,24 @@ def test_exact_refuses_sizes_that_leave_its_tensors(wrong: Callable[[Any], None]
         case.step()
 
 
+# ---- what the rate is found by ----
+
+
+def test_a_layer_tells_by_its_own_rate_over_the_highest_of_the_groups() -> None:
+    report = torch.arange(10, dtype=torch.float64)
+    rates = torch.tensor([[0.5, 0], [0.25, 0], [0.1, 0]], dtype=torch.float64)
+    groups = torch.zeros(2, 7, dtype=torch.float64)
+    groups[:, 0] = torch.tensor([0.125, 0.5])
+    heard = OPS.rate_heard(report, rates, torch.tensor([1, 0]), groups)
+    assert heard.tolist() == [[2, 3 * 0.5, 4], [7, 8, 9]]
+    groups.zero_()
+    rates.zero_()
+    assert OPS.rate_heard(report, rates, torch.tensor([1, 0]), groups)[:, 1].tolist() == [0, 0]
+    for wrong in (torch.tensor([1, 3]), torch.tensor([-1, 0]), torch.tensor([0]), torch.tensor([0, 1, 2])):
+        with pytest.raises(RuntimeError, match="oplora::rate_heard"):
+            OPS.rate_heard(report, rates, wrong, groups)
+
+
 # ---- fingerprint ----
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.complex64, torch.bool]

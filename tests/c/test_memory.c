@@ -120,7 +120,14 @@ static void TY(test_lean)(void) {
 
 /* A factor of `rows`, which has a base, listens and starts at random. */
 static TY(oplora_factor) TY(factor_of)(int64_t rows) {
-    return (TY(oplora_factor)){rows, TY(filled)(rows), TY(filled)(rows), TY(filled)(rows), 1e-2, 0.1, 1, 1};
+    return (TY(oplora_factor)){.rows = rows,
+                               .g = TY(filled)(rows),
+                               .base = TY(filled)(rows),
+                               .out = TY(filled)(rows),
+                               .random = 1,
+                               .listens = 1,
+                               .lr = 1e-2,
+                               .weight_decay = 0.1};
 }
 
 static void TY(test_exact)(int64_t H, int64_t Z, int64_t rows, int64_t others, oplora_parallel_fn par) {

@@ -166,6 +166,31 @@ void finds_the_cores_rate(int64_t layers) {
     check(core == device, name + ": a vetoed step tells nothing");
 }
 
+// Each layer by the rate that it names, over the highest of the groups; a name of no rate reads none.
+void hears_every_layer(int64_t layers) {
+    std::mt19937 random(5);
+    std::normal_distribution<double> normal;
+    constexpr int64_t FACTORS = 7, GROUPS = 3;
+    std::vector<double> reports(count(OPLORA_RATE_REPORT * layers)), rates(count(2 * FACTORS)),
+        groups(count(7 * GROUPS));
+    for (auto *numbers : {&reports, &rates, &groups})
+        for (double &x : *numbers) x = normal(random);
+    groups[0] = 0.5, groups[7] = 2, groups[14] = 1;
+    std::vector<int64_t> listening(count(layers));
+    for (size_t i = 0; i < listening.size(); i++) listening[i] = static_cast<int64_t>(3 * i) % (FACTORS + 1);
+    std::vector<double> heard(count(3 * layers), -1);
+    const std::string name = "what " + std::to_string(layers) + " layers tell";
+    check(oplora_cuda_rate_heard(reports.data(), layers, rates.data(), FACTORS, listening.data(), groups.data(), GROUPS,
+                                 heard.data(), nullptr) == cudaSuccess,
+          name + " runs");
+    for (size_t i = 0; i < count(layers); i++) {
+        const double *const report = reports.data() + OPLORA_RATE_REPORT * i;
+        const double lr = listening[i] < FACTORS ? rates[2 * count(listening[i])] : 0;
+        check(heard[3 * i] == report[2] && heard[3 * i + 1] == report[3] * (lr / 2) && heard[3 * i + 2] == report[4],
+              name);
+    }
+}
+
 void refuses(const char *what, oplora_status expected, const std::vector<oplora_rate_f32> &layers) {
     oplora_cuda_plan plan;
     std::vector<char> memory(1 << 16);
@@ -182,6 +207,7 @@ void refuses(const char *what, oplora_status expected, const std::vector<oplora_
 
 void run(bool slow) {
     for (const int64_t layers : {0, 1, 7, 300}) finds_the_cores_rate(layers);
+    for (const int64_t layers : {0, 1, 33, 300}) hears_every_layer(layers);
     using F = std::vector<FactorShape>;
     const std::vector<Shape> shapes = {
         {"one entry", F{{1, true, false}}},
