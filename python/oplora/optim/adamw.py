@@ -50,7 +50,7 @@ class AdamW(Resumable):
     torch.optim.AdamW would if autograd ran through it, and writes the next A and B in place. Nothing else changes:
     forward, backward, saving and loading are PEFT's, and the adapter is an ordinary LoRA at every moment.
 
-    Under fully_shard (FSDP2), tensor parallelism and DeepSpeed's ZeRO-1 and 2 preset "auto" steps the part of every
+    Under fully_shard (FSDP2), tensor parallelism and DeepSpeed's ZeRO preset "auto" steps the part of every
     tensor that is in the process, and keeps that part's state; the other presets want whole tensors (docs/loops.md).
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
