@@ -58,7 +58,7 @@ class AdamW(Resumable):
 
     Under fully_shard (FSDP2) and tensor parallelism a process steps the part of every tensor that it has, and keeps
     that part's state; on a GPU the generators of presets "paper" and "flat" are then in host memory. Under DeepSpeed's
-    ZeRO-1 and 2 preset "auto" does the same, and the other presets refuse (docs/loops.md).
+    ZeRO preset "auto" does the same, and the other presets refuse (docs/loops.md).
 
     The step runs where the factors are, on the CPU or on a GPU. On a GPU the host does not wait for it: a gradient with
     NaN or infinity stops the step on the device, and the next call of step() raises. A step can be captured in a CUDA
