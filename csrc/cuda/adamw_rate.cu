@@ -157,18 +157,22 @@ __device__ bool is_aligned(const Task &task) {
 }
 
 template <int COUNT> __device__ void update_rows(const Task &task) {
-    const Factor f = *task.factor; /* stores would have both read again for every entry */
-    const Layer l = *task.layer;
-    const Constants a = l.of_factors[task.index];
-    for (int64_t n = static_cast<int64_t>(threadIdx.x) * COUNT; n < task.count; n += THREADS * COUNT) {
-        const int64_t entry = task.offset + n;
-        const Some<COUNT> g = gradient_at<COUNT>(f, entry);
-        Some<COUNT> p = at<COUNT>(f.out + entry), v = at<COUNT>(l.generated + task.row + n);
-        Some<COUNT> s = at<COUNT>(l.exp_avg_sq + task.row + n);
-        if (f.rounded) {
-            const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.rounded) + entry);
+    const Factor &f = *task.factor;
+    const Gradient gradient = gradient_of(f, task.offset);
+    const Constants a = task.layer->of_factors[task.index];
+    /* held here: stores would have them read again for every entry */
+    float *const out = f.out + task.offset, *const generated = task.layer->generated + task.row;
+    float *const exp_avg_sq = task.layer->exp_avg_sq + task.row;
+    uint16_t *const rounded = f.rounded ? f.rounded + task.offset : nullptr;
+    const uint32_t rows = static_cast<uint32_t>(task.count);
+#pragma unroll 1
+    for (uint32_t n = threadIdx.x * COUNT; n < rows; n += THREADS * COUNT) {
+        const Some<COUNT> g = gradient_at<COUNT>(gradient, n);
+        Some<COUNT> p = at<COUNT>(out + n), v = at<COUNT>(generated + n), s = at<COUNT>(exp_avg_sq + n);
+        if (rounded) {
+            const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(rounded) + n);
 #pragma unroll
-            for (int k = 0; k < COUNT; k++) adopt(f.dtype, bits.value[k], p.value[k], v.value[k]);
+            for (int k = 0; k < COUNT; k++) adopt(gradient.dtype, bits.value[k], p.value[k], v.value[k]);
         }
 #pragma unroll
         for (int k = 0; k < COUNT; k++) {
@@ -176,10 +180,10 @@ template <int COUNT> __device__ void update_rows(const Task &task) {
                 oplora_rate_entry_step_f32(a, g.value[k], p.value[k], v.value[k], s.value[k]);
             p.value[k] = next.p, v.value[k] = next.v, s.value[k] = next.s;
         }
-        at<COUNT>(l.generated + task.row + n) = v;
-        at<COUNT>(l.exp_avg_sq + task.row + n) = s;
-        at<COUNT>(f.out + entry) = p;
-        if (f.rounded) write_rounded<COUNT>(f, entry, p);
+        at<COUNT>(generated + n) = v;
+        at<COUNT>(exp_avg_sq + n) = s;
+        at<COUNT>(out + n) = p;
+        if (rounded) write_rounded<COUNT>(rounded + n, gradient.dtype, p);
     }
 }
 

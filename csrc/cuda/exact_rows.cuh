@@ -23,7 +23,7 @@ template <int COUNT> __device__ void write_factor(const Task &task, int64_t n, c
         for (int k = 0; k < COUNT; k++) value.value[k] = base.value[k] + v.value[k];
     }
     if (f.out) at<COUNT>(f.out + task.offset + n) = value;
-    if (f.rounded) write_rounded<COUNT>(f, task.offset + n, value);
+    if (f.rounded) write_rounded<COUNT>(f.rounded + task.offset + n, f.dtype, value);
 }
 
 /* What a column is in a step, for all rows of a task. */
@@ -79,14 +79,14 @@ template <int COUNT> __device__ void update_rows(const Task &task, Column *colum
     const Layer &l = *task.layer;
     const Constants outer = l.of_factors[task.index].outer;
     const int64_t N = l.N, H = l.H;
-    const int rows = static_cast<int>(task.count);
-    for (int base = 0; base < rows; base += THREADS * COUNT) {
-        const int n = base + static_cast<int>(threadIdx.x) * COUNT;
+    const uint32_t rows = static_cast<uint32_t>(task.count);
+    for (uint32_t base = 0; base < rows; base += THREADS * COUNT) {
+        const uint32_t n = base + threadIdx.x * COUNT;
         const bool is_there = n < rows;
         Some<COUNT> g = {}, v = {};
         if (is_there) {
             const int64_t c2 = H * N + task.row + n;
-            g = gradient_at<COUNT>(*task.factor, task.offset + n);
+            g = gradient_at<COUNT>(gradient_of(*task.factor, task.offset), n);
             update_entries<COUNT>({l.parameters + c2, l.exp_avg + c2, l.exp_avg_sq + c2}, l.of_factors[task.index].bias,
                                   g, 1, 1, v);
         }

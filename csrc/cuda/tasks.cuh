@@ -43,15 +43,15 @@ template <int COUNT> __device__ const Halves<COUNT> &at(const uint16_t *p) {
     return *reinterpret_cast<const Halves<COUNT> *>(p);
 }
 
-/* COUNT entries of a factor's gradient, as steps take them. */
-template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t entry) {
+/* COUNT entries of a gradient, as steps take them. */
+template <int COUNT> __device__ Some<COUNT> gradient_at(const Gradient &from, uint32_t n) {
     Some<COUNT> g;
-    if (f.dtype == OPLORA_F32) {
-        g = at<COUNT>(static_cast<const float *>(f.g) + entry);
+    if (from.dtype == OPLORA_F32) {
+        g = at<COUNT>(static_cast<const float *>(from.at) + n);
     } else {
-        const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(f.g) + entry);
+        const Halves<COUNT> bits = at<COUNT>(static_cast<const uint16_t *>(from.at) + n);
 #pragma unroll
-        for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], f.dtype);
+        for (int k = 0; k < COUNT; k++) g.value[k] = from_half(bits.value[k], from.dtype);
     }
 #pragma unroll
     for (int k = 0; k < COUNT; k++) g.value[k] = oplora_bounded_f32(g.value[k]);
@@ -59,11 +59,11 @@ template <int COUNT> __device__ Some<COUNT> gradient_at(const Factor &f, int64_t
 }
 
 /* COUNT entries of a factor of 16 bits, rounded from their values. */
-template <int COUNT> __device__ void write_rounded(const Factor &f, int64_t entry, const Some<COUNT> &value) {
+template <int COUNT> __device__ void write_rounded(uint16_t *to, oplora_dtype dtype, const Some<COUNT> &value) {
     Halves<COUNT> rounded;
 #pragma unroll
-    for (int k = 0; k < COUNT; k++) rounded.value[k] = to_half(value.value[k], f.dtype);
-    at<COUNT>(f.rounded + entry) = rounded;
+    for (int k = 0; k < COUNT; k++) rounded.value[k] = to_half(value.value[k], dtype);
+    at<COUNT>(to) = rounded;
 }
 
 /* Bits that are 0 modulo 16 where vectors of four entries from `entry` on are aligned, of a factor's tensors. */

@@ -76,7 +76,7 @@ def assert_trained(adapter: Path, checkpoint: Path) -> None:
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     losses = [float(entry["loss"]) for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
-    assert loss_of(PeftModel.from_pretrained(base(), adapter)) < loss_of(base()) - 0.5
+    assert loss_of(PeftModel.from_pretrained(base(), adapter)) < loss_of(base()) - 0.2
 
 
 def test_llama_factory_by_a_start_script(tmp_path: Path) -> None:
