@@ -5,6 +5,7 @@ A test hands a function of this module to all processes of a group, and gets wha
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from zero import Zero, cut
 
 import oplora
+from oplora import engines
+from oplora.optim import refusals
 
 SMALL = {"target_modules": ["0", "2"]}  # 93 entries, which neither 2 nor 3 processes divide
 
@@ -187,6 +190,31 @@ def test_clipping_trains_as_in_one_process(ranks: Ranks) -> None:
     train_alone(alone, oplora.AdamW(alone, max_grad_norm=0.1), data(20), ranks.world)
     for bits in ranks.run(run_clipped):
         assert_close(bits, trained(alone), torch.float32)
+
+
+def run_on_device(library: Path | None, make: Callable[..., oplora.AdamW], stage: int) -> tuple[Bits, list[float]]:
+    """By the kernels that a GPU would run, executed on the CPU, which meet runs at odd addresses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if library is not None:
+            patch.setenv("OPLORA_CUDA_LIBRARY", str(library))
+            for module in (engines, refusals):
+                patch.setattr(module, "runs_on_device", lambda _: True)
+        torch.set_flush_denormal(True)
+        model = make_chain(**CONFIGS["biases and a head"])
+        optimizer = make(model)
+        train(model, cut(optimizer, stage), data(10))
+        torch.set_flush_denormal(False)
+    return trained(model), optimizer._stepper.found.tolist()
+
+
+@pytest.mark.parametrize("make", [of_model, of_loraplus])
+@every_stage
+def test_pieces_train_on_a_device_as_on_the_host(ranks: Ranks, cuda_on_cpu: Path, make: Any, stage: int) -> None:
+    on_device, on_host = (ranks.run(run_on_device, library, make, stage) for library in (cuda_on_cpu, None))
+    for (bits, found), (others, expected) in zip(on_device, on_host, strict=True):
+        assert found == on_device[0][1] == pytest.approx(expected, rel=1e-6)
+        for name, tensor in bits.items():
+            torch.testing.assert_close(tensor, others[name], rtol=1e-5, atol=1e-7)
 
 
 # ---- refusals ----
