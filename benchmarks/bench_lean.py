@@ -149,22 +149,22 @@ def parts(optimizer: Optimizer) -> dict[str, Contender]:
     }
 
 
-def layer_in_caches(hidden_width: int) -> Size:
+def layers_in_caches(hidden_width: int) -> Size:
+    """Eight of them, so that they are stepped as the many are that don't fit: by a thread each."""
     training_bytes = min(2**23, harness.last_level_cache_bytes() // 4)
-    r = max(1, training_bytes // (24 * 2048))
-    return layers(1, hidden_width, r=r)
+    return layers(8, hidden_width, r=max(1, training_bytes // (8 * 24 * 2048)))
 
 
 def roofline_rows(rounds: int, quick: bool, array_bytes: int) -> Iterator[Row]:
     sizes = [layers(1, width=64, r=4)] if quick else [layers(76), layers(76, 512)]
     bandwidth = harness.Bandwidth(array_bytes)
     for size in sizes:
-        cached = layer_in_caches(size.hidden_width)
-        tiny, one = (Size("tiny", n * ((8, 8),), 1, size.hidden_width) for n in (len(size.layers), 1))
+        cached = layers_in_caches(size.hidden_width)
+        tiny, few = (Size("tiny", len(x.layers) * ((8, 8),), 1, size.hidden_width) for x in (size, cached))
         for name, build in {**LEAN, KEPT: partial(bench_step.oplora_in, state="lean", init="keep")}.items():
             contenders = {
                 f"{where} {part}": contender
-                for where, there in (("memory", size), ("cached", cached), ("call", tiny), ("one call", one))
+                for where, there in (("memory", size), ("cached", cached), ("call", tiny), ("few calls", few))
                 for part, contender in parts(with_gradients(build, there)).items()
             }
             seconds = harness.in_turns({**contenders, **bandwidth.contenders()}, rounds, limit_s=30)
@@ -180,7 +180,7 @@ def roofline_rows(rounds: int, quick: bool, array_bytes: int) -> Iterator[Row]:
                     **bandwidth.columns(seconds),
                     "cached_gbps": entry_bytes
                     * numbers(cached)
-                    / bench_step.beside_a_call(seconds[f"cached {part}"], seconds[f"one call {part}"])
+                    / bench_step.beside_a_call(seconds[f"cached {part}"], seconds[f"few calls {part}"])
                     / 1e9,
                     "call_ms": 1e3 * median(seconds[f"call {part}"]),
                 }

@@ -362,9 +362,9 @@ def roofline(size: Size, rounds: int, array_bytes: int) -> Iterator[Row]:
         yield {**row, **bound_columns(row)}
 
 
-def beside_a_call(cached: Sequence[float], one_call: Sequence[float]) -> float:
-    """Seconds of a layer in the caches without what a call of one tiny layer takes, which is no arithmetic."""
-    seconds, call = (harness.quantiles(times)[1] for times in (cached, one_call))
+def beside_a_call(cached: Sequence[float], tiny: Sequence[float]) -> float:
+    """Seconds of layers in the caches without what as many tiny ones take, which is no arithmetic."""
+    seconds, call = (harness.quantiles(times)[1] for times in (cached, tiny))
     return max(seconds - call, seconds / 10)
 
 
