@@ -92,7 +92,8 @@ def old_symbols(tools: Toolchain, folder: Path) -> None:
         stand_in(tools, folder, soname, symbols)
     (folder / "libm.so").symlink_to("libm.so.6")
     others = " ".join(name for name in homes if name not in ("libc.so.6", "libm.so.6"))
-    (folder / "libc.so").write_text(f"GROUP ( libc.so.6 AS_NEEDED ( {others} ) )")
+    in_each = tools.library("libc_nonshared.a")  # what glibc links into every library: atexit
+    (folder / "libc.so").write_text(f"GROUP ( libc.so.6 {in_each} AS_NEEDED ( {others} ) )")
 
 
 def stand_in(tools: Toolchain, folder: Path, soname: str, symbols: dict[str, tuple[str, bool]]) -> None:
