@@ -251,21 +251,8 @@ __device__ inline void random_update(const Layer &l, const oplora_stream &s, con
             const oplora_words words = oplora_stream_words(s, entry / 4 + static_cast<uint64_t>(b * LANES + lane()),
                                                            static_cast<uint32_t>(base / OPLORA_SIGNS));
 #pragma unroll 1
-            for (int four = 0; four < count; four += 4) { /* by fours of units, as the core */
-                const int end = four + 4 < count ? four + 4 : count;
-                float sum[4] = {};
-                bool on = false;
-#pragma unroll 1
-                for (int c = four; c < end; c++) {
-                    const float some = x[base + c];
-                    if (some == 0) continue;
-                    on = true;
-#pragma unroll
-                    for (int q = 0; q < 4; q++) sum[q] += signed_by(word_of(words, q), c, some);
-                }
-#pragma unroll
-                for (int q = 0; on && q < 4; q++) out[4 * b + q] += sum[q];
-            }
+            for (int four = 0; four < count; four += 4)
+                add_four(words, x + base, four, four + 4 < count ? four + 4 : count, out + 4 * b);
         }
     }
 }

@@ -23,4 +23,22 @@ static __device__ __forceinline__ float signed_by(uint32_t word, int bit, float 
     return __uint_as_float(__float_as_uint(x) ^ (word << (31 - bit) & 0x80000000u));
 }
 
+/* out[q] += the sum of +-x[unit] over the units from `first` to `end`, four at most, by the signs in word q: the core's sums
+ * of four. Units that are off are left out. */
+static __device__ __forceinline__ void add_four(const oplora_words &words, const float *x, int first, int end,
+                                                float *out) {
+    float sum[4] = {};
+    bool on = false;
+#pragma unroll 1
+    for (int unit = first; unit < end; unit++) {
+        const float some = x[unit];
+        if (some == 0) continue;
+        on = true;
+#pragma unroll
+        for (int q = 0; q < 4; q++) sum[q] += signed_by(word_of(words, q), unit, some);
+    }
+#pragma unroll
+    for (int q = 0; on && q < 4; q++) out[q] += sum[q];
+}
+
 #endif
