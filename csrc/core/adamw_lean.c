@@ -193,8 +193,8 @@ oplora_status TY(oplora_lean_step)(const TY(oplora_lean) *layers, int64_t n_laye
 }
 
 /* Half of a measurement, or of a step that was measured. */
-static oplora_status TY(lean_half)(const TY(oplora_lean) *layers, int64_t n_layers, int half, int steps, double *sums,
-                                   void *workspace, oplora_parallel_fn par) {
+static OPLORA_BODY oplora_status TY(lean_half)(const TY(oplora_lean) *layers, int64_t n_layers, int half, int steps,
+                                               double *sums, void *workspace, oplora_parallel_fn par) {
     const int rates = steps ? LEAN_NEEDS_RATES : 0, finishes = half == LEAN_SECOND_HALF;
     const int needs = finishes ? LEAN_NEEDS_DH | (steps ? LEAN_NEEDS_OUT : 0) : 0;
     TY(lean_job) job;
@@ -212,24 +212,14 @@ static oplora_status TY(lean_half)(const TY(oplora_lean) *layers, int64_t n_laye
     return TY(lean_for_layers)(&job, steps, par);
 }
 
-static OPLORA_BODY oplora_status TY(lean_reduce)(const TY(oplora_lean) *layers, int64_t n_layers, int steps,
-                                                 double *sums, void *workspace, oplora_parallel_fn par) {
-    return TY(lean_half)(layers, n_layers, LEAN_FIRST_HALF, steps, sums, workspace, par);
-}
-
 oplora_status TY(oplora_lean_reduce)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, double *sums,
                                      void *workspace, oplora_parallel_fn par) {
-    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_reduce)(layers, n_layers, steps, sums, workspace, par));
-}
-
-static OPLORA_BODY oplora_status TY(lean_finish)(const TY(oplora_lean) *layers, int64_t n_layers, int steps,
-                                                 double *sums, void *workspace, oplora_parallel_fn par) {
-    return TY(lean_half)(layers, n_layers, LEAN_SECOND_HALF, steps, sums, workspace, par);
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_half)(layers, n_layers, LEAN_FIRST_HALF, steps, sums, workspace, par));
 }
 
 oplora_status TY(oplora_lean_finish)(const TY(oplora_lean) *layers, int64_t n_layers, int steps, double *sums,
                                      void *workspace, oplora_parallel_fn par) {
-    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_finish)(layers, n_layers, steps, sums, workspace, par));
+    OPLORA_IN_MODE(OPLORA_FLUSHED, TY(lean_half)(layers, n_layers, LEAN_SECOND_HALF, steps, sums, workspace, par));
 }
 
 typedef struct {

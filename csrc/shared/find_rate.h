@@ -45,8 +45,7 @@ OPLORA_SHARED void oplora_hear(const double *report, double lr, double highest, 
 OPLORA_SHARED void oplora_find(oplora_found *f, double signal, double gain, double recent) {
     const double fastest = 0.7, growth = 4, decay = 2, steepness = 2; /* docs/rate.md, "The rule" */
     const double search = 200, long_run = 0.4;                        /* "The long run" */
-    const double most =
-        10; /* what a loss that falls without end comes to; beyond it decay would not shrink, but swing */
+    const double most = 10; /* for a loss that falls without end: at higher rates weight decay swings */
     const double last = f->signal;
     f->signal = (last + signal) / 2;
     f->scale = (f->scale + f->rate * gain) / 2;

@@ -139,6 +139,14 @@ static void test_rate_grows_while_the_signal_is_below_zero(void) {
     }
 }
 
+static void test_rate_is_bounded_and_stays_a_number(void) {
+    oplora_found f = found(9);
+    for (int i = 0; i < 3; i++) find(&f, -1, 1, -1);
+    CHECK(f.rate == 10);
+    find(&f, -INFINITY, INFINITY, -1); /* sums beyond double's range tell no way */
+    CHECK(f.rate == 10);
+}
+
 static void test_turn_halves_the_pace_and_is_remembered(void) {
     oplora_found f = found(1e-2);
     for (int i = 0; i < 9; i++) find(&f, -1, 1, -1);
@@ -196,6 +204,7 @@ int main(void) {
     test_arguments();
     test_exp();
     test_rate_grows_while_the_signal_is_below_zero();
+    test_rate_is_bounded_and_stays_a_number();
     test_turn_halves_the_pace_and_is_remembered();
     test_rate_does_not_fall_while_the_latest_steps_lead_down();
     test_aim_of_a_long_run_is_four_tenths_of_the_scale();

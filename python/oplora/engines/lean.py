@@ -162,7 +162,7 @@ class Lean(State):
     def finish_measuring(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
         batch.dh = torch.zeros(batch.units, dtype=torch.float64)
         torch.ops.oplora.lean_finish_measure_(
-            *self.arenas(), gradients, *self._tables(batch), report, batch.sums, batch.dh
+            *self.arenas(), gradients, *self._divided_tables(batch), report, batch.sums, batch.dh
         )
 
     def reduce(self, batch: Batch, gradients: list[Tensor], numbers: Any, report: Tensor) -> list[Tensor]:
@@ -184,43 +184,26 @@ class Lean(State):
         """The sums over the rows that are here: of a measurement, or with a step's numbers of a step."""
         rates, rows = batch.engine.numbers.rates, batch.rows
         torch.ops.oplora.lean_reduce_(
-            *self.arenas(), gradients, *self._tables(batch), report, self._sums(batch), adamw, rates, rows
+            *self.arenas(), gradients, *self._divided_tables(batch), report, self._sums(batch), adamw, rates, rows
         )
 
-    def _tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _divided_tables(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """tables, and where the rows lie."""
         assert self.places is not None
         return *self.tables(batch), self.places[batch.factors]
 
     def step(
         self, batch: Batch, out: list[Tensor], gradients: list[Tensor], numbers: Any, report: Tensor, measured: bool
     ) -> bool:
-        if batch.sums is not None:
-            finished: bool = torch.ops.oplora.lean_finish_step_(
-                *self.arenas(),
-                out,
-                batch.bases(),
-                gradients,
-                *self._tables(batch),
-                numbers.adamw,
-                numbers.rates,
-                batch.rows,
-                report,
-                batch.sums,
-                batch.dh,
-            )
-            return finished
-        done: bool = torch.ops.oplora.lean_step_(
-            *self.arenas(),
-            out,
-            batch.bases(),
-            gradients,
-            *self.tables(batch),
-            numbers.adamw,
-            numbers.rates,
-            batch.rows,
-            report,
-            batch.dh if measured else None,
-        )
+        written = (*self.arenas(), out, batch.bases(), gradients)
+        told = (numbers.adamw, numbers.rates, batch.rows, report)
+        done: bool
+        if batch.sums is None:
+            dh = batch.dh if measured else None
+            done = torch.ops.oplora.lean_step_(*written, *self.tables(batch), *told, dh)
+        else:
+            tables = self._divided_tables(batch)
+            done = torch.ops.oplora.lean_finish_step_(*written, *tables, *told, batch.sums, batch.dh)
         return done
 
     def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
