@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -180,12 +179,8 @@ def test_bound_is_the_memory_from_70_percent_on_or_the_longest_part(ms, call_ms,
     assert columns["gbps"] == pytest.approx(100 / ms)
 
 
-def test_bench_step_quick_runs(tmp_path):
-    output = tmp_path / "step.json"
-    command = [sys.executable, str(BENCHMARKS / "bench_step.py"), "--quick", "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(output.read_text())
+def test_bench_step_quick_runs(quick):
+    rows = quick(bench_step)
     kinds = [row["kind"] for row in rows]
     assert kinds == ["memory"] * 6 + ["step"] * 12 + ["roofline"] * 2 + ["forward and backward"] + ["step"] * 6
     assert all(row["device"] and row["threads"] and row["torch"] and row["isa"] for row in rows)

@@ -48,6 +48,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "flat": {"preset": "flat"},
 }
 GENERATORS = tuple(kind for kind in KINDS if kind != "auto")
+STEPS = 15
+LONG = 50  # once for each kind, as what differs grows with the steps
 every_kind = pytest.mark.parametrize("kind", ["auto", "exact", "lean"])
 
 
@@ -88,10 +90,9 @@ def part(batch: Batch, rank: int, world: int) -> Batch:
 
 
 def divide(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
-    """As scripts do: every layer by itself, then what is left."""
+    """As scripts do, a layer by itself, then what is left: two groups, as messages take most of these tests' time."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
-    for layer in model.base_model.model[::2]:
-        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model.base_model.model[0], mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
@@ -107,11 +108,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, some: list[Batch])
     losses = []
     for batch in some:
         optimizer.zero_grad()
-        loss = backward(model, part(batch, dist.get_rank(), dist.get_world_size()))
+        losses.append(backward(model, part(batch, dist.get_rank(), dist.get_world_size())))
         optimizer.step()
-        dist.all_reduce(loss)
-        losses.append(loss.item() / dist.get_world_size())
-    return losses
+    means = torch.stack(losses)
+    dist.all_reduce(means)
+    return (means / dist.get_world_size()).tolist()
 
 
 def train_alone(model: nn.Module, optimizer: torch.optim.Optimizer, some: list[Batch], world: int) -> list[float]:
@@ -143,17 +144,21 @@ def assert_close(ours: Bits, theirs: Bits, dtype: torch.dtype, most: float | Non
         assert error <= (RELATIVE[dtype] if most is None else most), f"{name}: {error}"
 
 
-def run_divided(dtype: torch.dtype, config: dict[str, Any], options: dict[str, Any], kind: str = "auto") -> Bits:
-    model = divide(make_chain(dtype, **config), **options)
+def run_divided(dtype: torch.dtype, config: str, options: dict[str, Any], kind: str = "auto") -> Bits:
+    model = divide(make_chain(dtype, **CONFIGS[config]), **options)
     optimizer = oplora.AdamW(model, **KINDS[kind])
-    train(model, optimizer, data(50, dtype))
+    train(model, optimizer, data(steps_of(config), dtype))
     return trained(model)
 
 
-def run_alone(dtype: torch.dtype, config: dict[str, Any], world: int, kind: str = "auto") -> Bits:
-    model = make_chain(dtype, **config)
-    train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(50, dtype), world)
+def run_alone(dtype: torch.dtype, config: str, world: int, kind: str = "auto") -> Bits:
+    model = make_chain(dtype, **CONFIGS[config])
+    train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(steps_of(config), dtype), world)
     return trained(model)
+
+
+def steps_of(config: str) -> int:
+    return LONG if config == "LoRA" else STEPS
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -166,21 +171,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", RELATIVE, ids=str)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_divided_training_equals_one_process(ranks: Ranks, config: str, dtype: torch.dtype) -> None:
-    alone = run_alone(dtype, CONFIGS[config], ranks.world)
-    for bits in ranks.run(run_divided, dtype, CONFIGS[config], {}):
+    alone = run_alone(dtype, config, ranks.world)
+    for bits in ranks.run(run_divided, dtype, config, {}):
         assert_close(bits, alone, dtype)
 
 
 def test_shards_that_stay_gathered_train_as_in_one_process(ranks: Ranks) -> None:
-    alone = run_alone(torch.float64, {}, ranks.world)
-    for bits in ranks.run(run_divided, torch.float64, {}, {"reshard_after_forward": False}):
+    alone = run_alone(torch.float64, "DoRA", ranks.world)
+    for bits in ranks.run(run_divided, torch.float64, "DoRA", {"reshard_after_forward": False}):
         assert_close(bits, alone, torch.float64)
 
 
 def test_offloaded_shards_train_as_in_one_process(ranks: Ranks) -> None:
-    alone = run_alone(torch.float64, CONFIGS["biases and a head"], ranks.world)
+    alone = run_alone(torch.float64, "biases and a head", ranks.world)
     policy = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
-    for bits in ranks.run(run_divided, torch.float64, CONFIGS["biases and a head"], policy):
+    for bits in ranks.run(run_divided, torch.float64, "biases and a head", policy):
         assert_close(bits, alone, torch.float64)
 
 
@@ -191,9 +196,9 @@ def test_offloaded_shards_train_as_in_one_process(ranks: Ranks) -> None:
 def test_generators_of_divided_layers_train_as_in_one_process(
     ranks: Ranks, kind: str, config: str, dtype: torch.dtype
 ) -> None:
-    alone = run_alone(dtype, CONFIGS[config], ranks.world, kind)
+    alone = run_alone(dtype, config, ranks.world, kind)
     is_rounded = dtype == torch.float32 and kind != "exact"
-    for bits in ranks.run(run_divided, dtype, CONFIGS[config], {}, kind):
+    for bits in ranks.run(run_divided, dtype, config, {}, kind):
         assert_close(bits, alone, dtype, ROUNDED if is_rounded else None)
 
 
@@ -304,7 +309,7 @@ def run_twice(dtype: torch.dtype, kind: str) -> tuple[Bits, Bits, Bits]:
     for _ in range(2):
         model = divide(make_chain(dtype))
         optimizer = oplora.AdamW(model, **KINDS[kind])
-        train(model, optimizer, data(20, dtype))
+        train(model, optimizer, data(STEPS, dtype))
         runs.append(trained(model))
     common = {
         f"{i} {name}": value.clone()
@@ -338,9 +343,9 @@ def run_narrow(kind: str, alone: int | None = None) -> Bits:
     if alone is None:
         optimizer = oplora.AdamW(fully_shard(model), **KINDS[kind])
         assert dist.get_rank() == 0 or not any(p.to_local().numel() for p in optimizer.state)
-        train(model, optimizer, data(50, torch.float64))
+        train(model, optimizer, data(STEPS, torch.float64))
     else:
-        train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(50, torch.float64), alone)
+        train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(STEPS, torch.float64), alone)
     return trained(model)
 
 
@@ -356,7 +361,7 @@ def run_mixed(kind: str) -> tuple[Bits, list[float]]:
     model = divide(make_chain(), mp_policy=policy)
     optimizer = oplora.AdamW(model, **KINDS[kind])
     losses = []
-    for step in range(30):
+    for step in range(2 * STEPS):
         losses += train(model, optimizer, [data(1)[0]] if step else data(1))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     return trained(model), losses
@@ -373,9 +378,9 @@ def test_mixed_precision_trains_float32_shards(ranks: Ranks, kind: str) -> None:
 def run_half(kind: str, alone: int | None = None) -> Bits:
     model = make_chain(torch.bfloat16)
     if alone is None:
-        train(divide(model), oplora.AdamW(model, **KINDS[kind]), data(20, torch.bfloat16))
+        train(divide(model), oplora.AdamW(model, **KINDS[kind]), data(STEPS, torch.bfloat16))
     else:
-        train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(20, torch.bfloat16), alone)
+        train_alone(model, oplora.AdamW(model, **KINDS[kind]), data(STEPS, torch.bfloat16), alone)
     return trained(model)
 
 
@@ -395,9 +400,9 @@ def run_list(names: bool, alone: int | None = None) -> Bits:
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizer = oplora.AdamW(named if names else [p for _, p in named])
     if alone is None:
-        train(model, optimizer, data(30, torch.float64))
+        train(model, optimizer, data(STEPS, torch.float64))
     else:
-        train_alone(model, optimizer, data(30, torch.float64), alone)
+        train_alone(model, optimizer, data(STEPS, torch.float64), alone)
     return trained(model)
 
 
@@ -413,7 +418,7 @@ def run_late(steps_before: int, kind: str, alone: int | None = None) -> Bits:
     model = make_chain(torch.float64, bias="all")
     optimizer = oplora.AdamW(model, **KINDS[kind])
     world = dist.get_world_size() if alone is None else alone
-    some = data(30, torch.float64)
+    some = data(STEPS, torch.float64)
     train_alone(model, optimizer, some[:steps_before], world)
     if alone is None:
         divide(model)
@@ -459,7 +464,7 @@ def test_zero_grad_between_forward_and_backward_changes_no_bit(ranks: Ranks) -> 
 def run_partly(kind: str, alone: int | None = None) -> Bits:
     """The first layer alone is divided; of the others the script averages the gradients."""
     model = make_chain(torch.float64)
-    some, world = data(30, torch.float64), dist.get_world_size() if alone is None else alone
+    some, world = data(STEPS, torch.float64), dist.get_world_size() if alone is None else alone
     if alone is not None:
         train_alone(model, oplora.AdamW(model, **KINDS[kind]), some, world)
         return trained(model)
@@ -773,7 +778,7 @@ def run_hybrid(kind: str) -> tuple[Bits, Any, int]:
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = divide(make_chain(torch.float64, **CONFIGS["biases and a head"]), mesh)
     optimizer = oplora.AdamW(model, max_grad_norm=0.1, **KINDS[kind])
-    train(model, optimizer, data(30, torch.float64))
+    train(model, optimizer, data(STEPS, torch.float64))
     kept = sum(piece.numel() for s in optimizer._stepper.states for key, piece in s.pieces().items() if key != "found")
     return trained(model), optimizer.found_lr, kept
 
@@ -782,7 +787,7 @@ def run_hybrid(kind: str) -> tuple[Bits, Any, int]:
 def test_hybrid_mesh_counts_every_entry_once(four: Ranks, kind: str) -> None:
     model = make_chain(torch.float64, **CONFIGS["biases and a head"])
     optimizer = oplora.AdamW(model, max_grad_norm=0.1, **KINDS[kind])
-    train_alone(model, optimizer, data(30, torch.float64), 4)
+    train_alone(model, optimizer, data(STEPS, torch.float64), 4)
     entries = sum(p.numel() for p in optimizer._stepper.listing.generated())
     results = four.run(run_hybrid, kind)
     for bits, rate, _ in results:
@@ -813,7 +818,7 @@ def run_parallel(data_parallel: bool, kind: str) -> tuple[Bits, float]:
     if data_parallel:
         model = divide(model, meshes["dp"])
     optimizer = oplora.AdamW(model, max_grad_norm=0.1, **KINDS[kind])
-    for batch in data(30, torch.float64):
+    for batch in data(STEPS, torch.float64):
         optimizer.zero_grad()
         x, y = (DTensor.from_local(t, mesh, [Replicate()]) for t in (batch if rank is None else part(batch, rank, 2)))
         (model(x) - y).square().mean().backward()
@@ -824,7 +829,7 @@ def run_parallel(data_parallel: bool, kind: str) -> tuple[Bits, float]:
 def run_clipped_alone(world: int, kind: str) -> tuple[Bits, float]:
     model = make_chain(torch.float64)
     optimizer = oplora.AdamW(model, max_grad_norm=0.1, **KINDS[kind])
-    train_alone(model, optimizer, data(30, torch.float64), world)
+    train_alone(model, optimizer, data(STEPS, torch.float64), world)
     return trained(model), optimizer.found_lr
 
 

@@ -641,14 +641,18 @@ def test_control_steps_at_the_rates_that_were_found() -> None:
 MARKER = re.compile(rf"<!-- ((?:{'|'.join(figures.FIGURES)})/[\w/ ,]+):begin -->")
 
 
+@pytest.fixture(scope="module")
+def tables() -> dict[str, str]:
+    return {name: table for experiment in figures.FIGURES for name, table in figures.tables(experiment).items()}
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/evidence_tables.md", "docs/rate.md", "docs/diffusion.md"])
-def test_page_has_the_tables_of_the_committed_results(page: str) -> None:
+def test_page_has_the_tables_of_the_committed_results(page: str, tables: dict[str, str]) -> None:
     written = (ROOT / page).read_text()
-    made = {name: table for experiment in figures.FIGURES for name, table in figures.tables(experiment).items()}
     named = MARKER.findall(written)
-    assert named and set(named) <= made.keys()
+    assert named and set(named) <= tables.keys()
     for name in named:
-        assert made[name] in written, name
+        assert tables[name] in written, name
 
 
 def test_numbers_of_the_claims_are_those_of_the_tables() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import assert_same_bits
 from ranks import Ranks, join_group
-from test_fsdp2 import Batch, Bits, assert_close, backward, data, make_chain, part, train_alone, trained
+from test_fsdp2 import LONG, STEPS, Batch, Bits, assert_close, backward, data, make_chain, part, train_alone, trained
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from zero import Zero, cut
@@ -67,9 +67,9 @@ def train(model: nn.Module, zero: Any, some: list[Batch]) -> None:
         model.zero_grad()
 
 
-def run_in_pieces(make: Callable[..., oplora.AdamW], config: dict[str, Any], options: dict[str, Any]) -> Bits:
-    model = make_chain(**config)
-    train(model, cut(make(model), **options), data(50))
+def run_in_pieces(make: Callable[..., oplora.AdamW], config: str, options: dict[str, Any], steps: int) -> Bits:
+    model = make_chain(**CONFIGS[config])
+    train(model, cut(make(model), **options), data(steps))
     return trained(model)
 
 
@@ -91,19 +91,19 @@ every_stage = pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_training_in_pieces_equals_one_process(ranks: Ranks, config: str, way: str) -> None:
-    alone = make_chain(**CONFIGS[config])
-    train_alone(alone, oplora.AdamW(alone), data(50), ranks.world)
-    for bits in ranks.run(run_in_pieces, of_model, CONFIGS[config], WAYS[way]):
+    alone, steps = make_chain(**CONFIGS[config]), LONG if config == "LoRA" else STEPS
+    train_alone(alone, oplora.AdamW(alone), data(steps), ranks.world)
+    for bits in ranks.run(run_in_pieces, of_model, config, WAYS[way], steps):
         assert_close(bits, trained(alone), torch.float32)
 
 
 @pytest.mark.parametrize("make", [of_list, of_loraplus, of_loraplus_turned])
 @pytest.mark.parametrize("way", WAYS)
 def test_groups_of_any_kind_train_as_in_one_process(ranks: Ranks, make: Callable[..., Any], way: str) -> None:
-    config = CONFIGS["biases and a head"]
-    alone = make_chain(**config)
-    train_alone(alone, make(alone), data(50), ranks.world)
-    for bits in ranks.run(run_in_pieces, make, config, WAYS[way]):
+    config = "biases and a head"
+    alone = make_chain(**CONFIGS[config])
+    train_alone(alone, make(alone), data(STEPS), ranks.world)
+    for bits in ranks.run(run_in_pieces, make, config, WAYS[way], STEPS):
         assert_close(bits, trained(alone), torch.float32)
 
 
@@ -113,10 +113,10 @@ def run_half(world: int | None = None) -> Bits:
     optimizer = oplora.AdamW(model)
     if world is None:
         zero = Zero(optimizer)
-        train(model, zero, data(50, torch.bfloat16))
+        train(model, zero, data(STEPS, torch.bfloat16))
         assert {p.dtype for p in zero.parts} == {torch.float32}
         return trained(model)
-    for batch in data(50, torch.bfloat16):
+    for batch in data(STEPS, torch.bfloat16):
         parts = []
         for rank in range(world):
             optimizer.zero_grad()
@@ -181,13 +181,13 @@ def test_clipping_step_sends_two_messages(ranks: Ranks) -> None:
 
 def run_clipped() -> Bits:
     model = make_chain(**CONFIGS["biases and a head"])
-    train(model, Zero(oplora.AdamW(model, max_grad_norm=0.1)), data(20))
+    train(model, Zero(oplora.AdamW(model, max_grad_norm=0.1)), data(STEPS))
     return trained(model)
 
 
 def test_clipping_trains_as_in_one_process(ranks: Ranks) -> None:
     alone = make_chain(**CONFIGS["biases and a head"])
-    train_alone(alone, oplora.AdamW(alone, max_grad_norm=0.1), data(20), ranks.world)
+    train_alone(alone, oplora.AdamW(alone, max_grad_norm=0.1), data(STEPS), ranks.world)
     for bits in ranks.run(run_clipped):
         assert_close(bits, trained(alone), torch.float32)
 
@@ -308,7 +308,7 @@ def test_run_goes_on_from_what_each_process_saved(ranks: Ranks, make: Callable[.
 def cut_late(stage: int, world: int | None = None) -> Bits:
     """Whole tensors for ten steps, pieces afterwards."""
     model = make_chain(**CONFIGS["biases and a head"])
-    optimizer, some = oplora.AdamW(model), data(30)
+    optimizer, some = oplora.AdamW(model), data(2 * STEPS)
     count = dist.get_world_size() if world is None else world
     train_alone(model, optimizer, some[:10], count)
     model.zero_grad()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from conftest import assert_same_bits
 from peft import PeftModel
 from ranks import Ranks, join_group, leave_it_to_accelerate
-from test_fsdp2 import Bits, assert_close, data, make_chain, part, train_alone, trained
+from test_fsdp2 import STEPS, Bits, assert_close, data, make_chain, part, train_alone, trained
 from test_pieces import CONFIGS, of_list, of_loraplus, of_model, run_half
 from torch import nn
 
@@ -117,7 +117,7 @@ def run_bfloat16(stage: int, zero: Config) -> tuple[Bits, str, set[Any]]:
     optimizer = oplora.AdamW(model)
     settings = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **FLOAT32}
     engine = engine_of(model, optimizer, stage, zero, **settings)
-    train(engine, data(50, torch.bfloat16))
+    train(engine, data(STEPS, torch.bfloat16))
     return trained_by(engine), type(engine.optimizer).__name__, {p.dtype for p in optimizer.state}
 
 
