@@ -8,7 +8,6 @@ width 1024 with r = 64 (1.0 M entries). Bytes are measured as bench_lean.py meas
 steps take turns. README.md explains the columns.
 """
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -54,14 +53,8 @@ def measure(quick: bool) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="a toy size, three rounds: does it run at all?")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.output == RESULT:
-        parser.error("--quick needs --output: its rows don't belong among the results")
-    torch.set_num_threads(arguments.threads)
+    parser = harness.Command(__doc__, RESULT, "a toy size, three rounds")
+    arguments = parser.options()
     environment = harness.environment()
     rows = []
     for row in measure(arguments.quick):

@@ -18,14 +18,12 @@ losses agree no better than those of two seeds do. plot.py gives the difference 
 standard deviation over the seeds. README.md explains the columns.
 """
 
-import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import harness
 import tasks
-import torch
 from tasks import DEFAULT_START, TASKS, TOYS, Case, lora_case, oplora_case, task_of
 
 STATES = ("exact", "lean")
@@ -59,19 +57,13 @@ def rank_plan(names: Iterable[str], start: str, seeds: int | None) -> Iterator[C
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Command(__doc__, None, "toy tasks, two seeds")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=[DEFAULT_START])
     parser.add_argument("--seeds", type=int, help="of every task; by default a task's own number, 3 to 12")
     parser.add_argument("--ranks", action="store_true", help=f"{' and '.join(RANK_TASKS)} alone, with state lean alone")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path)
     parser.add_argument("--fresh", action="store_true", help="measure also what the output file has")
-    parser.add_argument("--quick", action="store_true", help="toy tasks, two seeds: does it run at all?")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.output is None:
-        parser.error("--quick needs --output: its rows don't belong among the results")
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.options()
     names, seeds = (TOYS, 2) if arguments.quick else (arguments.tasks, arguments.seeds)
     output = arguments.output or (RANK_RESULT if arguments.ranks else RESULT)
     common = {"benchmark": "fidelity", **harness.environment()}

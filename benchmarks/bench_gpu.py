@@ -8,7 +8,6 @@ OP-LoRA the eager way, and plain LoRA, on layers without the base model. Those w
 free memory are named in rows of kind "left out". A turn ends when the device is done. README.md explains the columns.
 """
 
-import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -209,13 +208,11 @@ def environment(device: str) -> Row:
 
 
 def main(arguments: list[str] | None = None, print_row: Callable[[Row], object] = print) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser = harness.Command(__doc__, RESULT, "a toy size")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="a toy size; nothing worth reading")
     parser.add_argument("--device", default="cuda", help="cpu tries the script out, with --quick")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit("bench_gpu: torch sees no CUDA GPU; nothing was measured and nothing written.")
     sizes = bench_step.QUICK if options.quick else {name: SIZES[name] for name in options.sizes}

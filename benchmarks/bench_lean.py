@@ -13,7 +13,6 @@ The contenders are those of bench_step.py, and oplora.AdamW(state="lean") from b
 columns.
 """
 
-import argparse
 import dataclasses
 import math
 import time
@@ -224,17 +223,11 @@ def line(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Command(__doc__, RESULT, "toy sizes, three rounds")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sizes", nargs="+", choices=bench_step.SIZES, default=list(bench_step.SIZES), help="of step")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="toy sizes, three rounds: does it run at all?")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.output == RESULT:
-        parser.error("--quick needs --output: its rows don't belong among the results")
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.options()
     sizes = bench_step.QUICK if arguments.quick else {name: bench_step.SIZES[name] for name in arguments.sizes}
     rounds = 3 if arguments.quick else arguments.rounds
     environment = harness.environment()

@@ -7,7 +7,6 @@ Compiles loops.c with the core's own flags and runs it, in turns with the memory
 columns.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -18,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import harness
-import torch
 from harness import Row
 
 HERE = Path(__file__).parent
@@ -62,13 +60,9 @@ def bound(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="a few turns: does it run at all?")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.output == RESULT:
-        parser.error("--quick needs --output: its rows don't belong among the results")
-    torch.set_num_threads(1)
+    parser = harness.Command(__doc__, RESULT, "a few turns")
+    parser.set_defaults(threads=1)  # its figures are of one
+    arguments = parser.options()
     environment = harness.environment()
     rows = []
     array_bytes = 2**24 if arguments.quick else max(2**28, 8 * harness.last_level_cache_bytes())

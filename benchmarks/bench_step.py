@@ -15,7 +15,6 @@ Three ways to train the factors A and B of a model's LoRA layers from their grad
 README.md explains the columns.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -464,14 +463,10 @@ def line(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Command(__doc__, RESULT, "a toy size, three rounds")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="a toy size, three rounds: does it run at all?")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.options()
     sizes = QUICK if arguments.quick else {name: SIZES[name] for name in arguments.sizes}
     environment = harness.environment()
     rows: list[Row] = []

@@ -8,7 +8,6 @@ gradient checkpointing. Every contender adapts the same base, one after the othe
 other; plain LoRA runs first and last, and the two tell how much the machine drifts.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,12 +130,10 @@ def one_step(model: nn.Module, optimizer: Any, ids: Tensor, on_gpu: bool) -> tup
 
 
 def main(arguments: list[str] | None = None, print_row: Callable[[Row], object] = print) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser = harness.Command(__doc__, RESULT, "a toy")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="a toy; nothing worth reading")
     parser.add_argument("--device", default="cuda", help="cpu tries the script out, with --quick")
-    options = parser.parse_args(arguments)
+    options = parser.options(arguments)
     on_gpu = options.device != "cpu"
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("bench_training: torch sees no CUDA GPU; nothing was measured and nothing written.")

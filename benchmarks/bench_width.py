@@ -11,14 +11,12 @@ this one layer, whose bytes are counted. Runs that the file has are not repeated
 explains the columns.
 """
 
-import argparse
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import harness
 import tasks
-import torch
 from bench_lean import EAGER, EXACT, LORA, OURS, WIDTHS, hidden_path_bytes, layers, memory_row, numbers
 from bench_step import Size
 from harness import Row
@@ -78,17 +76,11 @@ def memory_line(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.Command(__doc__, RESULT, "toy tasks, two widths")
     parser.add_argument("--tasks", nargs="+", choices=RATES, default=list(RATES))
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--fresh", action="store_true", help="run also what the output file has")
-    parser.add_argument("--quick", action="store_true", help="toy tasks, two widths: does it run at all?")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.output == RESULT:
-        parser.error("--quick needs --output: its rows don't belong among the results")
-    torch.set_num_threads(arguments.threads)
+    arguments = parser.options()
     rates = QUICK_RATES if arguments.quick else {name: RATES[name] for name in arguments.tasks}
     widths = QUICK_WIDTHS if arguments.quick else WIDTHS
     common = {"benchmark": "width", **harness.environment()}

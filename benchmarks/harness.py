@@ -5,6 +5,7 @@ a lot. So contenders run in one process, on the same inputs, one turn each a rou
 alternately, and what is reported is the ratio within a round.
 """
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -31,6 +32,28 @@ Row = dict[str, Any]
 
 # What imports have made stays. Looked through before each measurement of memory it took nine tenths of a small trial.
 gc.freeze()
+
+
+# ---- the command ----
+
+
+class Command(argparse.ArgumentParser):
+    """Options that every benchmark has: where its rows go, whether it only tries itself out, and its threads.
+
+    about: the script's docstring; quick: what --quick does."""
+
+    def __init__(self, about: str | None, result: Path | None, quick: str) -> None:
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--threads", type=int, default=torch.get_num_threads())
+        self.add_argument("--output", type=Path, default=result)
+        self.add_argument("--quick", action="store_true", help=f"{quick}: does it run at all?")
+
+    def options(self, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+        options = self.parse_args(arguments)
+        if options.quick and options.output == self.get_default("output"):
+            self.error("--quick needs --output: its rows don't belong among the results")
+        torch.set_num_threads(options.threads)
+        return options
 
 
 # ---- time ----

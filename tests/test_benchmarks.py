@@ -316,11 +316,12 @@ def test_ranks_are_compared_on_lean_alone(quick):
 
 
 def test_quick_rows_stay_out_of_the_results(monkeypatch, capsys):
-    for benchmark in (bench_cost, bench_fidelity, bench_lean, bench_width):
+    every = (bench_cost, bench_fidelity, bench_gpu, bench_lean, bench_loops, bench_step, bench_training, bench_width)
+    for benchmark in every:
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, "--quick"])
         with pytest.raises(SystemExit):
             benchmark.main()
-    assert capsys.readouterr().err.count("--quick needs --output") == 4
+    assert capsys.readouterr().err.count("--quick needs --output") == len(every)
 
 
 # ---- bench_cost ----
