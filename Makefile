@@ -113,7 +113,8 @@ demo: $(VENV)/.demo
 	@echo "  your own loop     optimizer = oplora.AdamW(model); docs/index.md"
 	@echo "  your trainer      docs/trainers.md"
 
-test: checks pytest
+test: checks
+	$(MAKE) --no-print-directory pytest
 
 # all but pytest, which takes all cores itself, side by side: most of it compiles while pip downloads. A compiler from
 # PyPI comes first, as two pips in one environment get into each other's way.
