@@ -75,7 +75,7 @@ class AdamW(Resumable):
             trainable parameters; by default 1e-3.
         betas: as in torch.optim.AdamW; by default (0.9, 0.999). Under preset "auto" (0.9, 0.99), and beta1 is the share
             of the average in the factors.
-        eps: as in torch.optim.AdamW.
+        eps: as in torch.optim.AdamW; for factors at least 1e-19, so that 0 is no division by zero.
         weight_decay: as in torch.optim.AdamW.
         preset: "auto": one hidden unit for all layers, whose gradient finds the learning rate, and factors that are
             averages; 16 bytes for each number in A and B, gradient included (docs/rate.md). "paper": a generator in
