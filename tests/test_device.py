@@ -367,15 +367,16 @@ def test_edits_of_16_bits_that_only_the_kernels_see(as_device, dtype, monkeypatc
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_factors_of_any_layout(as_device, state):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_any_layout(as_device, state, dtype):
     def transposed(on: bool) -> dict[str, torch.Tensor]:
         as_device(on)
-        model = make_model()
+        model = make_model(dtype)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.t().contiguous().t()
         optimizer = oplora.AdamW(model, lr=1e-2, state=state)
-        train(model, optimizer, 3)
+        train(model, optimizer, 3, dtype)
         return factors(model)
 
     assert_same_bits(transposed(True), transposed(False))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import assert_same_bits, batches, factors, make_model, train, train_on
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -674,6 +674,50 @@ def test_layer_unfrozen_later_is_warned_about_once_by_an_optimizer_of_the_model(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+@every
+def test_layer_unfrozen_and_added_as_a_group_is_not_warned_about(make: Make) -> None:
+    """Which the warning advises."""
+    model = make_model()
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    optimizer = make(model)
+    for p in biases:
+        p.requires_grad_(True)
+    optimizer.add_param_group({"params": biases})
+    before = bits(model)
+    give_gradients(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in trained(model).items())
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("when", ["before", "after", "in training"])
+def test_channels_last_changes_no_bit(when: str, dtype: torch.dtype, make: Make) -> None:
+    def trained_as(memory_format: torch.memory_format) -> tuple[dict[str, Tensor], Any]:
+        torch.manual_seed(0)
+        config = LoraConfig(r=3, target_modules=["0", "1"])
+        net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3)).to(dtype)
+        model = get_peft_model(net, config, autocast_adapter_dtype=False)
+        if when == "before":
+            model.to(memory_format=memory_format)
+        optimizer = make(model)
+        if when == "after":
+            model.to(memory_format=memory_format)
+        go_on(model, optimizer)
+        model.to(memory_format=memory_format)
+        for p in generated(model):
+            p.data.mul_(2)  # an edit, which is adopted
+        go_on(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return go_on(model, optimizer), model
+
+    (ours, model), (theirs, _) = trained_as(torch.channels_last), trained_as(torch.contiguous_format)
+    assert not all(p.is_contiguous() for p in generated(model))
+    assert_same_bits(ours, theirs)
 
 
 # ---- who holds it ----

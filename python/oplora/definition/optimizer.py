@@ -125,7 +125,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         self.generators.refuse_to_step()
         self._refuse_sparse()
         if self._unstepped is not None:
-            self._unstepped.warn()
+            self._unstepped.warn(self.param_groups)
         try:
             self.generators.push()
             if not self._refuse_nonfinite(self._nonfinite()):

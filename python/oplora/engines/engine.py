@@ -133,7 +133,7 @@ class State(ABC):
             if parameter.dtype == state.factors.dtype:  # also after the model was moved back
                 state.masters[i] = None
             elif state.masters[i] is None:
-                state.masters[i] = parameter.detach().to(state.factors.device, state.factors.dtype)
+                state.keep_master(i, parameter.detach())
 
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
@@ -232,6 +232,11 @@ class LayerState:
 
     def pieces(self) -> dict[str, Tensor]:
         return self.engine.state.pieces(self.index)
+
+    def keep_master(self, i: int, value: Tensor) -> None:
+        """A copy of `value`, in the order in which the core walks it, whatever the tensor's strides (channels_last)."""
+        tie = self.factors
+        self.masters[i] = value.to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
 
     @property
     def lr(self) -> Tensor:

@@ -264,7 +264,7 @@ class Lean(State):
             state.factors.adopt_edits(parameters, lambda: state.engine.generate(state))
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
             if master is not None and not torch.equal(master.to(parameter), parameter.detach()):
-                state.masters[i] = parameter.detach().to(master)
+                state.keep_master(i, parameter.detach())
         return False
 
 

@@ -192,7 +192,7 @@ class Rate(State):
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
             edited.append(master is None or not torch.equal(master.to(parameter.dtype), parameter.detach()))
             if master is not None and edited[i]:
-                state.masters[i] = parameter.detach().to(master)
+                state.keep_master(i, parameter.detach())
         self._go_on_from(state, parameters, edited)
         return False
 

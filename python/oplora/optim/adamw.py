@@ -283,7 +283,7 @@ class AdamW(Resumable):
             return
         if not batches and all(p.grad is None for p in self._stepper.listing.generated()):
             refuse_foreign_adapter(self._model, self._stepper.layers)
-        self._unstepped.warn()
+        self._unstepped.warn(self.param_groups)
 
     def _warn_of_nothing(self) -> None:
         """Once, where a step finds nothing to do and none before it found anything: whoever trains a model that was

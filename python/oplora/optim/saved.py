@@ -186,7 +186,8 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
         factor, master = entry.get("factor", parameter.detach()), entry.get("master")
         exact = factor if master is None else master  # also where the model was of another dtype then
         parameter.detach().copy_(factor if factor.dtype == parameter.dtype else exact)
-        layer.masters[i] = None if layer.masters[i] is None else exact.to(tie.device, tie.dtype, copy=True)
+        if layer.masters[i] is not None:
+            layer.keep_master(i, exact)
     layer.is_fresh = int(layer.engine.numbers.steps[layer.index]) == 0
     tie.forget()
     layer.engine.forget(layer)
