@@ -80,8 +80,8 @@ class DeviceEngine(Engine):
         """The kernels read gradients of 16 bits as they are."""
         return False
 
-    def forget(self, layer: LayerState) -> None:
-        super().forget(layer)
+    def forget(self, layer: LayerState, wrote: bool) -> None:
+        super().forget(layer, wrote)
         self.plan = None  # it holds how the layer began
         self._captured_is_stale = True
 

@@ -43,7 +43,7 @@ class State(ABC):
     KEYS: tuple[str, ...]
     STARTS_FROM_FACTORS = True  # whether a step adds to what the factors hold, or they are an output alone
     IS_LINEAR = True  # whether a report of scaled gradients can be made from that of the gradients
-    DOUBTS = True  # whether values of which nobody knows who wrote them have to be looked into
+    DOUBTS = True  # whether absorb() finds out itself if values are others, where nobody knows who wrote them
     settings: Settings
     ties: Sequence[Factors]
     sizes: Tensor  # int64, a row a layer, as the ops of this state want them
@@ -138,6 +138,10 @@ class State(ABC):
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
         """Goes on from what somebody wrote into the factors since the last step; whether users should hear of it."""
+
+    def replace(self, state: "LayerState", parameters: Sequence[nn.Parameter], edited: Sequence[bool]) -> None:
+        """Goes on from values that some tensors came with when they took the place of others; without DOUBTS."""
+        raise NotImplementedError
 
 
 class Numbers:
@@ -387,6 +391,12 @@ class Batch:
         return [gradient for gradient in self.gradients if id(gradient) not in sources]
 
 
+def _differ(before: Tensor, now: Tensor) -> bool:
+    """Whether a tensor in another's place is known to hold something else than that, in its own dtype."""
+    tells = before.device == now.device and before.untyped_storage().size() > 0
+    return tells and not torch.equal(before.detach().to(now.dtype), now.detach())
+
+
 class Engine(ABC):
     """The generators of one state, dtype and device.
 
@@ -428,20 +438,44 @@ class Engine(ABC):
     def look(self, parameters: list[nn.Parameter]) -> None:
         """Takes note of tensors that were replaced, moved or cast."""
         self.looks += 1
+        known, _, dtypes = self._looked_at
         self._looked_at = parameters, list(map(Tensor.data_ptr, parameters)), list(map(_dtype, parameters))
         for state, own in zip(self.states, self.by_layer(parameters), strict=True):
             self.state.make_masters(state, own)
+        if self.state.DOUBTS or not known:
+            self.marks = [None] * len(self.marks)
+        else:
+            self._follow_values(known, dtypes, parameters)
         self._is_watched, self.stale = self.state.watches(self), list(self.states)
         masters = [master for state in self.states for master in state.masters]
         in_place = (p.dtype == self.dtype and p.is_contiguous() for p in parameters)
         self.writes_in_place = all(in_place) and all(master is None for master in masters)
-        self.marks = [None] * len(self.marks)
 
-    def forget(self, layer: LayerState) -> None:
-        """Another hand has put the layer's state and factors back, and maybe how it began, which batches have noted."""
+    def _follow_values(
+        self, known: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], parameters: list[nn.Parameter]
+    ) -> None:
+        """A fingerprint holds for a tensor that lies elsewhere, and for another in its place; where there is none
+        (on a GPU, of another dtype) tensors that were replaced are compared with those before."""
+        pairs = list(zip(self.marks, dtypes, parameters, strict=True))
+        self.marks = [mark if isinstance(mark, int) and p.dtype == dtype else None for mark, dtype, p in pairs]
+        edited = [
+            mark is None and p is not before and _differ(before, p)
+            for mark, before, p in zip(self.marks, known, parameters, strict=True)
+        ]
+        own = zip(self.states, self.by_layer(parameters), self.by_layer(edited), strict=True)
+        for state, some, of_layer in own:
+            if any(of_layer):
+                self.state.replace(state, some, of_layer)
+
+    def forget(self, layer: LayerState, wrote: bool) -> None:
+        """Another hand has put the layer's state back, and maybe how it began, which batches have noted; and the
+        factors, if it wrote them. What is in them then is remembered where values tell, so that the same values, as
+        when the model is loaded after the optimizer, are no edit."""
         self._batches.clear()
-        for f in range(self.first_factor[layer.index], self.first_factor[layer.index + 1]):
-            self.marks[f] = None
+        own = layer.factors.layer.parameters()
+        tells = wrote and not self.state.DOUBTS and own[0].device.type == "cpu"
+        first = self.first_factor[layer.index]
+        self.marks[first : first + len(own)] = marks(own) if tells else [None] * len(own)
         self.forget_reports()
 
     @property

@@ -196,6 +196,12 @@ class Rate(State):
         self._go_on_from(state, parameters, edited)
         return False
 
+    def replace(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool]) -> None:
+        for i, (parameter, is_other) in enumerate(zip(parameters, edited, strict=True)):
+            if is_other and state.masters[i] is not None:
+                state.keep_master(i, parameter.detach())
+        self._go_on_from(state, parameters, edited)
+
     def _go_on_from(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool] | None = None) -> None:
         tie, first = state.factors, self._first[state.index]
         for i, (piece, parameter) in enumerate(zip(self.of_tensors(state.index), parameters, strict=True)):

@@ -190,7 +190,7 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
             layer.keep_master(i, exact)
     layer.is_fresh = int(layer.engine.numbers.steps[layer.index]) == 0
     tie.forget()
-    layer.engine.forget(layer)
+    layer.engine.forget(layer, wrote="factor" in saved[0])
     if layer.engine.state.KIND == "exact" and "factor" in saved[0]:
         layer.engine.state.absorb(
             layer, parameters
