@@ -552,6 +552,69 @@ def test_step_without_any_gradient_changes_nothing(make: Make) -> None:
     assert_same_trees(everything(model, optimizer), before)
 
 
+# ---- torch's defaults ----
+
+
+@ours
+def test_default_device_is_not_where_the_optimizer_keeps_anything(make: Make) -> None:
+    """As after torch.set_default_device("cuda"), with factors wherever they are."""
+    model, twin = make_model(bias="all"), make_model(bias="all")
+    with torch.device("meta"):
+        optimizer = make(model, max_grad_norm=0.1)
+    other = make(twin, max_grad_norm=0.1)
+    for seed in range(3):
+        give_gradients(model, seed), give_gradients(twin, seed)
+        other.step()
+        other.load_state_dict(copy.deepcopy(other.state_dict()))
+        with torch.device("meta"):
+            optimizer.step()
+            oplora.stats(optimizer)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same_bits(bits(model), bits(twin))
+    assert_same_trees(optimizer.state_dict(), other.state_dict())
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_default_dtype_changes_nothing(dtype: torch.dtype, make: Make) -> None:
+    """bfloat16 counts to 256."""
+    model, twin = make_model(bias="all"), make_model(bias="all")
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = make(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other = make(twin)
+    for _ in range(2):
+        kept, expected = (tree_flatten(each.state_dict())[0] for each in (optimizer, other))
+        assert [getattr(one, "dtype", None) for one in kept] == [getattr(one, "dtype", None) for one in expected]
+        assert_same_trees(optimizer.state_dict(), other.state_dict())
+        go_on(model, optimizer), go_on(twin, other)
+
+
+# ---- plain parameters of any kind ----
+
+
+@ours
+def test_plain_parameter_without_entries_is_stepped_beside_others(make: Make) -> None:
+    model, empty = make_model(), nn.Parameter(torch.empty(0))
+    optimizer = make([*model.parameters(), empty], max_grad_norm=1.0)
+    before = bits(model)
+    give_gradients(model)
+    empty.grad = torch.empty(0)
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in trained(model).items())
+
+
+@ours
+def test_clipping_counts_the_imaginary_part_of_a_complex_parameter(make: Make) -> None:
+    model, extra = make_model(), nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    optimizer = make([*model.parameters(), extra])
+    extra.grad = torch.full((4,), 2j, dtype=torch.complex64)
+    assert float(optimizer.clip_grad_norm_(1.0)) == 4.0
+    torch.testing.assert_close(extra.grad, torch.full((4,), 0.5j, dtype=torch.complex64))
+
+
 # ---- other hands on the factors ----
 
 

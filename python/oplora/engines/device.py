@@ -23,6 +23,7 @@ from .engine import Batch, Engine, LayerState, State
 from .exact import Exact
 from .factors import Factors
 from .lean import Lean
+from .memory import CPU
 from .rate import Rate
 
 __all__ = ["DeviceEngine"]
@@ -68,7 +69,7 @@ class DeviceEngine(Engine):
         self.verdict = torch.zeros(2, dtype=torch.int32, device=self.device)  # not finite, steps that were refused
         self.refused = self.verdict[:1]  # whether the last gradients were
         self.plan: Plan | None = None
-        self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._verdict_on_host = torch.zeros(2, dtype=torch.int32, device=CPU, pin_memory=self.device.type == "cuda")
         self._refusals_told = 0
         self._told: torch.cuda.Event | None = None  # when the latest verdict has got to the host
         self._measured: Plan | None = None  # by measure, for the step that follows it

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import STARTS, Start, by_layer
 from .factors import Factors
+from .memory import CPU
 from .settings import Settings
 from .written import marks
 
@@ -152,8 +153,9 @@ class Numbers:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
         self.adamw[:, 0] = self.weight_ratio = weight_ratio
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
-        self._of_layers, self._of_factors = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
-        self.groups = torch.zeros(0, 7)  # lr, weight_decay, hidden_lr, beta1, beta2, eps and weight_decay again
+        self._of_layers, self._of_factors = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(2))
+        # lr, weight_decay, hidden_lr, beta1, beta2, eps and weight_decay again
+        self.groups = torch.zeros(0, 7, dtype=torch.float64, device=device)
         self._known: list[list[float | None]] = []
         self._former: list[Tensor] = []  # of other numbers of groups, for CUDA graphs that read them
 
@@ -324,7 +326,7 @@ class Entry(dict[str, Any]):
         if not isinstance(mine := self.get(name), Tensor):
             super().__setitem__(name, value)
         elif value is not mine:
-            mine.copy_(torch.as_tensor(value))
+            mine.copy_(value if isinstance(value, Tensor) else torch.as_tensor(value, device=mine.device))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
@@ -340,14 +342,15 @@ class Batch:
         self.factors = [f for i in indices for f in range(engine.first_factor[i], engine.first_factor[i + 1])]
         self.is_whole = len(indices) == len(engine.states)
         self.sizes = engine.state.sizes[list(indices)].contiguous()
-        self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64)
+        self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64, device=CPU)
         # of the layers in the engine and in the model, on the device: indexing by lists would wait for it
         self.places = torch.tensor(indices, dtype=torch.int64, device=engine.device)
         of_model = [state.factors.position for state in self.states]
         self.positions = torch.tensor(of_model, dtype=torch.int64, device=engine.device)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
         self.begins = dict(zip(indices, accumulate(self.report_sizes, initial=0), strict=False))
-        self._count_places = torch.tensor([begin + 1 for begin in self.begins.values()], dtype=torch.int64)
+        count_places = [begin + 1 for begin in self.begins.values()]
+        self._count_places = torch.tensor(count_places, dtype=torch.int64, device=CPU)
         self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops  # noqa: F401  (loads the ops that are called below)
 from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors, places_of
-from .memory import allocate, columns
+from .memory import CPU, allocate, columns
 from .settings import Settings, count_parameters, start_parameters
 
 __all__ = ["Exact"]
@@ -42,7 +42,7 @@ class Exact(State):
             sizes.append([H, settings.latent_width, len(tie.shapes), at, factor * H, i * H])
             start_parameters(self.parameters[at : at + count], tie, settings)
             at, factor = at + count, factor + len(tie.shapes)
-        self.sizes, self._begins = torch.tensor(sizes, dtype=torch.int64), [row[3] for row in sizes]
+        self.sizes, self._begins = torch.tensor(sizes, dtype=torch.int64, device=CPU), [row[3] for row in sizes]
         self.places = places_of(ties)
 
     @staticmethod

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..adapters import STARTS, AdaptedLayer, Start
 from ..errors import OPLoRATypeError, OPLoRAValueError, warn
+from .memory import CPU
 from .written import Written
 
 __all__ = ["Factors", "keep_starts", "places_of", "warn_adopted"]
@@ -219,7 +220,7 @@ def places_of(factors: Sequence[Factors]) -> Tensor | None:
     """A row a tensor, as the core's oplora_place has it, where processes add sums up."""
     if any(f.places is None for f in factors):
         return None
-    return torch.tensor([place for f in factors for place in f.places or ()], dtype=torch.int64)
+    return torch.tensor([place for f in factors for place in f.places or ()], dtype=torch.int64, device=CPU)
 
 
 def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:

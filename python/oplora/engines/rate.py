@@ -15,7 +15,7 @@ from .. import ops  # noqa: F401  (loads the ops that are called below)
 from ..adapters import STARTS, Start
 from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors
-from .memory import allocate
+from .memory import CPU, allocate
 from .settings import Settings
 
 __all__ = ["FOUND", "Rate"]
@@ -47,10 +47,12 @@ class Rate(State):
         self.generated, self.exp_avg_sq = (allocate(self._begins[-1], dtype, device, huge_pages=True) for _ in range(2))
         self.found = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, FIRST_PACE, 0.0], dtype=torch.float64, device=device)
         self.sizes = torch.tensor(
-            [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)], dtype=torch.int64
+            [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)],
+            dtype=torch.int64,
+            device=CPU,
         )
         self._first = list(accumulate((len(tie.shapes) for tie in ties), initial=0))  # factor of each layer
-        self.listens = torch.zeros(self._first[-1], dtype=torch.int64)
+        self.listens = torch.zeros(self._first[-1], dtype=torch.int64, device=CPU)
         self._listening = torch.zeros(len(ties), dtype=torch.int64, device=device)  # of each layer the first that does
         for i, tie in enumerate(ties):
             self._set_listens(i, _listening(tie))
@@ -89,7 +91,7 @@ class Rate(State):
         return [bool(bit) for bit in self.listens[self._first[i] : self._first[i + 1]].tolist()]
 
     def _set_listens(self, i: int, listens: Sequence[bool]) -> None:
-        self.listens[self._first[i] : self._first[i + 1]] = torch.tensor(listens, dtype=torch.int64)
+        self.listens[self._first[i] : self._first[i + 1]] = torch.tensor(listens, dtype=torch.int64, device=CPU)
         self._listening[i] = self._first[i] + listens.index(True)
 
     def forget_moments(self, i: int) -> None:

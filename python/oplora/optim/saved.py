@@ -175,7 +175,7 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
     for own, entry in zip(layer.entries(), saved, strict=True):
         for name, value in own.items():
             if isinstance(value, Tensor) and name not in ("base", "master"):
-                value.copy_(torch.as_tensor(entry[name]))
+                own[name] = entry[name]
     layer.engine.state.take_settings(layer.index, saved[0])
     tie.bases = [
         None if (base := entry.get("base")) is None else base.to(tie.device, tie.dtype, copy=True).contiguous()
