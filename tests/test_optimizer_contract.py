@@ -519,6 +519,28 @@ def test_gradient_edited_after_clipping_is_stepped_as_it_is(edit: Callable[[Tens
 
 
 @every
+def test_loop_that_is_compiled_whole_trains_as_the_uncompiled_one(make: Make) -> None:
+    (model, optimizer), (twin, other) = begun(make, bias="all"), begun(make, bias="all")
+
+    def one_step(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        if hasattr(optimizer, "clip_grad_norm_"):
+            optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+        return loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(one_step, backend="eager")
+    for pair in batches(3, torch.float32):
+        torch.testing.assert_close(compiled(model, optimizer, *pair), one_step(twin, other, *pair))
+    for name, p in bits(model).items():
+        torch.testing.assert_close(p, bits(twin)[name], rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@every
 def test_closure_is_evaluated_with_gradients_once_and_returned(make: Make) -> None:
     (model, optimizer), (twin, other) = begun(make), begun(make)
     calls = []

@@ -204,6 +204,7 @@ class AdamW(Resumable):
 
     # ---- stepping ----
 
+    @torch.compiler.disable  # the calls of a compiled loop: there is nothing in them to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step from the gradients in the factors; see the class. Layers without any gradient stay as they are.
@@ -313,6 +314,7 @@ class AdamW(Resumable):
             return list(shares_of(self.param_groups))
         return [numbers_of(group, self._preset) for group in self.param_groups]
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that the norm of all parameters' gradients, the generators' z, W1, c1, W2, c2 and the
@@ -351,6 +353,7 @@ class AdamW(Resumable):
         self._stepper.precondition(batches)
         return None
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._clipped = None  # it holds gradients
         super().zero_grad(set_to_none)
