@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same_bits, batches, factors, make_model, train, train_on
+from conftest import Net, assert_same_bits, batches, factors, make_model, train, train_on
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import Tensor, nn
@@ -299,6 +299,40 @@ def test_state_of_handed_over_parameters_goes_on_bit_for_bit(hand_over: Callable
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     twin.load_state_dict(model.state_dict())
     assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+
+
+def in_groups(model: nn.Module, *orders: list[int]) -> list[dict[str, Any]]:
+    named = list(trained(model).items())
+    return [{"params": [named[i] for i in order]} for order in orders]
+
+
+@ours
+def test_state_of_named_tensors_is_loaded_in_whatever_order_they_are(make: Make) -> None:
+    """torch goes by places, but writes no values: here they would get into another layer."""
+    sizes = {"target_modules": ["first", "second"], "bias": "all"}
+    model, twin = (get_peft_model(Net((8, 8, 8)), LoraConfig(r=2, **sizes)) for _ in range(2))
+    of_first, of_second = [0, 1, 2], [3, 4, 5]  # bias, A and B of each layer
+    optimizer = make(in_groups(model, [*of_first, *of_second[1:]], of_second[:1]))
+    resumed = make(in_groups(twin, [*of_second[1:], *reversed(of_first)], of_second[:1]))
+    go_on(model, optimizer)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(bits(twin), bits(model))
+    for (name, p), its in zip(trained(model).items(), trained(twin).values(), strict=True):
+        for key in moments_of(optimizer.state[p]):
+            assert torch.equal(optimizer.state[p][key], resumed.state[its][key]), name
+
+
+@ours
+def test_state_of_tensors_that_were_in_other_groups_is_refused_and_nothing_changed(make: Make) -> None:
+    config = LoraConfig(r=2, target_modules=["first", "second"])
+    model, twin = (get_peft_model(Net((8, 8, 8)), config) for _ in range(2))
+    optimizer, other = make(in_groups(model, [0, 1], [2, 3])), make(in_groups(twin, [2, 3], [0, 1]))
+    go_on(model, optimizer)
+    before = everything(twin, other)
+    with pytest.raises(oplora.OPLoRAError, match=r"group 0 has .*second.* where the saved one has .*first"):
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_trees(everything(twin, other), before)
 
 
 @every

@@ -14,7 +14,16 @@ from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import complete, with_names
 from .plain import placed_like
 from .presets import Preset
-from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators, without_gaps
+from .saved import (
+    Loaded,
+    check_layers,
+    check_names,
+    from_0_1,
+    in_the_order_of,
+    load_layer,
+    refuse_without_generators,
+    without_gaps,
+)
 from .stepping import Stepper
 
 __all__ = ["Resumable"]
@@ -250,6 +259,7 @@ class Resumable(torch.optim.Optimizer):
             saved = from_0_1(saved, self._stepper.layers)
         refuse_without_generators(saved)
         check_names(self.param_groups, saved["param_groups"])
+        saved = in_the_order_of(self.param_groups, saved)
         theirs = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
         number = dict(zip(map(id, self._all()), theirs, strict=False))
         state, layers = dict(saved["state"]), self._stepper.states
