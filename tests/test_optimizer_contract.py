@@ -608,6 +608,65 @@ def test_step_without_any_gradient_changes_nothing(make: Make) -> None:
     assert_same_trees(everything(model, optimizer), before)
 
 
+FROZEN = ("lora_A", "lora_B")
+
+
+def freeze(model: nn.Module, what: str, on: bool) -> None:
+    for name, p in model.named_parameters():
+        if what in name:
+            p.requires_grad_(not on)
+            p.grad = None
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("what", FROZEN)
+def test_factor_that_is_frozen_in_training_stays_while_the_other_moves(
+    what: str, dtype: torch.dtype, make: Make
+) -> None:
+    model, optimizer = begun(make, dtype, steps=5)
+    freeze(model, what, True)
+    before = factors(model)
+    go_on(model, optimizer, 5)
+    for name, p in factors(model).items():
+        assert torch.equal(p, before[name]) == (what in name)
+
+
+@every
+@pytest.mark.parametrize("what", FROZEN)
+def test_factor_that_is_unfrozen_again_goes_on_from_where_it_stayed(what: str, make: Make) -> None:
+    model, optimizer = begun(make, torch.float64, steps=5)
+    freeze(model, what, True)
+    before = factors(model)
+    go_on(model, optimizer, 50)
+    freeze(model, what, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody has edited anything
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-9
+        go_on(model, optimizer, 1)
+    for name, p in factors(model).items():
+        if what in name:
+            torch.testing.assert_close(p, before[name], rtol=0, atol=1e-4)
+            assert not torch.equal(p, before[name])
+
+
+@ours
+@pytest.mark.parametrize("what", FROZEN)
+def test_state_with_a_frozen_factor_goes_on_bit_for_bit(what: str, make: Make) -> None:
+    model, optimizer = begun(make, steps=5)
+    freeze(model, what, True)
+    go_on(model, optimizer)
+    twin = make_model()
+    resumed = make(twin)
+    freeze(twin, what, True)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+    for each in (model, twin):
+        freeze(each, what, False)
+    assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+
+
 # ---- torch's defaults ----
 
 

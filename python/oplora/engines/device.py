@@ -118,7 +118,8 @@ class DeviceEngine(Engine):
         batch = Batch(self, (state.index,))
         self._new_numbers(batch)
         v = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in state.factors.shapes]
-        plan, table, workspace = self.state.plan(batch, v, [None] * len(v), [], self.numbers, self.verdict)
+        nothing = [None] * len(v)
+        plan, table, workspace = self.state.plan(batch, v, nothing, nothing, [], self.numbers, self.verdict)
         arguments = plan, table.to(self.device), workspace
         if isinstance(self.state, Lean):
             torch.ops.oplora.cuda_lean_start_(*arguments, self.state.latent_std[state.index])
@@ -144,9 +145,11 @@ class DeviceEngine(Engine):
         State rate's is always measured.
         """
         plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
+        held = self.hold(batch)
         self._launch("step", batch, plan, veto, *(() if isinstance(self.state, Rate) else (measured,)))
         for factor, stand_in in plan.copied:
             factor.copy_(stand_in)
+        self.put_back(batch, held)
         self.tell_verdict()
         self._measured = None
         self.finish(batch, plan.report)
@@ -197,7 +200,9 @@ class DeviceEngine(Engine):
             self.latest = None
         self._new_numbers(batch)
         assert batch.report is not None
-        plan, table, workspace = self.state.plan(batch, factors, rounded, batch.gradients, self.numbers, self.verdict)
+        plan, table, workspace = self.state.plan(
+            batch, factors, rounded, batch.every_base(), batch.gradients, self.numbers, self.verdict
+        )
         on_device, host = _upload(table, self.device)
         of_capture = is_capturing(self.device)
         report, dh, bases = batch.report, batch.dh, batch.bases()
@@ -234,7 +239,7 @@ class DeviceEngine(Engine):
             pairs = zip(plan.factors, plan.rounded, _masters(batch), strict=True)
             plan.factors = [factor if rounded is None else master for factor, rounded, master in pairs]
             made, table, workspace = self.state.plan(
-                batch, plan.factors, plan.rounded, plan.gradients, self.numbers, self.verdict
+                batch, plan.factors, plan.rounded, batch.every_base(), plan.gradients, self.numbers, self.verdict
             )
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # a replay under way reads what is let go here

@@ -140,6 +140,13 @@ class State(ABC):
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
         """Goes on from what somebody wrote into the factors since the last step; whether users should hear of it."""
 
+    def beside(self, i: int, f: int) -> list[Tensor]:
+        """Of the f-th tensor of layer i what a step without its gradient is to leave as it is, if it is frozen."""
+        return []
+
+    def settle(self, state: "LayerState", f: int, parameter: nn.Parameter) -> None:  # noqa: B027
+        """After a step that moved the layer's other tensors, and not this one: it is frozen."""
+
     def replace(self, state: "LayerState", parameters: Sequence[nn.Parameter], edited: Sequence[bool]) -> None:
         """Goes on from values that some tensors came with when they took the place of others; without DOUBTS."""
         raise NotImplementedError
@@ -355,13 +362,14 @@ class Batch:
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
         self.sources: list[Tensor] = []  # what the gradients were made from, or are
+        self.frozen: list[tuple[LayerState, int, nn.Parameter]] = []  # that keep their values while their layers step
         self.report: Tensor | None = None
         self.dh: Tensor | None = None  # dL/dh of all layers, if measured
         self.sums: Tensor | None = None  # that processes add up
 
     def release(self) -> None:
         """Lets go of the gradients, which zero_grad() is to free, and of tensors that may be replaced."""
-        self.parameters, self.gradients, self.sources = [], [], []
+        self.parameters, self.gradients, self.sources, self.frozen = [], [], [], []
 
     def pick(self, of_factors: Sequence[Any]) -> Any:
         """Of a list with an item for each factor of the engine those of this batch."""
@@ -392,6 +400,21 @@ class Batch:
         """Gradients that were made from what the Parameters hold, and are scaled when that is."""
         sources = {id(source) for source in self.sources}
         return [gradient for gradient in self.gradients if id(gradient) not in sources]
+
+
+def _frozen(batch: Batch) -> list[tuple[LayerState, int, nn.Parameter]]:
+    """Of layers that step what was frozen since: no torch optimizer moves it. A tensor that has no gradient in this
+    step alone counts as one whose gradient is zero."""
+    found = []
+    for state, own in zip(batch.states, batch.by_state(batch.parameters), strict=True):
+        if all(p.requires_grad or p.grad is not None for p in own):
+            continue
+        layer = state.factors.layer
+        tied = {twin.index for twin in layer.twins}
+        for f, (listed, p) in enumerate(zip(layer.listed(), own, strict=True)):
+            if p.grad is None and not listed.requires_grad and f not in tied:
+                found.append((state, f, p))
+    return found
 
 
 def _differ(before: Tensor, now: Tensor) -> bool:
@@ -512,6 +535,7 @@ class Engine(ABC):
             batch = self._batches[indices] = Batch(self, indices)
         batch.parameters, batch.gradients, batch.sources = batch.pick(parameters), ready, sources
         batch.dh = batch.sums = None
+        batch.frozen = [] if sources is gradients else _frozen(batch)
         return batch
 
     @property
@@ -547,6 +571,21 @@ class Engine(ABC):
         some = [(state, parameters) for state, parameters, was in own if was]
         self.stale += [state for state, _ in some]
         return [state.name for state, parameters in some if self.state.absorb(state, parameters)]
+
+    def hold(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """What belongs to the batch's frozen tensors, and copies of it."""
+        held: list[Tensor] = []
+        for state, f, parameter in batch.frozen:
+            master = state.masters[f]
+            held += [parameter.detach(), *([] if master is None else [master]), *self.state.beside(state.index, f)]
+        return [(tensor, tensor.clone()) for tensor in held]
+
+    def put_back(self, batch: Batch, held: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """After a step."""
+        for tensor, before in held:
+            tensor.copy_(before)
+        for state, f, parameter in batch.frozen:
+            self.state.settle(state, f, parameter)
 
     def finish(self, batch: Batch, report: Tensor) -> None:
         """After a step: tells autograd what was written, and remembers it."""

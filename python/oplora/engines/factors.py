@@ -139,14 +139,17 @@ class Factors:
         """Ties the tensors to v, which is what is generated now: they keep their values as a start that v is added to,
         or take v."""
         for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
-            piece = piece.view(parameter.shape)
             if keep[i]:
-                base = parameter.detach().to(self.device, self.dtype) - piece
-                self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
+                self.keep_value(i, parameter, piece)
             else:
                 self.bases[i] = None
-                parameter.detach().copy_(piece)
+                parameter.detach().copy_(piece.view(parameter.shape))
         self.remember_written()
+
+    def keep_value(self, i: int, parameter: nn.Parameter, piece: Tensor) -> None:
+        """Makes what the i-th tensor holds, but for `piece` of v, what it starts from."""
+        base = parameter.detach().to(self.device, self.dtype) - piece.view(parameter.shape)
+        self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
 
     def remember_written(self, parameters: list[nn.Parameter] | None = None) -> None:
         self._written.remember(self.layer.parameters() if parameters is None else parameters)

@@ -208,13 +208,15 @@ class Lean(State):
             done = torch.ops.oplora.lean_finish_step_(*written, *tables, *told, batch.sums, batch.dh)
         return done
 
-    def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
+    def plan(
+        self, batch: Batch, factors: Any, rounded: Any, bases: Any, gradients: Any, numbers: Any, verdict: Tensor
+    ) -> Any:
         """The op's plan, table and workspace, for a GPU."""
         return torch.ops.oplora.cuda_lean_plan(
             *self.arenas(),
             factors,
             rounded,
-            batch.every_base(),
+            bases,
             gradients,
             *self.tables(batch),
             numbers.adamw,

@@ -122,7 +122,9 @@ class Rate(State):
         )
         return done
 
-    def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
+    def plan(
+        self, batch: Batch, factors: Any, rounded: Any, bases: Any, gradients: Any, numbers: Any, verdict: Tensor
+    ) -> Any:
         """The op's plan, table and workspace, for a GPU."""
         return torch.ops.oplora.cuda_rate_plan(
             self.generated,
@@ -130,7 +132,7 @@ class Rate(State):
             self.found,
             factors,
             rounded,
-            batch.every_base(),
+            bases,
             gradients,
             *self._tables(batch),
             verdict,
@@ -197,6 +199,9 @@ class Rate(State):
                 state.keep_master(i, parameter.detach())
         self._go_on_from(state, parameters, edited)
         return False
+
+    def beside(self, i: int, f: int) -> list[Tensor]:
+        return list(self.of_tensors(i)[f].values())
 
     def replace(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool]) -> None:
         for i, (parameter, is_other) in enumerate(zip(parameters, edited, strict=True)):

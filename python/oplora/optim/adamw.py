@@ -226,6 +226,7 @@ class AdamW(Resumable):
         try:
             if self._step(batches):
                 self._is_fresh, self._has_gradients = False, self._has_gradients or bool(batches)
+                self._publish_stale()
                 self._drop_consolidated()
                 self._count_for_log()
         finally:
@@ -264,9 +265,12 @@ class AdamW(Resumable):
     def _gather(self) -> list[Batch]:
         own = self._refresh()  # may make another stepper
         batches: list[Batch] = self._stepper.gather(own)
+        self._publish_stale()
+        return batches
+
+    def _publish_stale(self) -> None:
         for layer in self._stepper.take_stale():
             self._publish_layer(layer)
-        return batches
 
     def _tell_refusals(self) -> None:
         """Raises for steps that a device refused since it was last asked; it tells when it has got there."""
