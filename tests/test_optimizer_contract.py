@@ -608,6 +608,46 @@ def test_step_without_any_gradient_changes_nothing(make: Make) -> None:
     assert_same_trees(everything(model, optimizer), before)
 
 
+@ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("edited", ["lora_A", "second"])
+@pytest.mark.filterwarnings("ignore:oplora. the factors of:UserWarning")
+def test_state_saved_after_an_edit_goes_on_bit_for_bit(edited: str, dtype: torch.dtype, make: Make) -> None:
+    """As where an average is swapped in before saving: what is resumed is what was there."""
+    model, optimizer = begun(make, dtype, steps=5)
+    twin = make_model(dtype)
+    resumed = make(twin)
+    for name, p in trained(model).items():
+        if edited in name:
+            p.data.mul_(0.5).add_(0.25)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saving_while_an_average_is_swapped_in_leaves_the_run_as_it_is(dtype: torch.dtype, make: Make) -> None:
+    (model, optimizer), (twin, other) = begun(make, dtype, steps=5), begun(make, dtype, steps=5)
+    before = bits(model)
+    with torch.no_grad():
+        for p in trained(model).values():
+            p.mul_(0.5)
+        optimizer.state_dict()
+        for name, p in trained(model).items():
+            p.copy_(before[name])
+    assert_same_bits(go_on(model, optimizer), go_on(twin, other))
+
+
+def test_edit_of_one_bfloat16_factor_makes_no_start_of_its_neighbours_rounding() -> None:
+    model, optimizer = begun(OURS["exact"], torch.bfloat16)
+    A, B = generated(model)[:2]
+    A.data.mul_(2)
+    give_gradients(model)
+    with pytest.warns(UserWarning, match="were changed"):
+        optimizer.step()
+    assert "base" in optimizer.state[A] and "base" not in optimizer.state[B]
+
+
 FROZEN = ("lora_A", "lora_B")
 
 

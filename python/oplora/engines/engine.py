@@ -147,6 +147,10 @@ class State(ABC):
     def settle(self, state: "LayerState", f: int, parameter: nn.Parameter) -> None:  # noqa: B027
         """After a step that moved the layer's other tensors, and not this one: it is frozen."""
 
+    def unseen(self, state: "LayerState", parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """What absorb() would make of each tensor's entry; without DOUBTS."""
+        raise NotImplementedError
+
     def replace(self, state: "LayerState", parameters: Sequence[nn.Parameter], edited: Sequence[bool]) -> None:
         """Goes on from values that some tensors came with when they took the place of others; without DOUBTS."""
         raise NotImplementedError
@@ -303,6 +307,16 @@ class LayerState:
         for name, value in self.engine.state.of_layer(self.index).items():
             held[0][name] = value
         return held
+
+    def unseen(self) -> list[dict[str, Any]]:
+        """Of tensors into which somebody has written since the last step what the next one would make of their entries
+        (None: it would drop it). Saved in the place of these, as a resumed run cannot tell; nothing changes here."""
+        engine, tensors = self.engine, self.factors.layer.parameters()
+        if engine.state.DOUBTS or self.is_fresh:  # find out by themselves
+            return []
+        first = engine.first_factor[self.index]
+        pairs = zip(engine.marks[first : first + len(tensors)], marks(tensors), strict=True)
+        return engine.state.unseen(self, tensors) if any(a is not None and a != b for a, b in pairs) else []
 
     def take_over(self, old: "LayerState") -> None:
         """Goes on from where `old`, the same layer's state on another device, is."""
@@ -499,7 +513,7 @@ class Engine(ABC):
         when the model is loaded after the optimizer, are no edit."""
         self._batches.clear()
         own = layer.factors.layer.parameters()
-        tells = wrote and not self.state.DOUBTS and own[0].device.type == "cpu"
+        tells = wrote and not self.state.DOUBTS and not layer.is_fresh and own[0].device.type == "cpu"
         first = self.first_factor[layer.index]
         self.marks[first : first + len(own)] = marks(own) if tells else [None] * len(own)
         self.forget_reports()

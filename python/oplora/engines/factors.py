@@ -172,10 +172,10 @@ class Factors:
         if not self._written.changed(parameters):
             return False
         v, before = generate(), list(self.bases)
-        if all(torch.equal(p.detach(), m.to(p)) for p, m in zip(parameters, self.values(v), strict=True)):
-            self.remember_written(parameters)
-            return False
-        self.begin(v, [True] * len(v))
+        for i, (p, mine) in enumerate(zip(parameters, self.values(v), strict=True)):
+            if not torch.equal(p.detach(), mine.to(p)):
+                self.keep_value(i, p, v[i])
+        self.remember_written(parameters)
         return not all(
             base is now or (base is not None and now is not None and torch.equal(base, now))
             for base, now in zip(before, self.bases, strict=True)

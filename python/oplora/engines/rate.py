@@ -190,11 +190,10 @@ class Rate(State):
         self._go_on_from(state, state.factors.layer.parameters())
 
     def absorb(self, state: LayerState, parameters: list[Any]) -> bool:
-        """A new value is what is generated, and the average of no other. A factor that holds its master's rounding was
-        not written into."""
+        """A new value is what is generated, and the average of no other."""
         edited = []
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
-            edited.append(master is None or not torch.equal(master.to(parameter.dtype), parameter.detach()))
+            edited.append(self._is_edited(parameter, master))
             if master is not None and edited[i]:
                 state.keep_master(i, parameter.detach())
         self._go_on_from(state, parameters, edited)
@@ -202,6 +201,23 @@ class Rate(State):
 
     def beside(self, i: int, f: int) -> list[Tensor]:
         return list(self.of_tensors(i)[f].values())
+
+    def unseen(self, state: LayerState, parameters: Sequence[Any]) -> list[dict[str, Any]]:
+        tie, first, found = state.factors, self._first[state.index], list[dict[str, Any]]()
+        for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
+            if not self._is_edited(parameter, master):
+                found.append({})
+                continue
+            value = parameter.detach().to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
+            has_start = bool(self.listens[first + i]) and tie.has_start(i, value)
+            of_master = {} if master is None else {"master": value}
+            found.append({"generated": value, "base": value if has_start else None, **of_master})
+        return found
+
+    @staticmethod
+    def _is_edited(parameter: Tensor, master: Tensor | None) -> bool:
+        """Of a layer in which something was. A factor that holds its master's rounding was not written into."""
+        return master is None or not torch.equal(master.to(parameter.dtype), parameter.detach())
 
     def replace(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool]) -> None:
         for i, (parameter, is_other) in enumerate(zip(parameters, edited, strict=True)):

@@ -200,6 +200,14 @@ class Resumable(torch.optim.Optimizer):
         for parameter in self._stepper.listing.now():
             if (number := numbers[id(parameter)]) in saved["state"]:
                 saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
+        for layer in self._stepper.states:
+            whole = layer.factors.layer
+            for i, (parameter, unseen) in enumerate(zip(whole.listed(), layer.unseen(), strict=False)):
+                entry = saved["state"][numbers[id(parameter)]]
+                for name, value in unseen.items():
+                    entry.pop(name, None)
+                    if value is not None:
+                        entry[name] = whole.published(i, value)
 
     def _numbers_of_tensors(self) -> dict[int, int]:
         """What state_dict() calls each of them, by id."""
