@@ -79,8 +79,8 @@ def merge_checkpoint(
         where = _resolved(out)
         _check_apart(base, adapter, where)
         # by their own names: a link in the hub's cache leads to a file that is called by its hash
-        sources = (Path(path).expanduser().absolute() for path in (base, adapter))
-        _merge(*sources, where, overwrite=overwrite, progress=progress)
+        source, factors = (Path(path).expanduser().absolute() for path in (base, adapter))
+        _merge(source, factors, where, overwrite=overwrite, progress=progress)
     except OPLoRAError:
         raise
     except OSError as error:

@@ -1,10 +1,12 @@
 """What is between the sources and the formats: the adapted layers, whatever their keys are called in a file."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -17,8 +19,11 @@ __all__ = [
     "Component",
     "LoRALayer",
     "component_name",
+    "is_component",
+    "kind_in",
     "path_in_file",
     "refuse_extras",
+    "refuse_no_pair",
 ]
 
 # a component's place in a pipeline, by its class: what a bare module is called in a file
@@ -27,6 +32,9 @@ NAMES: Final = {
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder_2",
 }
+
+
+FACTOR_DTYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -83,13 +91,40 @@ class BaseWeights:
         names = (layer, f"text_model.{layer}", layer.removeprefix("text_model."))
         return next((self.tensors[f"{n}.weight"] for n in names if f"{n}.weight" in self.tensors), None)
 
+    def check(self, layer: LoRALayer) -> tuple[Path, StoredTensor]:
+        """The weight of a layer, which is there and of its shape."""
+        found = self.find(layer.name)
+        what = f"the adapter's layer {layer.name}"
+        if found is None:
+            raise OPLoRAValueError(
+                f"{self.folder} has no weight for {what}. The adapter was trained on another architecture."
+            )
+        there, wanted = found[1].shape, (layer.lora_B.shape[0], *layer.lora_A.shape[1:])
+        if there != wanted:
+            raise OPLoRAValueError(
+                f"{self.folder}: {what} is for a weight of shape {wanted}, and there it is {there}. The adapter was "
+                "trained on another architecture."
+            )
+        return found
+
     def norms(self, layer: LoRALayer) -> tuple[Tensor, Tensor]:
         """||W0|| and ||W0 + scaling * B A|| of each row."""
-        found = self.find(layer.name)
-        assert found is not None
+        found = self.check(layer)
         with safe_open(found[0], "pt") as file:
             weight = file.get_tensor(found[1].name).to(layer.lora_A.dtype).flatten(1)
         return weight.norm(dim=1), (weight + layer.folded().flatten(1) @ layer.lora_A.flatten(1)).norm(dim=1)
+
+
+def is_component(name: str) -> bool:
+    """Whether a pipeline may have a part of that name that an adapter's file has a place for."""
+    return re.fullmatch(r"unet|(transformer|text_encoder)(_\w+)?", name, re.ASCII) is not None
+
+
+def kind_in(config: Mapping[str, Any]) -> str:
+    """The class of a part of a pipeline, as its config.json has it; "" where it does not tell."""
+    listed = config.get("architectures")
+    kind = config.get("_class_name") or (listed[0] if isinstance(listed, list) and listed else "")
+    return kind if isinstance(kind, str) else ""
 
 
 def component_name(kind: str) -> str:
@@ -108,6 +143,25 @@ def path_in_file(component: str, name: str) -> str:
     if component.startswith("text_encoder") and not name.startswith("text_model."):
         return f"text_model.{name}"
     return name
+
+
+def refuse_no_pair(where: Path, name: str, A: Tensor | None, B: Tensor | None, r: int | None = None) -> None:
+    """Tensors from a file that are no LoRA of one layer, or not of rank r, where its configuration tells one."""
+    if A is None or B is None:
+        raise OPLoRAValueError(f"{where}: layer {name} has no lora_{'A' if A is None else 'B'}. The file is not whole.")
+    for what, tensor in (("lora_A", A), ("lora_B", B)):
+        if tensor.dtype not in FACTOR_DTYPES:
+            raise OPLoRATypeError(
+                f"{where}: {what} of layer {name} is {str(tensor.dtype).removeprefix('torch.')}, expected floats of 16 "
+                "bits or more. Save the adapter in float32."
+            )
+    # B has less columns than A has rows in a convolution in groups
+    fits = A.dim() == B.dim() > 1 and A.numel() > 0 < B.numel() and len(A) % B.shape[1] == 0
+    if not fits or r not in (None, len(A)):
+        raise OPLoRAValueError(
+            f"{where}: layer {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
+            f"{f', with rank {r} in its configuration' if r else ''}. They do not go together."
+        )
 
 
 def refuse_extras(where: str, config: Any) -> None:
