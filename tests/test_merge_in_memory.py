@@ -141,6 +141,31 @@ def test_only_named_adapters_are_merged() -> None:
     torch.testing.assert_close(logits(oplora.merge(model, ["default"])), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["othre"], "no adapter is named 'othre'; the model has 'default', 'other'"),
+        (["default", "othre"], "no adapter is named 'othre'"),
+        ("default", "adapter_names is 'default', expected a list of some of 'default', 'other'"),
+        ([], r"adapter_names is \[\], expected a list"),
+    ],
+)
+def test_names_of_no_adapter_are_refused(names: Any, message: str) -> None:
+    model = adapted(llama(), injected=False)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = logits(model)
+    with pytest.raises(oplora.OPLoRAError, match=message):
+        oplora.merge(model, names)
+    assert torch.equal(logits(model), expected)
+
+
+def test_merge_of_no_active_adapter_is_refused() -> None:
+    model = adapted(llama(), injected=True)
+    model.set_adapter([])
+    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is active.*some of 'default'"):
+        oplora.merge(model)
+
+
 def test_merging_takes_about_the_time_that_peft_takes() -> None:
     def make() -> nn.Module:
         layers = nn.Sequential(*(nn.Linear(512, 512) for _ in range(24)))

@@ -27,7 +27,8 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
         adapter_name: by default the OPLoRAConfig's, which is "default".
 
     Raises:
-        OPLoRAError: no layer matches target_modules; the message names some that there are.
+        OPLoRAError: no layer matches target_modules, where the message names some that there are; or what else PEFT
+            refuses.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -43,15 +44,20 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
             "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with "
             "model.add_adapter(name, config)."
         )
+    name = adapter_name or getattr(config, "adapter_name", "default")
+    if not isinstance(name, str) or not name or "." in name:
+        raise OPLoRAValueError(
+            f"oplora.wrap: adapter_name is {name!r}, expected a word without dots: torch's modules have none in "
+            "their names."
+        )
     try:
-        if isinstance(config, OPLoRAConfig):
-            return get_peft_model(model, config.to_peft(), adapter_name or config.adapter_name)
-        return get_peft_model(model, config, adapter_name or "default")
+        return get_peft_model(model, config.to_peft() if isinstance(config, OPLoRAConfig) else config, name)
     except ValueError as error:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        there = f"{len(linear)} linear layers: {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}"
+        there = f"{len(linear)} linear layers ({', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''})"
         raise OPLoRAValueError(
-            f"oplora.wrap: PEFT refused target_modules={config.target_modules!r}; the model has {there}. {error}"
+            f"oplora.wrap: PEFT refused the configuration, with target_modules={config.target_modules!r} in a model of "
+            f"{there if linear else 'no linear layer'}: {error}"
         ) from error
 
 
@@ -75,10 +81,12 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise OPLoRAValueError(f"oplora.merge: {type(model).__name__} has no adapter to fold in.")
+    tuners = _tuners(model)
+    _check_names(adapter_names, tuners, layers)
     try:
         _try(model, adapter_names)
         _part(model, layers)
-        for tuner in (tuners := _tuners(model)):
+        for tuner in tuners:
             tuner.merge_and_unload(adapter_names=adapter_names)
     except NotImplementedError as error:
         raise OPLoRATypeError(
@@ -92,6 +100,22 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     is_wrapped = any(module is tuners[0] for module in model.modules())
     return tuners[0].model if is_wrapped else model  # type: ignore[no-any-return]
+
+
+def _check_names(adapter_names: list[str] | None, tuners: list[Any], layers: list[Any]) -> None:
+    """PEFT unloads adapters of which nothing was folded in, without a word."""
+    there = dict.fromkeys(name for tuner in tuners for name in tuner.peft_config)
+    known = ", ".join(map(repr, there))
+    if adapter_names is None:
+        if not any(layer.active_adapters for layer in layers):
+            raise OPLoRAValueError(
+                f"oplora.merge: no adapter is active, so there is none to fold in. Pass adapter_names, some of {known}."
+            )
+        return
+    if not isinstance(adapter_names, list | tuple) or not adapter_names:
+        raise OPLoRATypeError(f"oplora.merge: adapter_names is {adapter_names!r}, expected a list of some of {known}.")
+    if unknown := [name for name in adapter_names if name not in there]:
+        raise OPLoRAValueError(f"oplora.merge: no adapter is named {unknown[0]!r}; the model has {known}.")
 
 
 def _tuners(model: nn.Module) -> list[Any]:
