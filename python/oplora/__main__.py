@@ -2,6 +2,7 @@
 ``doctor``."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -72,10 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
-        return options.run_command(options) or 0
+        code: int = options.run_command(options) or 0
+        sys.stdout.flush()
+        return code
     except OPLoRAError as error:
         said = str(error).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
         print(f"oplora: {said}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # who was told has gone, as `head` goes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # of a path that cannot be looked at, or a full disk behind stdout
+        print(f"oplora: {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oplora: interrupted. Nothing was written.", file=sys.stderr)
