@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_doctor_says_how_to_mend_what_is_missing(
     monkeypatch.setattr(doctor, "NEEDED", ("torch", "no-such-package"))
     assert main(["doctor"]) == 2
     assert "no-such-package: oplora needs it: pip install no-such-package" in capsys.readouterr().out
+
+
+def test_doctor_says_which_version_is_too_old(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: "0.9.1" if name == "peft" else version(name))
+    assert main(["doctor"]) == 2
+    assert "peft: oplora needs peft>=0.20: pip install 'peft>=0.20'" in capsys.readouterr().out
 
 
 def test_check_that_fails_keeps_no_other_from_being_made(

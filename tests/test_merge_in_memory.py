@@ -159,6 +159,29 @@ def test_names_of_no_adapter_are_refused(names: Any, message: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize(("name", "active"), [("default", "other"), ("other", "default"), ("bare", "default")])
+def test_saved_modules_are_those_of_the_named_adapter(name: str, active: str) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", config)
+    model.add_adapter("bare", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for number, head in enumerate(model.base_model.model.lm_head.modules_to_save.values()):
+        head.weight.data += number + 1
+    model.set_adapter(name)
+    expected = logits(model)
+    model.set_adapter(active)
+    torch.testing.assert_close(logits(oplora.merge(model, [name])), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_modules_of_two_adapters_are_refused() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", config)
+    with pytest.raises(oplora.OPLoRAError, match="lm_head is in modules_to_save of default, other"):
+        oplora.merge(model, ["default", "other"])
+    assert model.base_model.model.lm_head.active_adapters == ["default"]
+
+
 def test_merge_of_no_active_adapter_is_refused() -> None:
     model = adapted(llama(), injected=True)
     model.set_adapter([])

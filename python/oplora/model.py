@@ -85,6 +85,8 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     _check_names(adapter_names, tuners, layers)
     try:
         _try(model, adapter_names)
+        if adapter_names is not None:
+            _choose_saved_modules(model, adapter_names)
         _part(model, layers)
         for tuner in tuners:
             tuner.merge_and_unload(adapter_names=adapter_names)
@@ -116,6 +118,23 @@ def _check_names(adapter_names: list[str] | None, tuners: list[Any], layers: lis
         raise OPLoRATypeError(f"oplora.merge: adapter_names is {adapter_names!r}, expected a list of some of {known}.")
     if unknown := [name for name in adapter_names if name not in there]:
         raise OPLoRAValueError(f"oplora.merge: no adapter is named {unknown[0]!r}; the model has {known}.")
+
+
+def _choose_saved_modules(model: nn.Module, adapter_names: list[str]) -> None:
+    """Those of the adapters to fold: PEFT takes the active one's."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    chosen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            chosen[module] = own = [adapter for adapter in adapter_names if adapter in module.modules_to_save]
+            if len(own) > 1:
+                raise OPLoRAValueError(
+                    f"{name} is in modules_to_save of {', '.join(own)}, and the merged model has one such module. Name "
+                    "one of these adapters."
+                )
+    for module, own in chosen.items():
+        module.set_adapter(own)
 
 
 def _tuners(model: nn.Module) -> list[Any]:
