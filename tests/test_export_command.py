@@ -166,6 +166,15 @@ def edit(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
+@pytest.mark.filterwarnings("default")
+def test_warning_is_told_as_errors_are(bases, tmp_path, capsys):
+    case = "sd, DoRA"
+    oplora.save_adapter(mapping(adapted(case), case), tmp_path / "peft")
+    capsys.readouterr()
+    assert export(tmp_path / "peft", tmp_path / "out", "kohya", "--base", bases["sd"]) == 0
+    assert capsys.readouterr().err.startswith("oplora: this adapter has DoRA. ComfyUI reads")
+
+
 def test_another_architecture_is_refused_with_both_shapes(peft_folder, bases, tmp_path, capsys):
     message = refused(capsys, peft_folder, tmp_path / "out", "kohya", "--base", bases["sdxl"])
     assert "attn2.to_k is for a weight of shape (16, 16), and there it is (16, 32)" in message

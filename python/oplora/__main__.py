@@ -5,8 +5,11 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from . import __version__
 from .errors import OPLoRAError
@@ -73,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
-        code: int = options.run_command(options) or 0
+        with _own_warnings_told():
+            code: int = options.run_command(options) or 0
         sys.stdout.flush()
         return code
     except OPLoRAError as error:
-        said = str(error).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
-        print(f"oplora: {said}", file=sys.stderr)
+        _tell(error)
         return 2
     except BrokenPipeError:  # who was told has gone, as `head` goes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,6 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("oplora: interrupted. Nothing was written.", file=sys.stderr)
         return 130
+
+
+def _tell(what: Exception | Warning | str) -> None:
+    said = str(what).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
+    print(f"oplora: {said}", file=sys.stderr)
+
+
+@contextmanager
+def _own_warnings_told() -> Iterator[None]:
+    """As errors are, without the line of the launcher from which they came."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **more: Any) -> None:
+            if str(message).startswith("oplora"):
+                _tell(message)
+            else:
+                others(message, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
