@@ -301,6 +301,12 @@ def blocks(_: DiffusionPipeline) -> Any:
     return {"transformer": get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)}
 
 
+def two_transformers(_: DiffusionPipeline) -> Any:
+    config = LoraConfig(r=2, target_modules=["0"])
+    names = "transformer", "transformer_2"
+    return {name: get_peft_model(nn.Sequential(nn.Linear(4, 4)), config) for name in names}
+
+
 def no_place(_: DiffusionPipeline) -> nn.Module:
     return get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
 
@@ -316,6 +322,7 @@ REFUSALS = {
     embedding: "token_embedding.*Embedding, lora_embedding",
     no_adapter_active: "has no active adapter. Call set_adapter with one of: default",
     blocks: r"transformer\.0 \(Linear, BdLoraLinearVariant\) is none that",
+    two_transformers: r"no layers of transformer_2 .*'transformer': pipeline.transformer_2",
     no_place: "Sequential has no place of its own in a diffusers pipeline",
     lambda _: tiny_pipelines.stable_diffusion(): "no part of the StableDiffusionPipeline has an adapter; it has vae",
     lambda _: tiny_pipelines.stable_diffusion().unet: "UNet2DConditionModel has no adapter",

@@ -112,6 +112,17 @@ def test_step_that_is_no_integer_is_refused(tmp_path: Path) -> None:
         oplora.Monitor(tmp_path, oplora.AdamW(make_model()))(step=0.5)
 
 
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    oplora.Monitor("~/run", oplora.AdamW(model))(1.0)
+    oplora.save_adapter(model, "~/adapter")
+    assert plot_run("~/run") == tmp_path / "run/monitor.png"
+    assert main(["export", "~/adapter", "~/plain.safetensors", "--format", "plain"]) == 0
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"run", "adapter", "plain.safetensors"}
+
+
 def test_nothing_is_computed_on_steps_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     monitor = oplora.Monitor(tmp_path, oplora.AdamW(model), every=1000)

@@ -69,7 +69,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def __init__(self, folder: str | os.PathLike[str], optimizer: Any = None, *, every: int = 10) -> None:
         if not isinstance(every, int) or every < 1:
             raise OPLoRAValueError(f"oplora.Monitor: every is {every!r}, expected a whole number of at least 1.")
-        self.folder, self.every = Path(folder), every
+        self.folder, self.every = Path(os.path.expanduser(folder)), every
         self.optimizer: Any = None
         self._file: TextIO | None = None
         self._board: Any = None

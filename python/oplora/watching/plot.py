@@ -180,9 +180,13 @@ def plot_run(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     Raises:
         OPLoRAError: no run there, no matplotlib, a picture that cannot be written.
     """
-    source = Path(path)
+    source = Path(os.path.expanduser(path))
     run = Run.read(source)
-    target = (source.parent if source.is_file() else source) / "monitor.png" if out is None else Path(out)
+    target = (
+        (source.parent if source.is_file() else source) / "monitor.png"
+        if out is None
+        else Path(os.path.expanduser(out))
+    )
     try:
         import matplotlib.figure  # noqa: F401 # not pyplot, which has a backend and windows: those are the caller's
     except ImportError as error:

@@ -18,11 +18,11 @@ from ..peft_adapter import METADATA as ADAPTER_CONFIG
 from ..tensor_file import parse_object, read_object, read_tensor_file
 from . import diffusers, from_kohya
 from .layers import (
+    COMPONENTS,
     BaseWeights,
     Component,
     LoRALayer,
     component_name,
-    is_component,
     kind_in,
     refuse_extras,
     refuse_no_pair,
@@ -62,13 +62,13 @@ def read_components(source: Path, base: Path | None = None, component: str | Non
 
 
 def _read(source: Path, base: Path | None, component: str | None) -> Iterator[Component]:
-    if component is not None and not is_component(component):
+    if component is not None and component not in COMPONENTS:
         raise OPLoRAValueError(f"--component {component!r} is no part of a pipeline. {PLACES}")
     file = source / diffusers.FILE if source.is_dir() else source
     if (source / CONFIG).is_file():
         yield _read_peft(source, component)
     elif folders := [path.parent for path in sorted(source.glob(f"[!.]*/{CONFIG}"))]:
-        if others := [folder.name for folder in folders if not is_component(folder.name)]:
+        if others := [folder.name for folder in folders if folder.name not in COMPONENTS]:
             raise OPLoRAValueError(
                 f"SOURCE {str(source)!r} has adapters in {', '.join(others[:SHOWN])}, and no part of a pipeline is "
                 f"called so. Give one of these folders itself. {PLACES}"
@@ -127,7 +127,7 @@ def _read_file(path: Path, base: Path | None) -> Iterator[Component]:
         parts.setdefault(name, {})[rest] = tensor
     if not parts:
         raise OPLoRAValueError(f"{path} holds no tensors. Save the adapter again.")
-    if unknown := [name for name in parts if not is_component(name)]:
+    if unknown := [name for name in parts if name not in COMPONENTS]:
         raise OPLoRAValueError(
             f"{path}: {len(unknown)} keys begin with no part of a pipeline that is known "
             f"({', '.join(unknown[:SHOWN])}), expected unet, transformer or text_encoder. Is it a file of diffusers?"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
 from ..tensor_file import read_object
 from . import kohya
-from .layers import BaseWeights, Component, LoRALayer, is_component, kind_in, refuse_no_pair
+from .layers import COMPONENTS, BaseWeights, Component, LoRALayer, kind_in, refuse_no_pair
 
 __all__ = ["is_kohya", "read"]
 
@@ -91,7 +91,7 @@ def _components(base: Path) -> list[_Part]:
     for folder in sorted(path.parent for path in base.glob("*/config.json")):
         if any(folder.glob("*.safetensors")):
             config = read_object(folder / "config.json")
-            if is_component(folder.name):
+            if folder.name in COMPONENTS:
                 found.append(_Part(Component(folder.name, (), kind_in(config), config), BaseWeights.of(folder)))
     if not found:
         raise OPLoRAFileError(

@@ -1,6 +1,5 @@
 """What is between the sources and the formats: the adapted layers, whatever their keys are called in a file."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from ..peft_adapter import CHANGED_BASE
 from ..tensor_file import StoredTensor, read_tensor_file
 
 __all__ = [
+    "COMPONENTS",
     "BaseWeights",
     "Component",
     "LoRALayer",
     "component_name",
-    "is_component",
     "kind_in",
     "path_in_file",
     "refuse_extras",
@@ -64,6 +63,13 @@ class LoRALayer:
         """m in the shape that PEFT's layers have it in."""
         assert self.magnitude is not None
         return self.magnitude.view((1, -1, 1, 1) if self.lora_A.dim() == 4 else (-1,))
+
+
+# the parts of a pipeline whose layers diffusers loads from a file; others' it leaves out without a word
+COMPONENTS: Final = (
+    *("unet", "transformer", "text_encoder", "text_encoder_2"),
+    *("transformer_ref", "connectors", "text_conditioner"),  # of MiniMax-H3, LTX-2 and Anima
+)
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,6 @@ class BaseWeights:
         return weight.norm(dim=1), (weight + layer.folded().flatten(1) @ layer.lora_A.flatten(1)).norm(dim=1)
 
 
-def is_component(name: str) -> bool:
-    """Whether a pipeline may have a part of that name that an adapter's file has a place for."""
-    return re.fullmatch(r"unet|(transformer|text_encoder)(_\w+)?", name, re.ASCII) is not None
-
-
 def kind_in(config: Mapping[str, Any]) -> str:
     """The class of a part of a pipeline, as its config.json has it; "" where it does not tell."""
     listed = config.get("architectures")
@@ -133,7 +134,7 @@ def component_name(kind: str) -> str:
         return NAMES.get(kind, "transformer")
     raise OPLoRAValueError(
         f"oplora.save_adapter: a {kind or 'model of unknown class'} has no place of its own in a diffusers pipeline; "
-        f"known are {', '.join(NAMES)} and transformers. Name it, as in save_adapter({{'text_encoder_3': m}}, ...), "
+        f"known are {', '.join(NAMES)} and transformers. Name it, as in save_adapter({{'transformer': m}}, ...), "
         'or take format="peft".'
     )
 
