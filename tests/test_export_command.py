@@ -246,7 +246,7 @@ def test_component_goes_into_a_file_of_peft_that_is_asked_for(tmp_path, bases):
     unet = tmp_path / "source" / "unet"
     assert export(unet, tmp_path / "x.safetensors", "peft", "--base", bases["sd"]) == 0
     assert (tmp_path / "x.safetensors").is_file()
-    assert export(tmp_path / "x.safetensors", tmp_path / "again", "diffusers") == 0
+    assert export(tmp_path / "x.safetensors", tmp_path / "again", "diffusers", "--component", "unet") == 0
 
 
 def test_text_encoder_without_a_base_is_no_peft_folder(tmp_path, capsys):

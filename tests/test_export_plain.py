@@ -223,9 +223,8 @@ def test_export_makes_a_file_of_any_model_the_folder_that_its_model_gives(tmp_pa
     assert main(["export", str(tmp_path / "mine.safetensors"), str(tmp_path / "out"), "--format", format]) == 0
     ours, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "expected"))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
-    assert torch.equal(outputs(PeftModel.from_pretrained(llama(), tmp_path / "out").eval()), outputs(model)) or (
-        format == "plain"  # whose scales are in B: test_peft_reads_a_plain_file_as_the_model_that_was_saved
-    )
+    read = PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    assert (outputs(read) - outputs(model)).abs().max() <= 1e-6 * outputs(model).abs().max()
 
 
 @pytest.mark.parametrize("format", ["peft", "plain"])

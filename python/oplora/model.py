@@ -27,8 +27,7 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
         adapter_name: by default the OPLoRAConfig's, which is "default".
 
     Raises:
-        OPLoRAError: no layer matches target_modules, where the message names some that there are; or what else PEFT
-            refuses.
+        OPLoRAError: no layer matches target_modules; the message names some that there are.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -44,20 +43,15 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
             "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with "
             "model.add_adapter(name, config)."
         )
-    name = adapter_name or getattr(config, "adapter_name", "default")
-    if not isinstance(name, str) or not name or "." in name:
-        raise OPLoRAValueError(
-            f"oplora.wrap: adapter_name is {name!r}, expected a word without dots: torch's modules have none in "
-            "their names."
-        )
     try:
-        return get_peft_model(model, config.to_peft() if isinstance(config, OPLoRAConfig) else config, name)
+        if isinstance(config, OPLoRAConfig):
+            return get_peft_model(model, config.to_peft(), adapter_name or config.adapter_name)
+        return get_peft_model(model, config, adapter_name or "default")
     except ValueError as error:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        there = f"{len(linear)} linear layers ({', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''})"
+        there = f"{len(linear)} linear layers: {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}"
         raise OPLoRAValueError(
-            f"oplora.wrap: PEFT refused the configuration, with target_modules={config.target_modules!r} in a model of "
-            f"{there if linear else 'no linear layer'}: {error}"
+            f"oplora.wrap: PEFT refused target_modules={config.target_modules!r}; the model has {there}. {error}"
         ) from error
 
 
@@ -69,10 +63,10 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
 
     Args:
         model: a PeftModel, or a model with injected PEFT layers (transformers' and diffusers' add_adapter).
-        adapter_names: which to fold; by default the active ones.
+        adapter_names: which to fold, with the modules_to_save of theirs; by default the active ones. The others go.
 
     Raises:
-        OPLoRAError: no adapter to fold, one of a type that PEFT does not merge, or NaN in a merged weight; the model is
+        OPLoRAError: no adapter to fold, names of none, modules_to_save of several, one of a type that PEFT does not merge, or NaN in a merged weight; the model is
             left as it was.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer

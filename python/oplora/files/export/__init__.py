@@ -82,9 +82,10 @@ def export_adapter(
             save_adapter wrote, of any model; "peft" makes a folder of such a file, and the other way round.
     """
     source, out = _expanded(source), _expanded(out)
-    if format == "plain" and (base is not None or component is not None):
+    has_place = base is not None or component is not None
+    if format == "plain" and has_place:
         raise OPLoRAValueError("--base and --component say nothing to format plain, which keeps the layers' names.")
-    if format == "plain" or (format == "peft" and base is None and component is None and peft.is_one(source)):
+    if format == "plain" or (format == "peft" and not has_place and peft.is_one(source)):
         peft.save_copies(source, out, is_plain=format == "plain")
         return
     components = from_disk.read_components(source, None if base is None else _expanded(base), component)
