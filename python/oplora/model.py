@@ -66,8 +66,8 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
         adapter_names: which to fold, with the modules_to_save of theirs; by default the active ones. The others go.
 
     Raises:
-        OPLoRAError: no adapter to fold, names of none, modules_to_save of several, one of a type that PEFT does not merge, or NaN in a merged weight; the model is
-            left as it was.
+        OPLoRAError: no adapter to fold, or names of none; one module in modules_to_save of several; an adapter of a
+            type that PEFT does not merge, or NaN in a merged weight; the model is left as it was.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
