@@ -159,6 +159,14 @@ def test_names_of_no_adapter_are_refused(names: Any, message: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_adapter_that_is_tied_as_its_modules_are_gives_the_same() -> None:
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(llama(tie_word_embeddings=True), config)
+    randomise(model)
+    expected = logits(model)
+    torch.testing.assert_close(logits(oplora.merge(model)), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "active"), [("default", "other"), ("other", "default"), ("bare", "default")])
 def test_saved_modules_are_those_of_the_named_adapter(name: str, active: str) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)

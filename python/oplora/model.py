@@ -164,11 +164,18 @@ def _try(model: nn.Module, adapter_names: list[str] | None) -> None:
         inside += (f"{name}.",)
         kind = _kind(layer, adapter_names)
         if kind not in tried or kind is None or not _is_finite(layer, adapter_names):
-            twin: Any = copy.deepcopy(layer)
+            twin: Any = _twin(layer)
             while isinstance(twin, BaseTunerLayer):
                 twin.merge(safe_merge=True, adapter_names=adapter_names)
                 twin = vars(twin)["_modules"]["base_layer"]
         tried.add(kind)
+
+
+def _twin(layer: nn.Module) -> nn.Module:
+    """A copy, without the arguments that PEFT made it with: tensors among them, as of a tied adapter, are no leaves."""
+    arguments = [kwargs for module in layer.modules() if isinstance(kwargs := vars(module).get("kwargs"), dict)]
+    none: dict[int, Any] = {id(kwargs): {} for kwargs in arguments}
+    return copy.deepcopy(layer, none)
 
 
 def _adapters(layer: Any, adapter_names: list[str] | None) -> list[str]:
