@@ -171,7 +171,7 @@ def _try(model: nn.Module, adapter_names: list[str] | None) -> None:
         tried.add(kind)
 
 
-def _twin(layer: nn.Module) -> nn.Module:
+def _twin(layer: Any) -> Any:
     """A copy, without the arguments that PEFT made it with: tensors among them, as of a tied adapter, are no leaves."""
     arguments = [kwargs for module in layer.modules() if isinstance(kwargs := vars(module).get("kwargs"), dict)]
     none: dict[int, Any] = {id(kwargs): {} for kwargs in arguments}
