@@ -468,6 +468,11 @@ def test_merged_model_is_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(oplora.OPLoRAError, match="is no usable path"):
+        oplora.save_adapter(make_model(), tmp_path / "a\0b")
+
+
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(oplora.OPLoRAError, match=r"cannot write into .*file"):
