@@ -231,6 +231,15 @@ def test_folder_of_a_class_without_a_place_asks_for_its_component(tmp_path, caps
     assert export(tmp_path, tmp_path / "out", "diffusers", "--component", "transformer") == 0
 
 
+def test_component_goes_into_a_file_of_peft_that_is_asked_for(tmp_path, bases):
+    case = "sd, rsLoRA"
+    oplora.save_adapter(mapping(adapted(case), case), tmp_path / "source")
+    unet = tmp_path / "source" / "unet"
+    assert export(unet, tmp_path / "x.safetensors", "peft", "--base", bases["sd"]) == 0
+    assert (tmp_path / "x.safetensors").is_file()
+    assert export(tmp_path / "x.safetensors", tmp_path / "again", "diffusers", "--component", "unet") == 0
+
+
 def test_text_encoder_without_a_base_is_no_peft_folder(tmp_path, capsys):
     oplora.save_adapter(adapted("sd, rsLoRA"), tmp_path, format="diffusers")
     assert "Name the pipeline's folder with --base" in refused(capsys, tmp_path, tmp_path / "out", "peft")

@@ -159,6 +159,31 @@ def test_file_merges_as_its_folder_does(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("format", ["peft", "plain"])
+def test_export_makes_a_file_of_any_model_the_folder_that_its_model_gives(tmp_path: Path, format: str) -> None:
+    model = adapted(**CASES["all"])
+    oplora.save_adapter(model, tmp_path / "mine.safetensors")
+    oplora.save_adapter(model, tmp_path / "expected", format=format)
+    assert main(["export", str(tmp_path / "mine.safetensors"), str(tmp_path / "out"), "--format", format]) == 0
+    ours, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "expected"))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
+    read = PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    assert (outputs(read) - outputs(model)).abs().max() <= 1e-6 * outputs(model).abs().max()
+
+
+@pytest.mark.parametrize("format", ["peft", "plain"])
+def test_export_makes_a_folder_of_any_model_a_file_that_merges_as_it_does(tmp_path: Path, format: str) -> None:
+    model = get_peft_model(gpt2(), LoraConfig(r=2, lora_alpha=7, target_modules=["c_attn"], use_rslora=True))
+    randomise(model)
+    gpt2().save_pretrained(tmp_path / "base")
+    oplora.save_adapter(model, tmp_path / "folder", format=format)
+    assert main(["export", str(tmp_path / "folder"), str(tmp_path / "x.safetensors"), "--format", format]) == 0
+    for name in ("x.safetensors", "folder"):
+        merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-out", progress=False)
+    files = [(tmp_path / f"{name}-out/model.safetensors").read_bytes() for name in ("x.safetensors", "folder")]
+    assert files[0] == files[1]
+
+
 def test_file_without_a_configuration_is_refused_by_what_it_lacks(tmp_path: Path) -> None:
     oplora.save_adapter(make_model(), tmp_path / "adapter")
     gpt2().save_pretrained(tmp_path / "base")

@@ -27,13 +27,15 @@ example: oplora merge models/Llama-3.2-1B my-adapter models/Llama-3.2-1B-mine"""
 
 EXPORT = """\
 Write an adapter in the format of other programs. SOURCE is a folder that PEFT wrote, a folder of such folders called
-unet, text_encoder and so on, or diffusers' pytorch_lora_weights.safetensors. OUT is a folder, or NAME.safetensors."""
+unet, text_encoder and so on, a file that oplora.save_adapter wrote, diffusers' pytorch_lora_weights.safetensors, or
+kohya's file, which needs --base. OUT is a folder, or NAME.safetensors."""
 
 FORMATS = """\
 formats:
-  peft       a folder a component, for PeftModel.from_pretrained
-  plain      the same of PEFT's folders, of any model, with rank and alpha one number and the scales in B: for
-             llama.cpp's converter and other readers that take lora_alpha for all layers
+  peft       for PeftModel.from_pretrained, a folder a component; of an adapter that is in this format already, of any
+             model, its folder or its one file
+  plain      the same, of PEFT's format alone, with rank and alpha one number and the scales in B: for llama.cpp's
+             converter and other readers that take lora_alpha for all layers
   diffusers  pytorch_lora_weights.safetensors, for pipeline.load_lora_weights
   kohya      pytorch_lora_weights_kohya.safetensors, for ComfyUI, sd-scripts and others: SD 1.x, 2.x, SDXL, Flux
 
@@ -128,7 +130,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="DIR",
-        help="folder of the pipeline that the adapter is for: checks that they fit; kohya's format needs it for DoRA",
+        help="folder of the pipeline that the adapter is for: checks that they fit; kohya's format needs it for "
+        "DoRA, and to be read",
     )
     parser.add_argument(
         "--component",

@@ -69,13 +69,15 @@ def export_adapter(
 
     Args:
         source, base, component: as for from_disk.read_components.
-        out: the folder to write, or a .safetensors file; for "peft" a folder.
-        format: "peft", "plain", "diffusers" or "kohya". "plain" is made of PEFT's folders, of any model.
+        out: the folder to write, or a .safetensors file.
+        format: "peft", "plain", "diffusers" or "kohya". "plain" is made of PEFT's folders and of files that
+            save_adapter wrote, of any model; "peft" makes a folder of such a file, and the other way round.
     """
-    if format == "plain":
-        if base is not None or component is not None:
-            raise OPLoRAValueError("--base and --component say nothing to format plain, which keeps the layers' names.")
-        peft.save_plain(Path(source), Path(out))
+    has_place = base is not None or component is not None
+    if format == "plain" and has_place:
+        raise OPLoRAValueError("--base and --component say nothing to format plain, which keeps the layers' names.")
+    if format == "plain" or (format == "peft" and not has_place and peft.is_one(Path(source))):
+        peft.save_copies(Path(source), Path(out), is_plain=format == "plain")
         return
     components = from_disk.read_components(Path(source), None if base is None else Path(base), component)
     if format == "peft":
