@@ -121,6 +121,20 @@ def test_warm_up_is_the_searchs_own() -> None:
     assert_same_bits(factors(model), factors(twin))
 
 
+def test_step_before_a_warm_up_has_begun_moves_nothing() -> None:
+    """transformers' warm-ups have 0 for the first step; the search then begins with the second."""
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=0.0)
+    before, rates = factors(model), []
+    for lr, pair in zip((0.0, 0.1, 0.2), batches(3, torch.float32), strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        train_on(model, optimizer, [pair])
+        rates.append(optimizer.found_lr)
+        if lr == 0.0:
+            assert_same_bits(factors(model), before)
+    assert rates[0] == 0.0 and rates[1] == pytest.approx(1e-4) and rates[2] > 1.5e-4
+
+
 @pytest.mark.parametrize("schedule", [lambda t: max(0.0, 1 - t / 40), lambda t: (1 + math.cos(math.pi * t / 40)) / 2])
 def test_schedules_end_at_rest(schedule: Any) -> None:
     model = make_model()

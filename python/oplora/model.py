@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import unwrapped
-from .config import OPLoRAConfig
+from .config import OPLoRAConfig, check_adapter_name
 from .errors import OPLoRATypeError, OPLoRAValueError
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
         adapter_name: by default the OPLoRAConfig's, which is "default".
 
     Raises:
-        OPLoRAError: no layer matches target_modules; the message names some that there are.
+        OPLoRAError: no layer matches target_modules, and the message names some that there are; or PEFT refuses
+            another field.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -43,11 +44,14 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
             "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with "
             "model.add_adapter(name, config)."
         )
+    own = config.adapter_name if isinstance(config, OPLoRAConfig) else "default"
+    name = own if adapter_name is None else adapter_name
+    check_adapter_name(name, "oplora.wrap")
     try:
-        if isinstance(config, OPLoRAConfig):
-            return get_peft_model(model, config.to_peft(), adapter_name or config.adapter_name)
-        return get_peft_model(model, config, adapter_name or "default")
+        return get_peft_model(model, config.to_peft() if isinstance(config, OPLoRAConfig) else config, name)
     except ValueError as error:
+        if "target" not in str(error).lower():
+            raise OPLoRAValueError(f"oplora.wrap: PEFT refused the configuration. {error}") from error
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         there = f"{len(linear)} linear layers: {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}"
         raise OPLoRAValueError(
