@@ -67,6 +67,9 @@ def test_wrap_names_the_layers_that_there_are() -> None:
 def test_wrap_refuses_a_wrapped_model_and_other_configs() -> None:
     with pytest.raises(oplora.OPLoRAError, match="has an adapter already"):
         oplora.wrap(make_model())
+    injected = make_model().base_model.model  # as by transformers' and diffusers' add_adapter; PEFT would begin it anew
+    with pytest.raises(oplora.OPLoRAError, match="has an adapter already"):
+        oplora.wrap(injected)
     for config in ({"r": 3}, IA3Config(target_modules=["first"], feedforward_modules=[])):
         expected = rf"expected \(nn.Module, OPLoRAConfig or .*LoraConfig\), got \(Net, {type(config).__name__}\)"
         with pytest.raises(oplora.OPLoRAError, match=expected):

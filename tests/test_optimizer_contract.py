@@ -975,9 +975,17 @@ def test_grad_scaler_steps_as_without_it_and_skips_infinity(unscale: bool, make:
     assert scaler.get_scale() == 128.0
 
 
+def by_torch(both: Any) -> Any:
+    """As torch.save keeps a model and its optimizer as they are."""
+    torch.save(both, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+    "torch.save": by_torch,
 }
 every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 

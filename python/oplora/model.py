@@ -27,10 +27,11 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
         adapter_name: by default the OPLoRAConfig's, which is "default".
 
     Raises:
-        OPLoRAError: no layer matches target_modules, and the message names some that there are; or PEFT refuses
-            another field.
+        OPLoRAError: an adapter is there already; no layer matches target_modules, and the message names some that there
+            are; or PEFT refuses another field.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = OPLoRAConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, OPLoRAConfig | LoraConfig):
@@ -39,10 +40,10 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
             f"({type(model).__name__}, {type(config).__name__}). For another of PEFT's adapters call "
             "peft.get_peft_model(model, config)."
         )
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise OPLoRAValueError(
-            "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with "
-            "model.add_adapter(name, config)."
+            "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with its "
+            "add_adapter, under another name."
         )
     own = config.adapter_name if isinstance(config, OPLoRAConfig) else "default"
     name = own if adapter_name is None else adapter_name

@@ -31,6 +31,10 @@ class Plain:
         self.of_groups, self._inner = list(of_groups), None
         self._is_divided = any(is_divided(p) for some in of_groups for p in some)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the optimizer that steps them, which has the state in it: a copy makes its own."""
+        return {**self.__dict__, "_inner": None}
+
     def __iter__(self) -> Any:
         return (p for some in self.of_groups for p in some)
 

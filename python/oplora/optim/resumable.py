@@ -163,7 +163,8 @@ class Resumable(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
         held = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
-        return {**held, "_entries": {}, "_seen": ([], [])}
+        state = defaultdict(dict, {p: _with_own_step(entry) for p, entry in self.state.items()})
+        return {**held, "state": state, "_entries": {}, "_seen": ([], [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.keys() != {"state", "param_groups"}:  # a copy
@@ -285,6 +286,12 @@ class Resumable(torch.optim.Optimizer):
         self._is_fresh = self._is_fresh and sum(entry is not None for entry in every) == sum(map(len, tensors))
         self._is_consolidated = False
         return {**saved, "state": state}
+
+
+def _with_own_step(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without the view of a float table as integers, which torch.save refuses."""
+    step = entry.get("step")
+    return {**entry, "step": step.clone()} if isinstance(step, Tensor) else entry
 
 
 def _in_place(mine: Any, saved: Any) -> Any:
