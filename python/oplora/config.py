@@ -1,9 +1,10 @@
 """What `oplora.wrap` puts into a model."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from .errors import OPLoRAValueError
+from .errors import OPLoRATypeError, OPLoRAValueError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -47,6 +48,13 @@ class OPLoRAConfig:
     adapter_name: str = "default"
 
     def __post_init__(self) -> None:
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if not isinstance(patterns, dict):
+                raise OPLoRATypeError(f"oplora.OPLoRAConfig: {name} is {patterns!r}, expected a dict.")
+        alphas = {f"alpha_pattern[{name!r}]": alpha for name, alpha in self.alpha_pattern.items()}
+        for name, value in {"lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout, **alphas}.items():
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise OPLoRATypeError(f"oplora.OPLoRAConfig: {name} is {value!r}, expected a number.")
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise OPLoRAValueError(
