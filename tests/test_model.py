@@ -104,6 +104,8 @@ def test_wrap_names_the_layers_that_there_are_for_pefts_config_too() -> None:
         ("lora_alpha", 0),
         ("lora_alpha", math.nan),
         ("alpha_pattern", {"x": math.inf}),
+        ("alpha_pattern", None),
+        ("alpha_pattern", {"x": "16"}),
         ("lora_dropout", 1.0),
         ("lora_dropout", "0.1"),
         ("bias", "some"),

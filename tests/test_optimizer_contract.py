@@ -236,6 +236,7 @@ def test_layer_whose_state_is_dropped_begins_anew_alone(make: Make) -> None:
 OFFLOADS: dict[str, Callable[[Any], Any]] = {
     "cpu": lambda state: state.update({k: v.cpu() for k, v in state.items() if isinstance(v, Tensor)}),
     "items": lambda state: [state.__setitem__(k, v.cpu()) for k, v in state.items() if isinstance(v, Tensor)],
+    "merged": lambda state: state.__ior__({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}),
     "copies": lambda state: [state.__setitem__(k, v.clone()) for k, v in state.items() if isinstance(v, Tensor)],
 }
 
@@ -1050,6 +1051,23 @@ def test_tensor_itself_may_be_added_as_a_group(make: Make) -> None:
     optimizer, extra = make(make_model()), nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": extra})
     assert optimizer.param_groups[-1]["params"] == [extra]
+
+
+@ours
+@pytest.mark.parametrize("how", ["model", "nameless", "named"])
+def test_added_tensors_without_an_order_are_refused(how: str, make: Make) -> None:
+    optimizer = make(hand_over(make_model(), how))
+    with pytest.raises(TypeError, match="ordered collections"):
+        optimizer.add_param_group({"params": {nn.Parameter(torch.ones(3))}})
+
+
+@ours
+def test_entry_that_is_merged_into_is_what_the_step_reads(make: Make) -> None:
+    model, optimizer = begun(make)
+    entry = optimizer.state[generated(model)[0]]
+    entry |= {"exp_avg_sq": torch.zeros_like(entry["exp_avg_sq"])}
+    go_on(model, optimizer, 1)
+    assert entry["exp_avg_sq"].any()
 
 
 @every

@@ -353,6 +353,10 @@ class Entry(dict[str, Any]):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
+    def __ior__(self, other: Any) -> "Entry":  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
 
 class Batch:
     """Layers that step together. It is made once, and its gradients and parameters are set at every step."""
