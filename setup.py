@@ -91,14 +91,19 @@ def nvcc():
 
 def cuda_archs():
     """The architectures to compile for, and why these."""
-    if asked := os.environ.get("OPLORA_CUDA_ARCHS"):
-        return asked.replace(";", " ").split(), "as OPLORA_CUDA_ARCHS says"
+    if asked := re.findall(r"[^\s;,]+", os.environ.get("OPLORA_CUDA_ARCHS", "")):
+        archs = [name.replace(".", "") for name in asked]  # "9.0" is how nvidia-smi writes it
+        if wrong := [name for name, arch in zip(asked, archs, strict=True) if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
+            raise SystemExit(f'oplora: OPLORA_CUDA_ARCHS has {wrong[0]!r}, expected architectures as in "80 90".')
+        return archs, "as OPLORA_CUDA_ARCHS says"
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
-        return sorted({line.strip().replace(".", "") for line in told.splitlines()}, key=int), "of this machine's GPU"
+        if archs := sorted({line.strip().replace(".", "") for line in told.splitlines()}, key=int):
+            return archs, "of this machine's GPU"
     except (OSError, subprocess.SubprocessError, ValueError):
-        return [OLDEST_ARCH], "no GPU is here; newer ones compile its PTX at first use, OPLORA_CUDA_ARCHS names others"
+        pass  # no driver, or one that is too old to be asked
+    return [OLDEST_ARCH], "no GPU is here; newer ones compile its PTX at first use, OPLORA_CUDA_ARCHS names others"
 
 
 class Library(Extension):

@@ -779,10 +779,11 @@ def test_nonfinite_norm_leaves_the_gradients_for_step_to_refuse() -> None:
 
 
 @pytest.mark.parametrize("preset", ["paper", "auto"])
-@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e30, 7.5e36, 3.4e38])
-def test_extreme_gradients_stay_finite(scale: float, preset: str) -> None:
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e-22, 1e18, 1e30, 7.5e36, 3.4e38])
+def test_extreme_gradients_stay_finite(scale: float, eps: float, preset: str) -> None:
     model = make_model()
-    optimizer = oplora.AdamW(model, **({"lr": 1e-3} if preset == "paper" else {"state": None}))
+    optimizer = oplora.AdamW(model, eps=eps, **({"lr": 1e-3} if preset == "paper" else {"state": None}))
     for step in range(6):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.randn_like(p).sign() * (scale if step < 3 else 1)

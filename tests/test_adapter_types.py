@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -179,13 +180,39 @@ def test_adalora_is_refused_by_name() -> None:
         oplora.AdamW(peft.get_peft_model(Net(), config))
 
 
-def test_prompt_tuning_is_refused_with_the_way_out() -> None:
+def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+
+
+def test_prompt_tuning_is_refused_with_the_way_out() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(oplora.OPLoRAError, match=r"PromptTuningConfig trains prompts.* torch\.optim\.AdamW"):
-        oplora.AdamW(peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), config))
+        oplora.AdamW(peft.get_peft_model(llama(), config))
+
+
+def test_adapter_beside_the_layers_or_over_frozen_adapters_is_refused_by_its_type(tmp_path: Path) -> None:
+    """Neither is helped by another adapter, nor by making the frozen ones trainable."""
+    beside = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    with pytest.raises(oplora.OPLoRAError, match=r"AdaptionPromptConfig trains nothing that oplora knows"):
+        oplora.AdamW(peft.get_peft_model(llama(), beside))
+    oplora.wrap(llama()).save_pretrained(tmp_path)
+    over = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=16, adapters={"a": str(tmp_path)})
+    with pytest.raises(oplora.OPLoRAError, match=r"XLoraConfig trains nothing that oplora knows"):
+        oplora.AdamW(peft.get_peft_model(llama(), over))
+
+
+def test_model_whose_adapter_is_gone_is_asked_for_one() -> None:
+    unloaded = peft.get_peft_model(Net(), peft.LoraConfig(**LORA, target_modules=["first"]))
+    unloaded.unload()
+    deleted = llama()
+    deleted.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    deleted.delete_adapter("default")
+    for model in (unloaded, deleted):
+        with pytest.raises(oplora.OPLoRAError, match=r"has no LoRA layer.*Add one first"):
+            oplora.AdamW(model)
 
 
 def test_sharded_tensors_are_refused_by_who_sharded_them() -> None:

@@ -35,6 +35,30 @@ def test_folder_of_the_file_is_made(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"b/c/a": "new"}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_others_may_read_as_the_umask_says(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic.file(tmp_path / "file") as new:
+            private(new)
+        with atomic.files_in(tmp_path / "folder", "a", lambda *_: False) as new:
+            private(new / "a")
+        with atomic.folder(tmp_path / "whole") as new:
+            (new / "inner").mkdir()
+            private(new / "inner/a")
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder/a", "whole/inner/a")]
+    assert modes == 3 * [0o666 & ~umask]
+
+
+def private(path: Path) -> None:
+    """As safetensors writes: a file of its own, which takes the name."""
+    other = path.with_name("other")
+    other.touch(0o600)
+    other.rename(path)
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "files_in"])
 def test_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, kind: str) -> None:
     target = tmp_path / ("a" if kind == "file" else "b")

@@ -449,6 +449,7 @@ def merge_arguments() -> dict[str, Any]:
         ({"B": np.zeros((3, 2))}, OPLoRATypeError, "B has dtype float64, expected float32"),
         ({"transposed": True}, OPLoRAValueError, "the rows of W"),
         ({"scaling": float("inf")}, OPLoRAValueError, "scaling is infinite"),
+        ({"scaling": -1e39}, OPLoRAValueError, "beyond float32"),
         ({"W": np.zeros((0, 4), np.float32), "B": np.zeros((0, 2), np.float32)}, OPLoRAValueError, "below 1"),
     ],
 )

@@ -63,7 +63,13 @@ def made(folder: Path, cuda_on_cpu: Path, **numbers: object) -> Path:
 def test_a_library_of_other_headers_is_refused(tmp_path: Path, cuda_on_cpu: Path) -> None:
     library = made(tmp_path, cuda_on_cpu, interface="0123456789abcdef")
     told = told_of(library)
-    for part in (str(library), "0123456789abcdef", interface_of(cuda_on_cpu), "OPLORA_CUDA=1 pip install"):
+    for part in (
+        str(library),
+        "0123456789abcdef",
+        interface_of(cuda_on_cpu),
+        "OPLORA_CUDA=1 pip install",
+        "--no-binary=oplora",
+    ):
         assert part in told, told
 
 
@@ -93,7 +99,13 @@ def test_a_driver_that_is_too_old_is_told_before_a_launch(
 
 
 @pytest.mark.parametrize(
-    ("error", "part"), [(209, "OPLORA_CUDA_ARCHS"), (222, "driver for CUDA 13.0 or newer"), (719, "what CUDA says")]
+    ("error", "part"),
+    [
+        (98, "OPLORA_CUDA_ARCHS"),
+        (209, "OPLORA_CUDA_ARCHS"),
+        (222, "driver for CUDA 13.0 or newer"),
+        (719, "what CUDA says"),
+    ],
 )
 def test_an_error_of_a_launch_says_what_to_do(tmp_path: Path, cuda_on_cpu: Path, error: int, part: str) -> None:
     told = told_of(made(tmp_path, cuda_on_cpu, launch_error=error))

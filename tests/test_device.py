@@ -307,6 +307,25 @@ def test_layers_without_gradients_stay(as_device, state):
 
 
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_factor_that_is_frozen_stays(as_device, state, dtype):
+    def go_on(on: bool) -> dict[str, torch.Tensor]:
+        as_device(on)
+        model, optimizer = trained(state=state, dtype=dtype)
+        As = [p for name, p in model.named_parameters() if "lora_A" in name]
+        before = [p.detach().clone() for p in As]
+        for is_trained in (False, True):
+            for p in As:
+                p.requires_grad_(is_trained)
+                p.grad = None
+            train(model, optimizer, 2, dtype)
+            assert all(map(torch.equal, before, As)) != is_trained
+        return factors(model)
+
+    assert_same_bits(go_on(True), go_on(False))
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_rates_reach_the_device_as_numbers_and_as_tensors(as_device, state):
     ends = []
     for as_rate in (float, torch.tensor):
@@ -325,12 +344,35 @@ def test_edits_are_gone_on_from(as_device, state):
     def edited(on: bool) -> dict[str, torch.Tensor]:
         as_device(on)
         model, optimizer = trained(state=state)
-        with torch.no_grad():
-            next(p for n, p in model.named_parameters() if "lora_B" in n).mul_(0.5)
-        if state == "exact":
-            with pytest.warns(UserWarning, match="were changed"):
-                train(model, optimizer, 1)
-        train(model, optimizer, 1)
+        for _ in range(2):  # the second of what has a base
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if "lora_B" in n).add_(0.5)
+            if state == "exact":
+                with pytest.warns(UserWarning, match="were changed"):
+                    train(model, optimizer, 1)
+            train(model, optimizer, 1)
+        return factors(model)
+
+    assert_same_bits(edited(True), edited(False))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("init", ["paper", "keep"])
+def test_edits_before_the_first_step_are_gone_on_from(as_device, state, init):
+    def edited(on: bool) -> dict[str, torch.Tensor]:
+        as_device(on)
+        model = make_model()
+        optimizer = oplora.AdamW(model, lr=1e-2, state=state, init=init if state else None)
+        for _ in range(2):
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p.add_(0.5)
+            optimizer.clip_grad_norm_(1.0)
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) if p.requires_grad else None
+            optimizer.clip_grad_norm_(1.0)
+        train(model, optimizer, 2)
         return factors(model)
 
     assert_same_bits(edited(True), edited(False))
@@ -367,15 +409,16 @@ def test_edits_of_16_bits_that_only_the_kernels_see(as_device, dtype, monkeypatc
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_factors_of_any_layout(as_device, state):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_any_layout(as_device, state, dtype):
     def transposed(on: bool) -> dict[str, torch.Tensor]:
         as_device(on)
-        model = make_model()
+        model = make_model(dtype)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.t().contiguous().t()
         optimizer = oplora.AdamW(model, lr=1e-2, state=state)
-        train(model, optimizer, 3)
+        train(model, optimizer, 3, dtype)
         return factors(model)
 
     assert_same_bits(transposed(True), transposed(False))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_doctor_says_how_to_mend_what_is_missing(
     monkeypatch.setattr(doctor, "NEEDED", ("torch", "no-such-package"))
     assert main(["doctor"]) == 2
     assert "no-such-package: oplora needs it: pip install no-such-package" in capsys.readouterr().out
+
+
+def test_doctor_says_which_version_is_too_old(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: "0.9.1" if name == "peft" else version(name))
+    assert main(["doctor"]) == 2
+    assert "peft: oplora needs peft>=0.20: pip install 'peft>=0.20'" in capsys.readouterr().out
 
 
 def test_check_that_fails_keeps_no_other_from_being_made(
@@ -68,6 +77,30 @@ def test_command_answers_without_torch(command: list[str]) -> None:
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "oplora" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["export", "plot"])
+def test_path_that_cannot_be_looked_at_is_told_in_a_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["out", "--format", "plain"] if command == "export" else []
+    assert main([command, 300 * "a", *more]) == 2
+    assert capsys.readouterr().err.startswith("oplora: [Errno 36] File name too long: 'aaa")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_report_that_nobody_can_read_ends_without_a_traceback(full: bool) -> None:
+    code = "import sys; from oplora import __main__, doctor\ndoctor.report = lambda: print(10**6 * 'x') or True\n"
+    code += "sys.exit(__main__.main(['doctor']))"
+    with Path("/dev/full").open("w") as file:
+        stdout = file if full else subprocess.PIPE
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True
+        ) as process:
+            if process.stdout is not None:
+                process.stdout.close()
+            assert process.stderr is not None
+            said = process.stderr.read()
+    assert process.returncode == (2 if full else 141)
+    assert said == ("oplora: [Errno 28] No space left on device.\n" if full else "")
 
 
 def test_version_stands_in_one_place() -> None:

@@ -13,8 +13,10 @@ import pytest
 import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import BdLoraConfig, IA3Config, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import oplora
@@ -241,6 +243,15 @@ def test_half_precision_factors_are_folded_in_float32(tmp_path):
         assert torch.equal(file.get_tensor(key), B.float() * (3 / 2))
 
 
+def test_layers_that_the_active_adapter_leaves_alone_are_not_in_the_file(tmp_path):
+    unet = add_adapter(tiny_pipelines.stable_diffusion().unet, LoraConfig(r=2, target_modules=["to_q"]))
+    unet.add_adapter(LoraConfig(r=3, target_modules=["to_k"]), adapter_name="other")
+    unet.set_adapter("other")
+    oplora.save_adapter(unet, tmp_path / "x.safetensors", format="diffusers")
+    keys = load_file(tmp_path / "x.safetensors")
+    assert keys and all(".to_k.lora_" in key for key in keys)
+
+
 # ---- what is refused ----
 
 
@@ -278,6 +289,24 @@ def embedding(pipeline: DiffusionPipeline) -> nn.Module:
     return text_encoder
 
 
+def no_adapter_active(pipeline: DiffusionPipeline) -> nn.Module:
+    for module in pipeline.unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([])
+    return pipeline.unet
+
+
+def blocks(_: DiffusionPipeline) -> Any:
+    config = LoraConfig(r=2, target_modules=["0"], use_bdlora=BdLoraConfig(target_modules_bd_a=["0"], nblocks=2))
+    return {"transformer": get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)}
+
+
+def two_transformers(_: DiffusionPipeline) -> Any:
+    config = LoraConfig(r=2, target_modules=["0"])
+    names = "transformer", "transformer_2"
+    return {name: get_peft_model(nn.Sequential(nn.Linear(4, 4)), config) for name in names}
+
+
 def no_place(_: DiffusionPipeline) -> nn.Module:
     return get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
 
@@ -291,6 +320,9 @@ REFUSALS = {
     with_config(modules_to_save=["conv_in"]): r"modules_to_save=\['conv_in'\]",
     ia3: "peft.tuners.ia3.layer.Linear; diffusers' and kohya's files hold LoRA",
     embedding: "token_embedding.*Embedding, lora_embedding",
+    no_adapter_active: "has no active adapter. Call set_adapter with one of: default",
+    blocks: r"transformer\.0 \(Linear, BdLoraLinearVariant\) is none that",
+    two_transformers: r"no layers of transformer_2 .*'transformer': pipeline.transformer_2",
     no_place: "Sequential has no place of its own in a diffusers pipeline",
     lambda _: tiny_pipelines.stable_diffusion(): "no part of the StableDiffusionPipeline has an adapter; it has vae",
     lambda _: tiny_pipelines.stable_diffusion().unet: "UNet2DConditionModel has no adapter",

@@ -166,6 +166,15 @@ def edit(folder: Path, **settings: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
+@pytest.mark.filterwarnings("default")
+def test_warning_is_told_as_errors_are(bases, tmp_path, capsys):
+    case = "sd, DoRA"
+    oplora.save_adapter(mapping(adapted(case), case), tmp_path / "peft")
+    capsys.readouterr()
+    assert export(tmp_path / "peft", tmp_path / "out", "kohya", "--base", bases["sd"]) == 0
+    assert capsys.readouterr().err.startswith("oplora: this adapter has DoRA. ComfyUI reads")
+
+
 def test_another_architecture_is_refused_with_both_shapes(peft_folder, bases, tmp_path, capsys):
     message = refused(capsys, peft_folder, tmp_path / "out", "kohya", "--base", bases["sdxl"])
     assert "attn2.to_k is for a weight of shape (16, 16), and there it is (16, 32)" in message
@@ -231,6 +240,15 @@ def test_folder_of_a_class_without_a_place_asks_for_its_component(tmp_path, caps
     assert export(tmp_path, tmp_path / "out", "diffusers", "--component", "transformer") == 0
 
 
+def test_component_goes_into_a_file_of_peft_that_is_asked_for(tmp_path, bases):
+    case = "sd, rsLoRA"
+    oplora.save_adapter(mapping(adapted(case), case), tmp_path / "source")
+    unet = tmp_path / "source" / "unet"
+    assert export(unet, tmp_path / "x.safetensors", "peft", "--base", bases["sd"]) == 0
+    assert (tmp_path / "x.safetensors").is_file()
+    assert export(tmp_path / "x.safetensors", tmp_path / "again", "diffusers", "--component", "unet") == 0
+
+
 def test_text_encoder_without_a_base_is_no_peft_folder(tmp_path, capsys):
     oplora.save_adapter(adapted("sd, rsLoRA"), tmp_path, format="diffusers")
     assert "Name the pipeline's folder with --base" in refused(capsys, tmp_path, tmp_path / "out", "peft")
@@ -254,6 +272,21 @@ ODD_KOHYA = {
     "LoKr": ({f"{KOHYA}.lokr_w1": (2, 2), f"{KOHYA}.alpha": ()}, "lokr_w1. LoHa, LoKr and the like"),
     "half a layer": ({f"{KOHYA}.lora_down.weight": (2, 4)}, "1 of 1 layers are not lora_down, lora_up and alpha"),
     "two ranks": ({f"{KOHYA}.lora_down.weight": (2, 4), f"{KOHYA}.lora_up.weight": (4, 3)}, "do not go together"),
+    "no matrix": ({f"{KOHYA}.lora_down.weight": (2,), f"{KOHYA}.lora_up.weight": (4, 2)}, "do not go together"),
+    "a number": ({f"{KOHYA}.lora_down.weight": (), f"{KOHYA}.lora_up.weight": (4, 2)}, "do not go together"),
+    "no rank": ({f"{KOHYA}.lora_down.weight": (0, 4), f"{KOHYA}.lora_up.weight": (4, 0)}, "do not go together"),
+    "three alphas": (
+        {f"{KOHYA}.lora_down.weight": (2, 16), f"{KOHYA}.lora_up.weight": (16, 2), f"{KOHYA}.alpha": (3,)},
+        "alpha of (3,). They do not go together",
+    ),
+    "DoRA of other rows": (
+        {f"{KOHYA}.lora_down.weight": (2, 16), f"{KOHYA}.lora_up.weight": (16, 2), f"{KOHYA}.dora_scale": (3, 1)},
+        "dora_scale of (3, 1). They do not go together",
+    ),
+    "DoRA of another model": (
+        {f"{KOHYA}.lora_down.weight": (2, 4), f"{KOHYA}.lora_up.weight": (4, 2), f"{KOHYA}.dora_scale": (4, 1)},
+        "is for a weight of shape (4, 4), and there it is",
+    ),
 }
 
 
@@ -264,6 +297,48 @@ def test_kohyas_file_that_does_not_fit_is_refused_by_name(case, bases, tmp_path,
     arguments = (tmp_path / "in.safetensors", tmp_path / "out", "diffusers", "--base", bases["sd"])
     assert message in refused(capsys, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+PAIR = {"unet.x.lora_A.weight": torch.ones(2, 8), "unet.x.lora_B.weight": torch.ones(8, 2)}
+DAMAGED = {
+    "metadata that is no JSON": (PAIR, "no JSON", "is no valid JSON"),
+    "metadata that is no object": (PAIR, "[1]", "holds a JSON list, expected an object"),
+    "metadata that is deep": (PAIR, 100_000 * "[", "is no valid JSON"),
+    "no tensors": ({}, "{}", "holds no tensors"),
+    "a number for A": (PAIR | {"unet.x.lora_A.weight": torch.ones(())}, "{}", "lora_A of shape ()"),
+    "no rank": ({"unet.x.lora_A.weight": torch.ones(0, 8), "unet.x.lora_B.weight": torch.ones(8, 0)}, "{}", "(0, 8)"),
+    "integers": (PAIR | {"unet.x.lora_B.weight": torch.ones(8, 2).int()}, "{}", "lora_B of layer x is int32"),
+    "8 bits": (PAIR | {"unet.x.lora_B.weight": torch.ones(8, 2).to(torch.float8_e5m2)}, "{}", "is float8_e5m2"),
+    "DoRA of other rows": (PAIR | {"unet.x.lora_magnitude_vector": torch.ones(3)}, "{}", "has shape (3,), expected 8"),
+    "three alphas": (
+        {key.replace("unet", "transformer"): tensor for key, tensor in PAIR.items()}
+        | {"transformer.x.alpha": torch.ones(3)},
+        "{}",
+        "alpha of layer x has shape (3,), expected 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_file_of_diffusers_is_refused_by_what_is_wrong(case, tmp_path, capsys):
+    tensors, metadata, message = DAMAGED[case]
+    save_file(tensors, tmp_path / FILE, {"lora_adapter_metadata": metadata})
+    assert message in refused(capsys, tmp_path, tmp_path / "out", "diffusers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mapping", ["UNet2DConditionModel", [1], {"base_model_class": 3}, {"base_model_class": [1]}])
+def test_configuration_that_names_no_class_asks_for_the_component(mapping, peft_folder, tmp_path, capsys):
+    edit(peft_folder / "unet", auto_mapping=mapping)
+    assert "of unknown class" in refused(capsys, peft_folder / "unet", tmp_path / "out", "diffusers")
+
+
+def test_folders_that_no_pipeline_has_are_refused_by_name(peft_folder, tmp_path, capsys):
+    (peft_folder / "unet").rename(peft_folder / "checkpoint-500")
+    message = refused(capsys, peft_folder, tmp_path / "out", "diffusers")
+    assert "has adapters in checkpoint-500, and no part of a pipeline is called so" in message
+    message = refused(capsys, peft_folder / "checkpoint-500", tmp_path / "out", "peft", "--component", "../unet")
+    assert "--component '../unet' is no part of a pipeline" in message
 
 
 def test_kohyas_file_without_a_base_asks_for_it(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """format="plain": PEFT's files whose one alpha is right for every layer, and adapters in one file."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -69,6 +70,24 @@ def test_alpha_alone_scales_every_layer_of_a_plain_file_rightly(tmp_path: Path, 
         torch.testing.assert_close(product, modules[name].get_delta_weight("default"), rtol=1e-6, atol=1e-6)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.last = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attn(x, x, x)[0])
+
+
+def test_layer_inside_multihead_attention_is_scaled_as_its_attention(tmp_path: Path) -> None:
+    base, config = Attention(), {"alpha_pattern": {"attn": 9}, "rank_pattern": {"attn": 3}}
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["attn", "last"], **config)).eval()
+    randomise(model)
+    oplora.save_adapter(model, tmp_path, format="plain")
+    x = torch.randn(4, 1, 8)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_rank_and_alpha_of_a_plain_file_are_one_number_for_all_layers(tmp_path: Path) -> None:
     oplora.save_adapter(adapted(**CASES["all"]), tmp_path, format="plain")
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -132,6 +151,43 @@ def test_export_refuses_what_is_no_folder_of_peft(tmp_path: Path, capsys: pytest
     assert "holds no adapter_config.json" in capsys.readouterr().err
 
 
+def test_files_that_nobody_may_write_become_ones_that_their_owner_may(tmp_path: Path) -> None:
+    oplora.save_adapter(make_model(), tmp_path / "peft")
+    for path in (tmp_path / "peft").iterdir():
+        path.chmod(0o444)
+    assert main(["export", str(tmp_path / "peft"), str(tmp_path / "plain"), "--format", "plain"]) == 0
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "plain").iterdir())
+
+
+X = "base_model.model.first"
+A, B = torch.ones(3, 13), torch.ones(21, 3)
+DAMAGED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
+    "field": ({}, {"new": 1}, "peft/adapter_config.json: new is 1, a field that"),
+    "no B": ({f"{X}.lora_A.weight": A}, {}, "peft/adapter_model.safetensors: layer first has no lora_B"),
+    "no tensors": ({"other": A}, {}, "peft/adapter_model.safetensors holds no lora_A and lora_B"),
+    "two ranks": ({f"{X}.lora_A.weight": A, f"{X}.lora_B.weight": B[:, :2].clone()}, {}, "do not go together"),
+    "another rank": ({f"{X}.lora_A.weight": A, f"{X}.lora_B.weight": B}, {"r": 2}, "with rank 2 in its configuration"),
+    "a number": ({f"{X}.lora_A.weight": A.sum(), f"{X}.lora_B.weight": B}, {}, "lora_A of shape ()"),
+    "integers": ({f"{X}.lora_A.weight": A.int(), f"{X}.lora_B.weight": B}, {}, "lora_A of layer first is int32"),
+    "8 bits": ({f"{X}.lora_A.weight": A.to(torch.float8_e5m2), f"{X}.lora_B.weight": B}, {}, "first is float8_e5m2"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_adapter_is_refused_by_its_own_name(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, fields, message = DAMAGED[case]
+    oplora.save_adapter(make_model(), tmp_path / "peft")
+    config = tmp_path / "peft" / CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    if tensors:
+        save_file(tensors, tmp_path / "peft" / WEIGHTS)
+    assert main(["export", str(tmp_path / "peft"), str(tmp_path / "out"), "--format", "plain"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- one file ----
 
 
@@ -156,6 +212,31 @@ def test_file_merges_as_its_folder_does(tmp_path: Path) -> None:
         oplora.save_adapter(model, tmp_path / name)
         merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-out", progress=False)
     files = [(tmp_path / f"{name}-out/model.safetensors").read_bytes() for name in ("mine.safetensors", "folder")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("format", ["peft", "plain"])
+def test_export_makes_a_file_of_any_model_the_folder_that_its_model_gives(tmp_path: Path, format: str) -> None:
+    model = adapted(**CASES["all"])
+    oplora.save_adapter(model, tmp_path / "mine.safetensors")
+    oplora.save_adapter(model, tmp_path / "expected", format=format)
+    assert main(["export", str(tmp_path / "mine.safetensors"), str(tmp_path / "out"), "--format", format]) == 0
+    ours, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("out", "expected"))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
+    read = PeftModel.from_pretrained(llama(), tmp_path / "out").eval()
+    assert (outputs(read) - outputs(model)).abs().max() <= 1e-6 * outputs(model).abs().max()
+
+
+@pytest.mark.parametrize("format", ["peft", "plain"])
+def test_export_makes_a_folder_of_any_model_a_file_that_merges_as_it_does(tmp_path: Path, format: str) -> None:
+    model = get_peft_model(gpt2(), LoraConfig(r=2, lora_alpha=7, target_modules=["c_attn"], use_rslora=True))
+    randomise(model)
+    gpt2().save_pretrained(tmp_path / "base")
+    oplora.save_adapter(model, tmp_path / "folder", format=format)
+    assert main(["export", str(tmp_path / "folder"), str(tmp_path / "x.safetensors"), "--format", format]) == 0
+    for name in ("x.safetensors", "folder"):
+        merge_checkpoint(tmp_path / "base", tmp_path / name, tmp_path / f"{name}-out", progress=False)
+    files = [(tmp_path / f"{name}-out/model.safetensors").read_bytes() for name in ("x.safetensors", "folder")]
     assert files[0] == files[1]
 
 

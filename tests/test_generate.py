@@ -127,6 +127,16 @@ def test_generate_ignores_columns_of_units_that_are_off() -> None:
     assert torch.allclose(oplora.generate(z, W1, c1, W2, c2), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_generate_hands_nan_on(where: int, columns: bool, dtype: torch.dtype) -> None:
+    args = arguments(4, 6, 64, dtype, columns)
+    args[where].view(-1)[0] = float("nan")
+    assert oplora.generate(*args).isnan().all()
+    assert torch.ops.oplora.generate_backward(args[4], *args[:4])[3].isnan().any()
+
+
 def test_generate_refuses_second_derivatives() -> None:
     args = [a.requires_grad_() for a in arguments(3, 2, 4)]
     (grad_z,) = torch.autograd.grad(oplora.generate(*args).square().sum(), args[:1], create_graph=True)

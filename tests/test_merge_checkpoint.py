@@ -264,11 +264,19 @@ def test_merge_never_overwrites_a_folder_without_a_model(tmp_path: Path) -> None
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("out", ["base", "adapter", ".", "base/merged"])
+@pytest.mark.parametrize("out", ["base", "adapter", ".", "base/merged", "/"])
 def test_merge_refuses_an_out_around_or_inside_its_sources(tmp_path: Path, out: str) -> None:
     tiny(tmp_path)
     with pytest.raises(OPLoRAValueError, match="contain each other"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / out, overwrite=True, progress=False)
+
+
+def test_merge_keeps_the_name_of_a_file_that_is_a_link(tmp_path: Path) -> None:
+    tiny(tmp_path)  # the hub's cache links models to files that are called by their hashes
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "0a1b2c")
+    (tmp_path / "base/flux.safetensors").symlink_to("../0a1b2c")
+    merge_checkpoint(tmp_path / "base/flux.safetensors", tmp_path / "adapter", tmp_path / "out", progress=False)
+    assert os.listdir(tmp_path / "out") == ["flux.safetensors"]
 
 
 def test_merge_fills_an_empty_out(tmp_path: Path) -> None:

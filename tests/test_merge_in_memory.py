@@ -141,6 +141,62 @@ def test_only_named_adapters_are_merged() -> None:
     torch.testing.assert_close(logits(oplora.merge(model, ["default"])), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["othre"], "no adapter is named 'othre'; the model has 'default', 'other'"),
+        (["default", "othre"], "no adapter is named 'othre'"),
+        ("default", "adapter_names is 'default', expected a list of some of 'default', 'other'"),
+        ([], r"adapter_names is \[\], expected a list"),
+    ],
+)
+def test_names_of_no_adapter_are_refused(names: Any, message: str) -> None:
+    model = adapted(llama(), injected=False)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    expected = logits(model)
+    with pytest.raises(oplora.OPLoRAError, match=message):
+        oplora.merge(model, names)
+    assert torch.equal(logits(model), expected)
+
+
+def test_adapter_that_is_tied_as_its_modules_are_gives_the_same() -> None:
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(llama(tie_word_embeddings=True), config)
+    randomise(model)
+    expected = logits(model)
+    torch.testing.assert_close(logits(oplora.merge(model)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "active"), [("default", "other"), ("other", "default"), ("bare", "default")])
+def test_saved_modules_are_those_of_the_named_adapter(name: str, active: str) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", config)
+    model.add_adapter("bare", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for number, head in enumerate(model.base_model.model.lm_head.modules_to_save.values()):
+        head.weight.data += number + 1
+    model.set_adapter(name)
+    expected = logits(model)
+    model.set_adapter(active)
+    torch.testing.assert_close(logits(oplora.merge(model, [name])), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_modules_of_two_adapters_are_refused() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(llama(), config)
+    model.add_adapter("other", config)
+    with pytest.raises(oplora.OPLoRAError, match="lm_head is in modules_to_save of default, other"):
+        oplora.merge(model, ["default", "other"])
+    assert model.base_model.model.lm_head.active_adapters == ["default"]
+
+
+def test_merge_of_no_active_adapter_is_refused() -> None:
+    model = adapted(llama(), injected=True)
+    model.set_adapter([])
+    with pytest.raises(oplora.OPLoRAError, match=r"no adapter is active.*some of 'default'"):
+        oplora.merge(model)
+
+
 def test_merging_takes_about_the_time_that_peft_takes() -> None:
     def make() -> nn.Module:
         layers = nn.Sequential(*(nn.Linear(512, 512) for _ in range(24)))

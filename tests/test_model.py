@@ -67,6 +67,9 @@ def test_wrap_names_the_layers_that_there_are() -> None:
 def test_wrap_refuses_a_wrapped_model_and_other_configs() -> None:
     with pytest.raises(oplora.OPLoRAError, match="has an adapter already"):
         oplora.wrap(make_model())
+    injected = make_model().base_model.model  # as by transformers' and diffusers' add_adapter; PEFT would begin it anew
+    with pytest.raises(oplora.OPLoRAError, match="has an adapter already"):
+        oplora.wrap(injected)
     for config in ({"r": 3}, IA3Config(target_modules=["first"], feedforward_modules=[])):
         expected = rf"expected \(nn.Module, OPLoRAConfig or .*LoraConfig\), got \(Net, {type(config).__name__}\)"
         with pytest.raises(oplora.OPLoRAError, match=expected):
@@ -96,14 +99,38 @@ def test_wrap_names_the_layers_that_there_are_for_pefts_config_too() -> None:
         ("r", 0),
         ("r", 2.5),
         ("rank_pattern", {"x": -1}),
+        ("rank_pattern", None),
+        ("lora_alpha", "16"),
+        ("lora_alpha", 0),
+        ("lora_alpha", math.nan),
+        ("alpha_pattern", {"x": math.inf}),
+        ("alpha_pattern", None),
+        ("alpha_pattern", {"x": "16"}),
         ("lora_dropout", 1.0),
+        ("lora_dropout", "0.1"),
         ("bias", "some"),
         ("target_modules", []),
+        ("modules_to_save", "lm_head"),
+        ("adapter_name", "a.b"),
     ],
 )
 def test_config_is_checked_when_made(field: str, value: object) -> None:
-    with pytest.raises(oplora.OPLoRAError, match=field if field != "rank_pattern" else "rank x"):
+    expected = f"{field.removesuffix('_pattern')} x is" if isinstance(value, dict) else field
+    with pytest.raises(oplora.OPLoRAError, match=expected):
         oplora.OPLoRAConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("init_lora_weights", "sideways"), ("task_type", "poetry")])
+def test_wrap_says_that_a_field_is_refused_and_nothing_of_layers(field: str, value: str) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=rf"PEFT refused the configuration.*{value}") as caught:
+        oplora.wrap(Net(), oplora.OPLoRAConfig(**{field: value}))
+    assert "linear layers" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.b", ""])
+def test_wrap_refuses_a_name_that_no_module_can_have(name: str) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"oplora\.wrap: adapter_name is .* without dots"):
+        oplora.wrap(Net(), LoraConfig(target_modules=["first"]), adapter_name=name)
 
 
 # ---- merge ----
@@ -466,6 +493,11 @@ def test_merged_model_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(oplora.OPLoRAError, match="is merged into its base"):
         oplora.save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(oplora.OPLoRAError, match="is no usable path"):
+        oplora.save_adapter(make_model(), tmp_path / "a\0b")
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:

@@ -100,6 +100,29 @@ def test_first_step_and_every_nth_are_recorded(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)[1:]] == [1, 4, 8]
 
 
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_step_may_be_any_librarys_integer(kind: Any, tmp_path: Path) -> None:
+    monitor = oplora.Monitor(tmp_path, oplora.AdamW(make_model()), every=4)
+    monitor(step=kind(8))
+    assert lines(tmp_path)[-1]["step"] == 8
+
+
+def test_step_that_is_no_integer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(oplora.OPLoRAError, match=r"step is 0\.5, expected a whole number"):
+        oplora.Monitor(tmp_path, oplora.AdamW(make_model()))(step=0.5)
+
+
+def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    oplora.Monitor("~/run", oplora.AdamW(model))(1.0)
+    oplora.save_adapter(model, "~/adapter")
+    assert plot_run("~/run") == tmp_path / "run/monitor.png"
+    assert main(["export", "~/adapter", "~/plain.safetensors", "--format", "plain"]) == 0
+    assert {path.name for path in tmp_path.glob("[!.]*")} == {"run", "adapter", "plain.safetensors"}
+
+
 def test_nothing_is_computed_on_steps_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     monitor = oplora.Monitor(tmp_path, oplora.AdamW(model), every=1000)
@@ -515,6 +538,12 @@ def test_shares_of_the_layers_are_drawn_together(tmp_path: Path) -> None:
         ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1, "stats": {}}\n', "line 2 of"),
         ('{"format": 1, "layers": "a", "numbers": []}\n', "line 1 of"),
         ('{"format": 1, "layers": ["a"], "numbers": []}\n\udcff\n', "line 2 of"),
+        ('{"format": 1, "layers": [["a"]], "numbers": []}\n', "line 1 of"),
+        ('{"format": 1, "layers": ["a"], "processes": "x"}\n', "line 1 of"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1e999, "stats": {"lr": [1]}}\n', "line 2 of"),
+        ('{"format": 1, "layers": ["a"], "numbers": []}\n{"step": 1e30, "stats": {"lr": [1]}}\n', "line 2 of"),
+        (f'{{"format": 1, "layers": ["a"], "numbers": []}}\n{{"step": 1, "loss": 1{400 * "0"}}}\n', "line 2 of"),
+        (100_000 * "[" + "\n", "line 1 of"),
         ('{"format": 2, "layers": ["a"]}\n', "line 1 of .* begins format 2, and this oplora reads 1"),
     ],
 )
@@ -551,6 +580,11 @@ def test_picture_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) ->
     with pytest.raises(oplora.OPLoRAError, match=r"cannot write .*unknown"):
         plot_run(tmp_path, tmp_path / "old.unknown")
     assert (tmp_path / "old.unknown").read_text() == "old"
+
+
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "monitor.jsonl", ["$a^{$", "b_$"], steps=[1, 2])
+    assert plot_run(tmp_path).is_file()
 
 
 def test_plot_leaves_the_callers_backend(tmp_path: Path) -> None:

@@ -110,8 +110,10 @@ def test_a_plan_of_a_lazily_negated_view_is_refused(as_device, monkeypatch) -> N
     *_, optimizer = planned("lean")
     (engine,) = optimizer._stepper.engines
     engine.state.scalars = torch._neg_view(engine.state.scalars)
+    held = engine.state.numbers._use_count()
     with pytest.raises(RuntimeError, match="lazily negated"):
         engine.generate(engine.states[0])
+    assert engine.state.numbers._use_count() == held  # nothing is kept
 
 
 # ---- schemas ----

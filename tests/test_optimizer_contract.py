@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same_bits, batches, factors, make_model, train, train_on
-from peft import get_peft_model_state_dict
+from conftest import Net, assert_same_bits, batches, factors, make_model, train, train_on
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter_from_state_dict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
@@ -236,6 +236,7 @@ def test_layer_whose_state_is_dropped_begins_anew_alone(make: Make) -> None:
 OFFLOADS: dict[str, Callable[[Any], Any]] = {
     "cpu": lambda state: state.update({k: v.cpu() for k, v in state.items() if isinstance(v, Tensor)}),
     "items": lambda state: [state.__setitem__(k, v.cpu()) for k, v in state.items() if isinstance(v, Tensor)],
+    "merged": lambda state: state.__ior__({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)}),
     "copies": lambda state: [state.__setitem__(k, v.clone()) for k, v in state.items() if isinstance(v, Tensor)],
 }
 
@@ -299,6 +300,40 @@ def test_state_of_handed_over_parameters_goes_on_bit_for_bit(hand_over: Callable
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
     twin.load_state_dict(model.state_dict())
     assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+
+
+def in_groups(model: nn.Module, *orders: list[int]) -> list[dict[str, Any]]:
+    named = list(trained(model).items())
+    return [{"params": [named[i] for i in order]} for order in orders]
+
+
+@ours
+def test_state_of_named_tensors_is_loaded_in_whatever_order_they_are(make: Make) -> None:
+    """torch goes by places, but writes no values: here they would get into another layer."""
+    sizes = {"target_modules": ["first", "second"], "bias": "all"}
+    model, twin = (get_peft_model(Net((8, 8, 8)), LoraConfig(r=2, **sizes)) for _ in range(2))
+    of_first, of_second = [0, 1, 2], [3, 4, 5]  # bias, A and B of each layer
+    optimizer = make(in_groups(model, [*of_first, *of_second[1:]], of_second[:1]))
+    resumed = make(in_groups(twin, [*of_second[1:], *reversed(of_first)], of_second[:1]))
+    go_on(model, optimizer)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(bits(twin), bits(model))
+    for (name, p), its in zip(trained(model).items(), trained(twin).values(), strict=True):
+        for key in moments_of(optimizer.state[p]):
+            assert torch.equal(optimizer.state[p][key], resumed.state[its][key]), name
+
+
+@ours
+def test_state_of_tensors_that_were_in_other_groups_is_refused_and_nothing_changed(make: Make) -> None:
+    config = LoraConfig(r=2, target_modules=["first", "second"])
+    model, twin = (get_peft_model(Net((8, 8, 8)), config) for _ in range(2))
+    optimizer, other = make(in_groups(model, [0, 1], [2, 3])), make(in_groups(twin, [2, 3], [0, 1]))
+    go_on(model, optimizer)
+    before = everything(twin, other)
+    with pytest.raises(oplora.OPLoRAError, match=r"group 0 has .*second.* where the saved one has .*first"):
+        other.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_trees(everything(twin, other), before)
 
 
 @every
@@ -519,6 +554,28 @@ def test_gradient_edited_after_clipping_is_stepped_as_it_is(edit: Callable[[Tens
 
 
 @every
+def test_loop_that_is_compiled_whole_trains_as_the_uncompiled_one(make: Make) -> None:
+    (model, optimizer), (twin, other) = begun(make, bias="all"), begun(make, bias="all")
+
+    def one_step(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        if hasattr(optimizer, "clip_grad_norm_"):
+            optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+        return loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(one_step, backend="eager")
+    for pair in batches(3, torch.float32):
+        torch.testing.assert_close(compiled(model, optimizer, *pair), one_step(twin, other, *pair))
+    for name, p in bits(model).items():
+        torch.testing.assert_close(p, bits(twin)[name], rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@every
 def test_closure_is_evaluated_with_gradients_once_and_returned(make: Make) -> None:
     (model, optimizer), (twin, other) = begun(make), begun(make)
     calls = []
@@ -550,6 +607,168 @@ def test_step_without_any_gradient_changes_nothing(make: Make) -> None:
     before = everything(model, optimizer)
     optimizer.step()
     assert_same_trees(everything(model, optimizer), before)
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("edited", ["lora_A", "second"])
+@pytest.mark.filterwarnings("ignore:oplora. the factors of:UserWarning")
+def test_state_saved_after_an_edit_goes_on_bit_for_bit(edited: str, dtype: torch.dtype, make: Make) -> None:
+    """As where an average is swapped in before saving: what is resumed is what was there."""
+    model, optimizer = begun(make, dtype, steps=5)
+    twin = make_model(dtype)
+    resumed = make(twin)
+    for name, p in trained(model).items():
+        if edited in name:
+            p.data.mul_(0.5).add_(0.25)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saving_while_an_average_is_swapped_in_leaves_the_run_as_it_is(dtype: torch.dtype, make: Make) -> None:
+    (model, optimizer), (twin, other) = begun(make, dtype, steps=5), begun(make, dtype, steps=5)
+    before = bits(model)
+    with torch.no_grad():
+        for p in trained(model).values():
+            p.mul_(0.5)
+        optimizer.state_dict()
+        for name, p in trained(model).items():
+            p.copy_(before[name])
+    assert_same_bits(go_on(model, optimizer), go_on(twin, other))
+
+
+def test_edit_of_one_bfloat16_factor_makes_no_start_of_its_neighbours_rounding() -> None:
+    model, optimizer = begun(OURS["exact"], torch.bfloat16)
+    A, B = generated(model)[:2]
+    A.data.mul_(2)
+    give_gradients(model)
+    with pytest.warns(UserWarning, match="were changed"):
+        optimizer.step()
+    assert "base" in optimizer.state[A] and "base" not in optimizer.state[B]
+
+
+FROZEN = ("lora_A", "lora_B")
+
+
+def freeze(model: nn.Module, what: str, on: bool) -> None:
+    for name, p in model.named_parameters():
+        if what in name:
+            p.requires_grad_(not on)
+            p.grad = None
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("what", FROZEN)
+def test_factor_that_is_frozen_in_training_stays_while_the_other_moves(
+    what: str, dtype: torch.dtype, make: Make
+) -> None:
+    model, optimizer = begun(make, dtype, steps=5)
+    freeze(model, what, True)
+    before = factors(model)
+    go_on(model, optimizer, 5)
+    for name, p in factors(model).items():
+        assert torch.equal(p, before[name]) == (what in name)
+
+
+@every
+@pytest.mark.parametrize("what", FROZEN)
+def test_factor_that_is_unfrozen_again_goes_on_from_where_it_stayed(what: str, make: Make) -> None:
+    model, optimizer = begun(make, torch.float64, steps=5)
+    freeze(model, what, True)
+    before = factors(model)
+    go_on(model, optimizer, 50)
+    freeze(model, what, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody has edited anything
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-9
+        go_on(model, optimizer, 1)
+    for name, p in factors(model).items():
+        if what in name:
+            torch.testing.assert_close(p, before[name], rtol=0, atol=1e-4)
+            assert not torch.equal(p, before[name])
+
+
+@ours
+@pytest.mark.parametrize("what", FROZEN)
+def test_state_with_a_frozen_factor_goes_on_bit_for_bit(what: str, make: Make) -> None:
+    model, optimizer = begun(make, steps=5)
+    freeze(model, what, True)
+    go_on(model, optimizer)
+    twin = make_model()
+    resumed = make(twin)
+    freeze(twin, what, True)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+    for each in (model, twin):
+        freeze(each, what, False)
+    assert_same_bits(go_on(twin, resumed), go_on(model, optimizer))
+
+
+# ---- torch's defaults ----
+
+
+@ours
+def test_default_device_is_not_where_the_optimizer_keeps_anything(make: Make) -> None:
+    """As after torch.set_default_device("cuda"), with factors wherever they are."""
+    model, twin = make_model(bias="all"), make_model(bias="all")
+    with torch.device("meta"):
+        optimizer = make(model, max_grad_norm=0.1)
+    other = make(twin, max_grad_norm=0.1)
+    for seed in range(3):
+        give_gradients(model, seed), give_gradients(twin, seed)
+        other.step()
+        other.load_state_dict(copy.deepcopy(other.state_dict()))
+        with torch.device("meta"):
+            optimizer.step()
+            oplora.stats(optimizer)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same_bits(bits(model), bits(twin))
+    assert_same_trees(optimizer.state_dict(), other.state_dict())
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_default_dtype_changes_nothing(dtype: torch.dtype, make: Make) -> None:
+    """bfloat16 counts to 256."""
+    model, twin = make_model(bias="all"), make_model(bias="all")
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = make(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    other = make(twin)
+    for _ in range(2):
+        kept, expected = (tree_flatten(each.state_dict())[0] for each in (optimizer, other))
+        assert [getattr(one, "dtype", None) for one in kept] == [getattr(one, "dtype", None) for one in expected]
+        assert_same_trees(optimizer.state_dict(), other.state_dict())
+        go_on(model, optimizer), go_on(twin, other)
+
+
+# ---- plain parameters of any kind ----
+
+
+@ours
+def test_plain_parameter_without_entries_is_stepped_beside_others(make: Make) -> None:
+    model, empty = make_model(), nn.Parameter(torch.empty(0))
+    optimizer = make([*model.parameters(), empty], max_grad_norm=1.0)
+    before = bits(model)
+    give_gradients(model)
+    empty.grad = torch.empty(0)
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in trained(model).items())
+
+
+@ours
+def test_clipping_counts_the_imaginary_part_of_a_complex_parameter(make: Make) -> None:
+    model, extra = make_model(), nn.Parameter(torch.ones(4, dtype=torch.complex64))
+    optimizer = make([*model.parameters(), extra])
+    extra.grad = torch.full((4,), 2j, dtype=torch.complex64)
+    assert float(optimizer.clip_grad_norm_(1.0)) == 4.0
+    torch.testing.assert_close(extra.grad, torch.full((4,), 0.5j, dtype=torch.complex64))
 
 
 # ---- other hands on the factors ----
@@ -676,6 +895,50 @@ def test_layer_unfrozen_later_is_warned_about_once_by_an_optimizer_of_the_model(
         optimizer.step()
 
 
+@every
+def test_layer_unfrozen_and_added_as_a_group_is_not_warned_about(make: Make) -> None:
+    """Which the warning advises."""
+    model = make_model()
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    optimizer = make(model)
+    for p in biases:
+        p.requires_grad_(True)
+    optimizer.add_param_group({"params": biases})
+    before = bits(model)
+    give_gradients(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in trained(model).items())
+
+
+@ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("when", ["before", "after", "in training"])
+def test_channels_last_changes_no_bit(when: str, dtype: torch.dtype, make: Make) -> None:
+    def trained_as(memory_format: torch.memory_format) -> tuple[dict[str, Tensor], Any]:
+        torch.manual_seed(0)
+        config = LoraConfig(r=3, target_modules=["0", "1"])
+        net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3)).to(dtype)
+        model = get_peft_model(net, config, autocast_adapter_dtype=False)
+        if when == "before":
+            model.to(memory_format=memory_format)
+        optimizer = make(model)
+        if when == "after":
+            model.to(memory_format=memory_format)
+        go_on(model, optimizer)
+        model.to(memory_format=memory_format)
+        for p in generated(model):
+            p.data.mul_(2)  # an edit, which is adopted
+        go_on(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return go_on(model, optimizer), model
+
+    (ours, model), (theirs, _) = trained_as(torch.channels_last), trained_as(torch.contiguous_format)
+    assert not all(p.is_contiguous() for p in generated(model))
+    assert_same_bits(ours, theirs)
+
+
 # ---- who holds it ----
 
 
@@ -713,9 +976,17 @@ def test_grad_scaler_steps_as_without_it_and_skips_infinity(unscale: bool, make:
     assert scaler.get_scale() == 128.0
 
 
+def by_torch(both: Any) -> Any:
+    """As torch.save keeps a model and its optimizer as they are."""
+    torch.save(both, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda both: pickle.loads(pickle.dumps(both)),
+    "torch.save": by_torch,
 }
 every_copy = pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 
@@ -780,6 +1051,23 @@ def test_tensor_itself_may_be_added_as_a_group(make: Make) -> None:
     optimizer, extra = make(make_model()), nn.Parameter(torch.ones(3))
     optimizer.add_param_group({"params": extra})
     assert optimizer.param_groups[-1]["params"] == [extra]
+
+
+@ours
+@pytest.mark.parametrize("how", ["model", "nameless", "named"])
+def test_added_tensors_without_an_order_are_refused(how: str, make: Make) -> None:
+    optimizer = make(hand_over(make_model(), how))
+    with pytest.raises(TypeError, match="ordered collections"):
+        optimizer.add_param_group({"params": {nn.Parameter(torch.ones(3))}})
+
+
+@ours
+def test_entry_that_is_merged_into_is_what_the_step_reads(make: Make) -> None:
+    model, optimizer = begun(make)
+    entry = optimizer.state[generated(model)[0]]
+    entry |= {"exp_avg_sq": torch.zeros_like(entry["exp_avg_sq"])}
+    go_on(model, optimizer, 1)
+    assert entry["exp_avg_sq"].any()
 
 
 @every

@@ -356,6 +356,8 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a set in a group": (lambda: [{"params": set(weights(*PAIR))}], "a set, which has no order"),
     "an empty list": (list, "the list of parameters is empty"),
     "a group without params": (lambda: [{"lr": 1.0}], "group 0 is no dict with 'params'"),
+    "a model in a group": (lambda: [{"params": make_model()}], "a PeftModel, expected tensors.*oplora.AdamW.model"),
+    "None in a group": (lambda: [{"params": None}], "group 0 are a NoneType, expected tensors"),
     "a tensor after groups": (lambda: [{"params": weights(*PAIR)}, *weights((3,))], "group 1 is no dict"),
     "a float": (lambda: [*weights(*PAIR), 1.0], "hold a float, expected tensors"),
     "a float with a name": (lambda: [("lora_A", 1.0)], "hold a float, expected tensors"),

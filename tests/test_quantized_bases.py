@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 import oplora
+from oplora.__main__ import main
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 BITSANDBYTES = {
@@ -164,6 +165,20 @@ def test_adapter_reloads_into_a_fresh_quantised_base_with_equal_outputs(
     model.save_pretrained(tmp_path)
     fresh = PeftModel.from_pretrained(quantised_base(kind, checkpoint), tmp_path)
     assert torch.equal(logits(fresh.train()), logits(model))
+
+
+@every_kind
+def test_adapter_of_a_quantised_base_merges_into_the_unquantised_checkpoint(
+    kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    model = adapted_base(kind, checkpoint)
+    train(model, oplora.AdamW(model), 20)
+    oplora.save_adapter(model, tmp_path / "adapter")
+    arguments = ["merge", str(checkpoint), str(tmp_path / "adapter"), str(tmp_path / "merged"), "--quiet"]
+    assert main(arguments) == 0
+    expected = logits(PeftModel.from_pretrained(full_precision(checkpoint), tmp_path / "adapter").train())
+    difference = (logits(full_precision(tmp_path / "merged")) - expected).abs().max()
+    assert difference <= 1e-5 * expected.abs().max()
 
 
 @every_state

@@ -121,6 +121,20 @@ def test_warm_up_is_the_searchs_own() -> None:
     assert_same_bits(factors(model), factors(twin))
 
 
+def test_step_before_a_warm_up_has_begun_moves_nothing() -> None:
+    """transformers' warm-ups have 0 for the first step; the search then begins with the second."""
+    model = make_model()
+    optimizer = oplora.AdamW(model, lr=0.0)
+    before, rates = factors(model), []
+    for lr, pair in zip((0.0, 0.1, 0.2), batches(3, torch.float32), strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        train_on(model, optimizer, [pair])
+        rates.append(optimizer.found_lr)
+        if lr == 0.0:
+            assert_same_bits(factors(model), before)
+    assert rates[0] == 0.0 and rates[1] == pytest.approx(1e-4) and rates[2] > 1.5e-4
+
+
 @pytest.mark.parametrize("schedule", [lambda t: max(0.0, 1 - t / 40), lambda t: (1 + math.cos(math.pi * t / 40)) / 2])
 def test_schedules_end_at_rest(schedule: Any) -> None:
     model = make_model()
@@ -269,6 +283,55 @@ def test_an_edit_between_steps_is_gone_on_from() -> None:
     train(model, optimizer, 1)
     entry = optimizer.state[p]
     assert float((entry["generated"] - 0.25).abs().max()) <= 1.1 * rate_of(optimizer) * 10
+
+
+def put(model: nn.Module, values: dict[str, Tensor], **options: Any) -> None:
+    model.load_state_dict({name: value.clone() for name, value in values.items()}, strict=False, **options)
+
+
+def move_and_put(model: nn.Module, optimizer: Any, values: dict[str, Tensor]) -> None:
+    for p in adapted(model):
+        p.data = p.data.clone()
+    put(model, values)
+
+
+def load_and_put(model: nn.Module, optimizer: Any, values: dict[str, Tensor]) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    put(model, values)
+
+
+EDITS = {
+    "in new Parameters": lambda model, optimizer, values: put(model, values, assign=True),
+    "of another dtype": lambda model, optimizer, values: put(
+        model, {name: value.to(torch.bfloat16) for name, value in values.items()}, assign=True
+    ),
+    "after a move": move_and_put,
+    "after a state was loaded": load_and_put,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_values_are_gone_on_from(dtype: torch.dtype, edit: Any) -> None:
+    model, optimizer = begun(dtype=dtype, weight_decay=0.0)
+    values = {name: torch.full_like(value, 0.5) for name, value in factors(model).items()}
+    edit(model, optimizer, values)
+    for p in adapted(model):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p in adapted(model):
+        assert torch.equal(p, torch.full_like(p, 0.5))
+        assert torch.equal(optimizer.state[p]["generated"], p.detach().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("assign", [False, True])
+def test_model_loaded_after_the_optimizer_changes_no_bit(assign: bool, dtype: torch.dtype) -> None:
+    (model, optimizer), (twin, resumed) = begun(dtype=dtype), begun(steps=1, dtype=dtype)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    put(twin, factors(model), assign=assign)
+    train(model, optimizer, 3, dtype), train(twin, resumed, 3, dtype)
+    assert_same_bits(factors(twin), factors(model))
 
 
 def test_bfloat16_factors_keep_small_steps() -> None:

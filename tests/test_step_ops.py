@@ -385,6 +385,17 @@ def test_fingerprint_of_nothing() -> None:
     assert empty != zeros
 
 
+@pytest.mark.parametrize("shape", [(1 << 22,), (1 << 11, 1 << 11)])
+def test_fingerprint_refuses_memory_that_is_gone(shape: tuple[int, ...]) -> None:
+    whole = torch.zeros(shape)
+    for t in (whole, whole.t()):
+        whole.untyped_storage().resize_(16)
+        with pytest.raises(RuntimeError, match="has no memory for its elements"):
+            OPS.fingerprint([t])
+        whole.untyped_storage().resize_(16 << 20)
+        OPS.fingerprint([t])
+
+
 def test_fingerprint_refuses_other_devices() -> None:
     with pytest.raises((RuntimeError, NotImplementedError), match=r"CPU|meta"):
         OPS.fingerprint([torch.zeros(3, device="meta")])

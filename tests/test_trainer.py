@@ -191,6 +191,25 @@ def test_killed_and_resumed_run_equals_uninterrupted_bit_for_bit(
     assert_same_bits(generators, whole_generators)
 
 
+def test_run_of_another_optimizer_is_gone_on_from_where_its_optimizer_file_is_gone(tmp_path: Path) -> None:
+    make_trainer(tmp_path, make_model(), {}, save_strategy="steps", save_steps=SAVED).train()
+    checkpoint, handed = tmp_path / f"checkpoint-{SAVED}", {"optimizer_cls_and_kwargs": oplora.for_trainer()}
+    with pytest.raises(oplora.OPLoRAError, match=r"another optimizer saved it.*continues from the values"):
+        make_trainer(tmp_path, make_model(), handed).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "optimizer.pt").unlink()
+    held: list[dict[str, Tensor]] = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args: Any, model: PeftModel, **others: Any) -> None:
+            held.append({name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()})
+
+    trainer = make_trainer(tmp_path, make_model(), handed)
+    trainer.add_callback(Look())
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_bits(held[0], load_file(checkpoint / "adapter_model.safetensors"))
+    assert len(held) == STEPS - SAVED
+
+
 @every_state
 def test_best_model_loaded_at_the_end_is_gone_on_from(tmp_path: Path, state: str) -> None:
     model = make_model()

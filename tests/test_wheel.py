@@ -57,7 +57,7 @@ def archs(monkeypatch: pytest.MonkeyPatch, path: Path, asked: str | None) -> tup
         monkeypatch.setenv("OPLORA_CUDA_ARCHS", asked)
     tree = ast.parse((ROOT / "setup.py").read_text())
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "cuda_archs")
-    namespace = {"os": os, "subprocess": subprocess, "OLDEST_ARCH": "75"}
+    namespace = {"os": os, "re": re, "subprocess": subprocess, "OLDEST_ARCH": "75"}
     exec(compile(ast.Module([function], []), "setup.py", "exec"), namespace)
     return namespace["cuda_archs"]()
 
@@ -67,12 +67,25 @@ def test_source_is_compiled_for_the_gpu_that_is_there(monkeypatch: pytest.Monkey
     smi.write_text("#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
     smi.chmod(0o755)
     assert archs(monkeypatch, tmp_path, None)[0] == ["86", "90"]
-    assert archs(monkeypatch, tmp_path, "80;100")[0] == ["80", "100"]
+    for asked in ("80;100", "8.0 10.0", " 80, 100"):
+        assert archs(monkeypatch, tmp_path, asked)[0] == ["80", "100"]
+    assert archs(monkeypatch, tmp_path, " ")[0] == ["86", "90"]
+
+
+@pytest.mark.parametrize("asked", ["sm_90", "8.6+PTX", "90 all"])
+def test_architecture_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str) -> None:
+    with pytest.raises(SystemExit, match=rf"OPLORA_CUDA_ARCHS has '{re.escape(asked.split()[-1])}'.*\"80 90\""):
+        archs(monkeypatch, tmp_path, asked)
 
 
 def test_source_without_a_gpu_is_compiled_for_the_oldest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found, why = archs(monkeypatch, tmp_path, None)
-    assert found == ["75"] and "OPLORA_CUDA_ARCHS" in why
+    smi = tmp_path / "nvidia-smi"
+    for program in (None, "", "echo No devices were found", "exit 6"):
+        if program is not None:
+            smi.write_text(f"#!/bin/sh\n{program}\n")
+            smi.chmod(0o755)
+        found, why = archs(monkeypatch, tmp_path, None)
+        assert found == ["75"] and "OPLORA_CUDA_ARCHS" in why
 
 
 def test_build_of_the_wheel_and_the_makefile_have_the_same_architectures(build: ModuleType) -> None:

@@ -10,7 +10,7 @@
 void TY(oplora_hidden)(const T *z, const T *W1, const T *c1, int64_t H, int64_t Z, T *h) {
     for (int64_t j = 0; j < H; j++) {
         const T pre = (T)(TY(oplora_dot_double)(W1 + j * Z, z, Z) + c1[j]);
-        h[j] = pre > 0 ? pre : 0;
+        h[j] = pre <= 0 ? 0 : pre; /* NaN stays, as in torch */
     }
 }
 

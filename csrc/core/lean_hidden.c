@@ -55,9 +55,8 @@ void TY(oplora_lean_step_hidden)(TY(lean_plan) *p) {
                                      map->sums);
     TY(oplora_lean_solve_map)(map, p->z);
 
-    TY(oplora_adamw_constants) constants =
+    const TY(oplora_adamw_constants) constants =
         TY(oplora_adamw_constants_of)(a, p->corrected1, p->corrected2, a->hidden_lr, a->hidden_lr * a->weight_decay);
-    constants.eps = map->rows.constants.eps;
     memcpy(p->z_next, p->z, (size_t)l->Z * sizeof(T));
     kernels->adamw(p->z_next, p->z_avg, p->z_avg_sq, p->change, 1, 0, NULL, l->Z, &constants);
     TY(oplora_lean_finish_map)(map, p->z, p->z_next);

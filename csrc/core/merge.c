@@ -17,6 +17,7 @@
 
 #include "dispatch.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -114,7 +115,7 @@ static OPLORA_BODY oplora_status merge(void *W, oplora_dtype dtype, const float 
     OPLORA_RETURN_IF(out_features < 1 || in_features < 1 || r < 1, OPLORA_ESIZE);
     OPLORA_RETURN_IF(!fits(out_features, in_features, itemsize), OPLORA_EOVERFLOW);
     OPLORA_RETURN_IF(!fits(r, in_features, sizeof *A) || !fits(out_features, r, sizeof *B), OPLORA_EOVERFLOW);
-    OPLORA_RETURN_IF(!isfinite(scaling), OPLORA_EVALUE);
+    OPLORA_RETURN_IF(!(fabs(scaling) <= FLT_MAX), OPLORA_EVALUE);
 
     merge_job job = {W, out_features, in_features, r, itemsize, {B, r, 1}, {A, in_features, 1}, scaling};
     if (transposed) {

@@ -22,7 +22,7 @@ __device__ void find_units(const T *z, const T *W1, const T *c1, int64_t H, int6
     sum = 0;
     for (int k = 0; k < HIDDEN_LANES; k++) sum += lanes[t + k];
     const T pre = static_cast<T>(sum + c1[j]);
-    h[j] = pre > 0 ? pre : 0;
+    h[j] = pre <= 0 ? 0 : pre; /* NaN stays */
 }
 
 #endif

@@ -9,6 +9,7 @@
  * and pointers. */
 #include "arguments.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -247,8 +248,9 @@ static PyObject *merge_held(const call *c, PyObject *const *arrays, double scali
         return raise_shape(c, B, "B",
                            transposed ? "(the columns of W, the rows of A)" : "(the rows of W, the rows of A)"),
                NULL;
-    if (!isfinite(scaling))
-        return PyErr_Format(c->errors->value_error, "oplora.merge: scaling is infinite or NaN, expected alpha / r.");
+    if (!(fabs(scaling) <= FLT_MAX))
+        return PyErr_Format(c->errors->value_error,
+                            "oplora.merge: scaling is infinite, NaN or beyond float32, expected alpha / r.");
     const int64_t bytes = oplora_merge_workspace_bytes(PyArray_DIM(W, 1));
     if (bytes < 0) return forward(c, OPLORA_ESIZE), NULL;
     void *const workspace = PyMem_Malloc((size_t)bytes);

@@ -16,8 +16,8 @@ OPLORA_SHARED TY(oplora_lean_constants) TY(oplora_lean_constants_of)(const oplor
     c.second = (T)((1 - a->beta2) * mean_x);
     c.keep = 1;
     c.rate = 0;
-    c.eps = (T)fmax(a->eps, OPLORA_LEAN_LEAST_EPS);
-    c.eps_row = (T)fmax(live ? a->eps * (double)live / root : a->eps, OPLORA_LEAN_LEAST_EPS);
+    c.eps = (T)fmax(a->eps, TY(oplora_least_eps));
+    c.eps_row = (T)fmax(live ? a->eps * (double)live / root : a->eps, TY(oplora_least_eps));
     c.inverse_root = (T)(1 / sqrt(corrected2));
     c.key = key;
     return c;

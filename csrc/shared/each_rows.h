@@ -30,7 +30,7 @@ OPLORA_SHARED TY(oplora_adamw_constants) TY(oplora_adamw_constants_of)(const opl
     c.beta2_rest = (T)(1 - a->beta2);
     c.keep = (T)(1 - decay);
     c.rate = (T)(lr / corrected1);
-    c.eps = (T)a->eps;
+    c.eps = (T)fmax(a->eps, TY(oplora_least_eps));
     c.inverse_root = (T)(1 / sqrt(corrected2));
     return c;
 }
@@ -136,7 +136,7 @@ OPLORA_SHARED TY(oplora_rate_constants) TY(oplora_rate_constants_of)(const oplor
     const double eta = rate * lr, c = oplora_newest_of_factors((double)step);
     n.kept = (T)(1 - m);
     n.newest = (T)m;
-    n.eps = (T)a->eps;
+    n.eps = (T)fmax(a->eps, TY(oplora_least_eps));
     n.weight_decay = (T)weight_decay;
     n.rate = (T)eta;
     n.average = (T)c;

@@ -7,8 +7,6 @@
 #include "random.h"
 #include "rows.h"
 
-static const double OPLORA_LEAN_LEAST_EPS = 1e-30; /* so that a row without any gradient yet divides by something */
-
 /* What a step adds to the mean of R. mean_x is the mean of x^2, square_g is ||g||^2. */
 OPLORA_SHARED double oplora_lean_fresh(double beta2, double mean_x, double square_g, int64_t rows, double most) {
     return (1 - beta2) * mean_x * fmin(square_g / (double)rows, most * most);

@@ -16,6 +16,11 @@
 static const float oplora_most_gradient_f32 = 0x1p63f;
 static const double oplora_most_gradient_f64 = 0x1p480;
 
+/* What eps is at least. The square of a gradient below it is zero, and so is the second moment: by less, a step would be as
+ * long as eps is small, and by 0 NaN where there was no gradient yet. Other second moments have larger roots. */
+static const double oplora_least_eps_f32 = 0x1p-63;
+static const double oplora_least_eps_f64 = 0x1p-511;
+
 OPLORA_SHARED float oplora_root_f32(float x) { return sqrtf(x); }
 OPLORA_SHARED double oplora_root_f64(double x) { return sqrt(x); }
 

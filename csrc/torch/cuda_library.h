@@ -29,8 +29,8 @@ struct CudaLibrary {
 
     static constexpr const char *how_to_build =
         "Install the CUDA toolkit 12.8 or newer (nvcc; CUDA_HOME names its folder), then build again: "
-        "OPLORA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir oplora, or `pip install .` in its "
-        "sources.";
+        "OPLORA_CUDA=1 pip install --force-reinstall --no-deps --no-cache-dir --no-binary=oplora oplora, or "
+        "`pip install .` in its sources.";
 };
 
 // OPLORA_CUDA_LIBRARY names another file; else it lies beside this one.
@@ -54,10 +54,10 @@ std::string cuda_version(int version) {
 }
 
 // CUDA's numbers for errors whose sentence does not say what to do.
-enum { INSUFFICIENT_DRIVER = 35, NO_KERNEL_IMAGE = 209, UNSUPPORTED_PTX = 222 };
+enum { INSUFFICIENT_DRIVER = 35, INVALID_DEVICE_FUNCTION = 98, NO_KERNEL_IMAGE = 209, UNSUPPORTED_PTX = 222 };
 
 std::string advice(const CudaLibrary &library, int error) {
-    if (error == NO_KERNEL_IMAGE)
+    if (error == NO_KERNEL_IMAGE || error == INVALID_DEVICE_FUNCTION)
         return " (" + library.path +
                " has no code for this GPU: build again with its architecture, as in "
                "OPLORA_CUDA_ARCHS=\"90 100\"; compute_cap of nvidia-smi tells it)";

@@ -249,16 +249,19 @@ STABLE_TORCH_LIBRARY_IMPL(oplora, CUDA, m) {
 }
 
 // Of a view that negates or conjugates lazily torch hands over a copy, which is gone when the op returns: a plan would keep
-// its address.
-void refuse_lazy_views(StableIValue *, uint64_t, uint64_t) {
-    STD_TORCH_CHECK(false,
-                    "oplora: a plan keeps its tensors' addresses, and one of them is a lazily negated or conjugated "
-                    "view; pass resolve_neg() or resolve_conj() of it");
-}
+// its address. With the plan op's own parameters, as they are what lets go of the tensors.
+template <auto op> struct refusal;
+template <class... Parameters, Plan (*op)(Parameters...)> struct refusal<op> {
+    static Plan refuse_lazy_views(Parameters...) {
+        STD_TORCH_CHECK(
+            false, "oplora: a plan keeps its tensors' addresses, and one of them is a lazily negated or conjugated "
+                   "view; pass resolve_neg() or resolve_conj() of it");
+    }
+};
 #define REFUSE_LAZY_VIEWS(m) \
-    m.impl("cuda_exact_plan", &refuse_lazy_views); \
-    m.impl("cuda_lean_plan", &refuse_lazy_views); \
-    m.impl("cuda_rate_plan", &refuse_lazy_views)
+    m.impl("cuda_exact_plan", TORCH_BOX(&refusal<&cuda_exact_plan>::refuse_lazy_views)); \
+    m.impl("cuda_lean_plan", TORCH_BOX(&refusal<&cuda_lean_plan>::refuse_lazy_views)); \
+    m.impl("cuda_rate_plan", TORCH_BOX(&refusal<&cuda_rate_plan>::refuse_lazy_views))
 STABLE_TORCH_LIBRARY_IMPL(oplora, Negative, m) { REFUSE_LAZY_VIEWS(m); }
 STABLE_TORCH_LIBRARY_IMPL(oplora, Conjugate, m) { REFUSE_LAZY_VIEWS(m); }
 

@@ -300,6 +300,7 @@ Tensor fingerprint(Tensors tensors) {
     bytes.reserve(tensors.size());
     for (auto &t : tensors) {
         STD_TORCH_CHECK(t.is_cpu(), "oplora::", op, ": expected CPU tensors");
+        STD_TORCH_CHECK(lie_in_storage(t, span_of(t)), "oplora::", op, ": a tensor has no memory for its elements");
         if (!t.is_contiguous()) t = torch::stable::contiguous(t);
         bytes.push_back({t.const_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size())});
     }

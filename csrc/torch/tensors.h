@@ -85,13 +85,20 @@ struct Place {
     bool holds(const Tensor &t) const { return on_cuda ? t.is_cuda() && t.get_device_index() == device : t.is_cpu(); }
 };
 
-// Whether all elements of a contiguous tensor lie in its storage, which somebody may have shrunk (FSDP frees what is
+// Whether `count` elements from a tensor's first on lie in its storage, which somebody may have shrunk (FSDP frees what is
 // sharded so).
-inline bool lies_in_storage(const Tensor &t) {
+inline bool lie_in_storage(const Tensor &t, int64_t count) {
     const int64_t size = static_cast<int64_t>(t.element_size());
     int64_t offset, bytes;
     if (aoti_torch_get_storage_offset(t.get(), &offset) || aoti_torch_get_storage_size(t.get(), &bytes)) return false;
-    return offset >= 0 && offset <= bytes / size && t.numel() <= bytes / size - offset;
+    return offset >= 0 && offset <= bytes / size && count <= bytes / size - offset;
+}
+
+// How many elements there are from a tensor's first to its last, with those that it leaves out.
+inline int64_t span_of(const Tensor &t) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); i++) last += (t.size(i) - 1) * t.stride(i);
+    return t.numel() ? last + 1 : 0;
 }
 
 inline void check(const char *op, const char *name, const Tensor &t, ScalarType dtype, int64_t numel,
@@ -101,7 +108,7 @@ inline void check(const char *op, const char *name, const Tensor &t, ScalarType 
     STD_TORCH_CHECK(t.scalar_type() == dtype, "oplora::", op, ": ", name, " has another dtype than expected");
     STD_TORCH_CHECK(t.is_contiguous(), "oplora::", op, ": ", name, " must be contiguous");
     STD_TORCH_CHECK(t.numel() == numel, "oplora::", op, ": ", name, " has ", t.numel(), " elements, expected ", numel);
-    STD_TORCH_CHECK(lies_in_storage(t), "oplora::", op, ": ", name, " has no memory for its elements");
+    STD_TORCH_CHECK(lie_in_storage(t, t.numel()), "oplora::", op, ": ", name, " has no memory for its elements");
 }
 
 template <class T> const T *in(const Tensor &t) { return static_cast<const T *>(t.const_data_ptr()); }
@@ -134,7 +141,7 @@ inline Sizes generator_sizes(const char *op, const Tensor &z, const Tensor &W1, 
     check(op, "z", z, dtype, Z, place);
     check(op, "W1", W1, dtype, H * Z, place);
     check(op, "c1", c1, dtype, H, place);
-    STD_TORCH_CHECK(lies_in_storage(W2), "oplora::", op, ": W2 has no memory for its elements"); // no gaps in it either
+    STD_TORCH_CHECK(lie_in_storage(W2, N * H), "oplora::", op, ": W2 has no memory for its elements"); // no gaps in it
     return {H, Z, N, columns ? OPLORA_COLUMNS : OPLORA_ROWS};
 }
 

@@ -2,10 +2,14 @@
 ``doctor``."""
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from . import __version__
 from .errors import OPLoRAError
@@ -27,13 +31,15 @@ example: oplora merge models/Llama-3.2-1B my-adapter models/Llama-3.2-1B-mine"""
 
 EXPORT = """\
 Write an adapter in the format of other programs. SOURCE is a folder that PEFT wrote, a folder of such folders called
-unet, text_encoder and so on, or diffusers' pytorch_lora_weights.safetensors. OUT is a folder, or NAME.safetensors."""
+unet, text_encoder and so on, a file that oplora.save_adapter wrote, diffusers' pytorch_lora_weights.safetensors, or
+kohya's file, which needs --base. OUT is a folder, or NAME.safetensors."""
 
 FORMATS = """\
 formats:
-  peft       a folder a component, for PeftModel.from_pretrained
-  plain      the same of PEFT's folders, of any model, with rank and alpha one number and the scales in B: for
-             llama.cpp's converter and other readers that take lora_alpha for all layers
+  peft       for PeftModel.from_pretrained, a folder a component; of an adapter that is in this format already, of any
+             model, its folder or its one file
+  plain      the same, of PEFT's format alone, with rank and alpha one number and the scales in B: for llama.cpp's
+             converter and other readers that take lora_alpha for all layers
   diffusers  pytorch_lora_weights.safetensors, for pipeline.load_lora_weights
   kohya      pytorch_lora_weights_kohya.safetensors, for ComfyUI, sd-scripts and others: SD 1.x, 2.x, SDXL, Flux
 
@@ -70,14 +76,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated run tidies up as an interrupted one does
     try:
-        return options.run_command(options) or 0
+        with _own_warnings_told():
+            code: int = options.run_command(options) or 0
+        sys.stdout.flush()
+        return code
     except OPLoRAError as error:
-        said = str(error).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
-        print(f"oplora: {said}", file=sys.stderr)
+        _tell(error)
+        return 2
+    except BrokenPipeError:  # who was told has gone, as `head` goes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:  # of a path that cannot be looked at, or a full disk behind stdout
+        print(f"oplora: {error}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("oplora: interrupted. Nothing was written.", file=sys.stderr)
         return 130
+
+
+def _tell(what: Exception | Warning | str) -> None:
+    said = str(what).removeprefix("oplora.save_adapter: ").removeprefix("oplora plot: ")
+    print(f"oplora: {said}", file=sys.stderr)
+
+
+@contextmanager
+def _own_warnings_told() -> Iterator[None]:
+    """As errors are, without the line of the launcher from which they came."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **more: Any) -> None:
+            if str(message).startswith("oplora"):
+                _tell(message)
+            else:
+                others(message, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -128,7 +163,8 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="DIR",
-        help="folder of the pipeline that the adapter is for: checks that they fit; kohya's format needs it for DoRA",
+        help="folder of the pipeline that the adapter is for: checks that they fit; kohya's format needs it for "
+        "DoRA, and to be read",
     )
     parser.add_argument(
         "--component",

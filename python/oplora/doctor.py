@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Finding", "examine", "report"]
 
@@ -63,13 +64,28 @@ def _system() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     findings = []
+    wanted = _wanted()
     for name in (*NEEDED, *USED_IF_THERE):
         try:
-            findings.append(Finding(name, version(name)))
+            there = version(name)
+            fits = name not in wanted or wanted[name].contains(there, prereleases=True)
+            mend = None if fits else f"oplora needs {name}{wanted[name]}: pip install '{name}{wanted[name]}'"
+            findings.append(Finding(name, there, mend))
         except PackageNotFoundError:
             mend = f"oplora needs it: pip install {name}" if name in NEEDED else None
             findings.append(Finding(name, "not installed", mend))
     return findings
+
+
+def _wanted() -> dict[str, Any]:
+    """The versions that this installation of oplora asks for, by package; none of a folder that was not installed."""
+    try:
+        from packaging.requirements import Requirement  # peft's, which may be what is missing
+
+        asked = [Requirement(line) for line in requires("oplora") or ()]
+    except (ImportError, PackageNotFoundError):
+        return {}
+    return {one.name: one.specifier for one in asked if one.marker is None}
 
 
 def _core() -> list[Finding]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import unwrapped
-from .config import OPLoRAConfig
+from .config import OPLoRAConfig, check_adapter_name
 from .errors import OPLoRATypeError, OPLoRAValueError
 
 if TYPE_CHECKING:
@@ -27,9 +27,11 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
         adapter_name: by default the OPLoRAConfig's, which is "default".
 
     Raises:
-        OPLoRAError: no layer matches target_modules; the message names some that there are.
+        OPLoRAError: an adapter is there already; no layer matches target_modules, and the message names some that there
+            are; or PEFT refuses another field.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = OPLoRAConfig() if config is None else config
     if not isinstance(model, nn.Module) or not isinstance(config, OPLoRAConfig | LoraConfig):
@@ -38,16 +40,19 @@ def wrap(model: nn.Module, config: "OPLoRAConfig | LoraConfig | None" = None, ad
             f"({type(model).__name__}, {type(config).__name__}). For another of PEFT's adapters call "
             "peft.get_peft_model(model, config)."
         )
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise OPLoRAValueError(
-            "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with "
-            "model.add_adapter(name, config)."
+            "oplora.wrap: the model has an adapter already. Pass it to oplora.AdamW as it is, or add another with its "
+            "add_adapter, under another name."
         )
+    own = config.adapter_name if isinstance(config, OPLoRAConfig) else "default"
+    name = own if adapter_name is None else adapter_name
+    check_adapter_name(name, "oplora.wrap")
     try:
-        if isinstance(config, OPLoRAConfig):
-            return get_peft_model(model, config.to_peft(), adapter_name or config.adapter_name)
-        return get_peft_model(model, config, adapter_name or "default")
+        return get_peft_model(model, config.to_peft() if isinstance(config, OPLoRAConfig) else config, name)
     except ValueError as error:
+        if "target" not in str(error).lower():
+            raise OPLoRAValueError(f"oplora.wrap: PEFT refused the configuration. {error}") from error
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         there = f"{len(linear)} linear layers: {', '.join(linear[:5])}{', ...' if len(linear) > 5 else ''}"
         raise OPLoRAValueError(
@@ -63,11 +68,11 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
 
     Args:
         model: a PeftModel, or a model with injected PEFT layers (transformers' and diffusers' add_adapter).
-        adapter_names: which to fold; by default the active ones.
+        adapter_names: which to fold, with the modules_to_save of theirs; by default the active ones. The others go.
 
     Raises:
-        OPLoRAError: no adapter to fold, one of a type that PEFT does not merge, or NaN in a merged weight; the model is
-            left as it was.
+        OPLoRAError: no adapter to fold, or names of none; one module in modules_to_save of several; an adapter of a
+            type that PEFT does not merge, or NaN in a merged weight; the model is left as it was.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -75,10 +80,14 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if not layers:
         raise OPLoRAValueError(f"oplora.merge: {type(model).__name__} has no adapter to fold in.")
+    tuners = _tuners(model)
+    _check_names(adapter_names, tuners, layers)
     try:
         _try(model, adapter_names)
+        if adapter_names is not None:
+            _choose_saved_modules(model, adapter_names)
         _part(model, layers)
-        for tuner in (tuners := _tuners(model)):
+        for tuner in tuners:
             tuner.merge_and_unload(adapter_names=adapter_names)
     except NotImplementedError as error:
         raise OPLoRATypeError(
@@ -92,6 +101,39 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     is_wrapped = any(module is tuners[0] for module in model.modules())
     return tuners[0].model if is_wrapped else model  # type: ignore[no-any-return]
+
+
+def _check_names(adapter_names: list[str] | None, tuners: list[Any], layers: list[Any]) -> None:
+    """PEFT unloads adapters of which nothing was folded in, without a word."""
+    there = dict.fromkeys(name for tuner in tuners for name in tuner.peft_config)
+    known = ", ".join(map(repr, there))
+    if adapter_names is None:
+        if not any(layer.active_adapters for layer in layers):
+            raise OPLoRAValueError(
+                f"oplora.merge: no adapter is active, so there is none to fold in. Pass adapter_names, some of {known}."
+            )
+        return
+    if not isinstance(adapter_names, list | tuple) or not adapter_names:
+        raise OPLoRATypeError(f"oplora.merge: adapter_names is {adapter_names!r}, expected a list of some of {known}.")
+    if unknown := [name for name in adapter_names if name not in there]:
+        raise OPLoRAValueError(f"oplora.merge: no adapter is named {unknown[0]!r}; the model has {known}.")
+
+
+def _choose_saved_modules(model: nn.Module, adapter_names: list[str]) -> None:
+    """Those of the adapters to fold: PEFT takes the active one's."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    chosen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            chosen[module] = own = [adapter for adapter in adapter_names if adapter in module.modules_to_save]
+            if len(own) > 1:
+                raise OPLoRAValueError(
+                    f"{name} is in modules_to_save of {', '.join(own)}, and the merged model has one such module. Name "
+                    "one of these adapters."
+                )
+    for module, own in chosen.items():
+        module.set_adapter(own)
 
 
 def _tuners(model: nn.Module) -> list[Any]:
@@ -127,11 +169,18 @@ def _try(model: nn.Module, adapter_names: list[str] | None) -> None:
         inside += (f"{name}.",)
         kind = _kind(layer, adapter_names)
         if kind not in tried or kind is None or not _is_finite(layer, adapter_names):
-            twin: Any = copy.deepcopy(layer)
+            twin: Any = _twin(layer)
             while isinstance(twin, BaseTunerLayer):
                 twin.merge(safe_merge=True, adapter_names=adapter_names)
                 twin = vars(twin)["_modules"]["base_layer"]
         tried.add(kind)
+
+
+def _twin(layer: Any) -> Any:
+    """A copy, without the arguments that PEFT made it with: tensors among them, as of a tied adapter, are no leaves."""
+    arguments = [kwargs for module in layer.modules() if isinstance(kwargs := vars(module).get("kwargs"), dict)]
+    none: dict[int, Any] = {id(kwargs): {} for kwargs in arguments}
+    return copy.deepcopy(layer, none)
 
 
 def _adapters(layer: Any, adapter_names: list[str] | None) -> list[str]:

@@ -1,5 +1,5 @@
-/* Finite gradients of any size, in every state: parameters, moments and factors stay finite, no step is longer than one of
- * ordinary gradients, what is beyond the largest gradient that counts counts as it, and later gradients are followed. */
+/* Finite gradients of any size, in every state and also without eps: parameters, moments and factors stay finite, no step is
+ * longer than one of ordinary gradients, what is beyond the largest gradient that counts counts as it, and later gradients are followed. */
 #ifndef T
 
 #include "check.h"
@@ -135,17 +135,19 @@ static void TY(set_gradients)(TY(layer) *l, double scale, int few) {
 }
 
 static void TY(test_finite_gradients_leave_all_finite)(int kind) {
-    static const double scales[] = {1e15, 1e19, 7.5e36, FLT_MAX, 1e154, DBL_MAX};
-    for (size_t s = 0; s < (sizeof(T) == sizeof(float) ? 4 : 6); s++)
-        for (int way = 0; way < 4; way++) {
+    static const double scales[] = {1e15,  1e19,  7.5e36, FLT_MAX, 0,      1e-45,
+                                    1e-30, 1e-19, 1e154,  DBL_MAX, 1e-320, 1e-154};
+    for (size_t s = 0; s < (sizeof(T) == sizeof(float) ? 8 : 12); s++)
+        for (int way = 0; way < 8; way++) {
             TY(layer) l;
             TY(make)(&l, kind);
+            if (way / 4) l.adamw.eps = 0;
             T *const before = zeros(l.N, sizeof(T));
             for (int step = 1; step <= 3; step++) {
                 double longest = 0;
                 memcpy(before, l.out, (size_t)l.N * sizeof(T));
                 TY(set_gradients)(&l, step == 2 ? 1 : scales[s], way % 2);
-                TY(step)(&l, way / 2);
+                TY(step)(&l, way / 2 % 2);
                 for (int64_t i = 0; i < l.N; i++) longest = fmax(longest, fabs((double)l.out[i] - before[i]));
                 CHECK(step == 1 ||
                       longest <= 1000 * LR); /* the first also brings exact state's start into the factor */

@@ -81,8 +81,18 @@ template <class T> void compare(int64_t H, int64_t Z, int64_t N, oplora_layout l
     check(exactly ? same(core.dz, device.dz) : close(core.dz, device.dz), name + ": dz");
 }
 
+void hands_nan_on(oplora_layout layout) {
+    const std::vector<float> z = {1, std::nanf("")}, W(12, 1.f), c1(3, 1.f), c2(4, 1.f);
+    std::vector<float> h(3), v(4);
+    check(oplora_cuda_generate_f32(z.data(), W.data(), c1.data(), W.data(), c2.data(), layout, 3, 2, 4, h.data(),
+                                   v.data(), nullptr) == cudaSuccess &&
+              std::all_of(v.begin(), v.end(), [](float x) { return std::isnan(x); }),
+          "NaN in z is NaN in every entry");
+}
+
 void run(bool slow) {
     for (const auto layout : {OPLORA_COLUMNS, OPLORA_ROWS}) {
+        hands_nan_on(layout);
         compare<float>(1, 1, 1, layout, 0);
         compare<float>(4, 7, 31, layout, 0);
         compare<float>(30, 128, 33, layout, 0);

@@ -108,6 +108,11 @@ def _as_group(i: int, group: Any) -> dict[str, Any]:
     params = group["params"]
     if isinstance(params, set):
         raise OPLoRATypeError(f"oplora: the params of group {i} are a set, which has no order. Pass a list.")
+    if not isinstance(params, Iterable):
+        raise OPLoRATypeError(
+            f"oplora: the params of group {i} are a {type(params).__name__}, expected tensors, or (name, tensor) "
+            "pairs, as model.parameters() gives them. A model itself goes without groups: oplora.AdamW(model)."
+        )
     held = [params] if isinstance(params, Tensor) else list(params)
     for item in held:
         tensor = item[1] if isinstance(item, tuple) and len(item) == 2 else item

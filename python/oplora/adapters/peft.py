@@ -216,11 +216,18 @@ def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> st
             f"({'; '.join(unknown[:3])}); docs/adapters.md lists those that it knows. Use LoraConfig, or train this "
             "adapter with torch.optim.AdamW."
         )
-    prompts = (c for c in getattr(model, "peft_config", {}).values() if getattr(c, "is_prompt_learning", False))
+    configs = getattr(model, "peft_config", {})
+    prompts = (c for c in configs.values() if getattr(c, "is_prompt_learning", False))
     if not known and (config := next(prompts, None)) is not None:
         return (
             f"oplora: {type(config).__name__} trains prompts, and no adapter inside the model's layers. Use "
             "LoraConfig, or train the prompts with torch.optim.AdamW."
+        )
+    if others := [c for name, c in configs.items() if adapter_name in (None, name) and not _is_known(c)]:
+        # adaption prompts; X-LoRA, which mixes frozen adapters that have names of their own
+        return (
+            f"oplora: {type(others[0]).__name__} trains nothing that oplora knows; docs/adapters.md lists the types "
+            "that it knows. Use LoraConfig, or train this adapter with torch.optim.AdamW."
         )
     if not known:
         return (
@@ -238,10 +245,22 @@ def _why_none(model: nn.Module, adapter_name: str | None, known: set[str]) -> st
     )
 
 
+def _is_known(config: Any) -> bool:
+    """Whether tensors of STARTS belong to this type of PEFT's."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
+    return any(name.startswith(prefix) for name in STARTS)
+
+
 def _unknown_tensors(model: nn.Module) -> list[str]:
-    """Of every class of PEFT layers that holds none of STARTS, what it holds."""
+    """Of every class of PEFT layers that can hold none of STARTS, what it holds."""
     return sorted(
-        {f"{type(module).__name__} with {', '.join(module.adapter_layer_names)}" for _, module in _tuner_layers(model)}
+        {
+            f"{type(module).__name__} with {', '.join(module.adapter_layer_names)}"
+            for _, module in _tuner_layers(model)
+            if not STARTS.keys() & set(module.adapter_layer_names)  # else its adapters were deleted
+        }
     )
 
 

@@ -168,13 +168,13 @@ class Share(AdaptedLayer):
         if not is_divided(parameter):
             return super().rows_here(i)
         count = parameter.numel()
-        entries = here(divided_like(parameter, torch.arange(count).view(parameter.shape))).flatten().cpu()
+        entries = here(divided_like(parameter, torch.arange(count, device="cpu").view(parameter.shape))).flatten().cpu()
         if not entries.numel():
             return count, 0, 1, 0
         behind = (entries.diff() != 1).nonzero()
         run = int(behind[0]) + 1 if len(behind) else entries.numel()
         first, stride = int(entries[0]), int(entries[run] - entries[0]) if len(behind) else 0
-        at = torch.arange(entries.numel())
+        at = torch.arange(entries.numel(), device="cpu")
         if not torch.equal(entries, first + at.div(run, rounding_mode="floor") * stride + at % run):
             raise OPLoRATypeError(
                 f"oplora: {self.tensors[i]} of layer {self.name} is divided in more than one of its inner dimensions "

@@ -47,9 +47,14 @@ class Generator(nn.Module):
         return list(v.detach().split(self.factors.sizes))
 
     def refresh(self) -> None:
-        parameters = self.factors.layer.parameters()
-        for parameter, value in zip(parameters, self.factors.values(self.generate()), strict=True):
-            parameter.detach().copy_(value)
+        parameters, v = self.factors.layer.parameters(), self.generate()
+        is_trained = any(parameter.requires_grad for parameter in parameters)
+        for f, parameter in enumerate(parameters):
+            if is_trained and not parameter.requires_grad:  # frozen since, beside others: no torch optimizer moves it
+                self.factors.keep_value(f, parameter, v[f])
+        for parameter, value in zip(parameters, self.factors.values(v), strict=True):
+            if parameter.requires_grad or not is_trained:
+                parameter.detach().copy_(value)
         self.factors.remember_written(parameters)
 
     def push(self) -> None:

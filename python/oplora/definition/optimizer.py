@@ -102,6 +102,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
 
     # ---- stepping ----
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step from the gradients in the factors, or in the generators after their backward(). Layers without any
@@ -125,7 +126,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
         self.generators.refuse_to_step()
         self._refuse_sparse()
         if self._unstepped is not None:
-            self._unstepped.warn()
+            self._unstepped.warn(self.param_groups)
         try:
             self.generators.push()
             if not self._refuse_nonfinite(self._nonfinite()):
@@ -171,6 +172,7 @@ class GeneratorOptimizer(torch.optim.Optimizer):
                 "Nothing was changed."
             ) from error
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._list_factors()
         super().zero_grad(set_to_none)

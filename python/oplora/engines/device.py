@@ -23,6 +23,7 @@ from .engine import Batch, Engine, LayerState, State
 from .exact import Exact
 from .factors import Factors
 from .lean import Lean
+from .memory import CPU
 from .rate import Rate
 
 __all__ = ["DeviceEngine"]
@@ -68,7 +69,7 @@ class DeviceEngine(Engine):
         self.verdict = torch.zeros(2, dtype=torch.int32, device=self.device)  # not finite, steps that were refused
         self.refused = self.verdict[:1]  # whether the last gradients were
         self.plan: Plan | None = None
-        self._verdict_on_host = torch.zeros(2, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        self._verdict_on_host = torch.zeros(2, dtype=torch.int32, device=CPU, pin_memory=self.device.type == "cuda")
         self._refusals_told = 0
         self._told: torch.cuda.Event | None = None  # when the latest verdict has got to the host
         self._measured: Plan | None = None  # by measure, for the step that follows it
@@ -80,8 +81,8 @@ class DeviceEngine(Engine):
         """The kernels read gradients of 16 bits as they are."""
         return False
 
-    def forget(self, layer: LayerState) -> None:
-        super().forget(layer)
+    def forget(self, layer: LayerState, wrote: bool) -> None:
+        super().forget(layer, wrote)
         self.plan = None  # it holds how the layer began
         self._captured_is_stale = True
 
@@ -117,7 +118,8 @@ class DeviceEngine(Engine):
         batch = Batch(self, (state.index,))
         self._new_numbers(batch)
         v = [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in state.factors.shapes]
-        plan, table, workspace = self.state.plan(batch, v, [None] * len(v), [], self.numbers, self.verdict)
+        nothing = [None] * len(v)
+        plan, table, workspace = self.state.plan(batch, v, nothing, nothing, [], self.numbers, self.verdict)
         arguments = plan, table.to(self.device), workspace
         if isinstance(self.state, Lean):
             torch.ops.oplora.cuda_lean_start_(*arguments, self.state.latent_std[state.index])
@@ -143,9 +145,11 @@ class DeviceEngine(Engine):
         State rate's is always measured.
         """
         plan = self._measured if measured and self._measured is not None else self._plan_of(batch)
+        held = self.hold(batch)
         self._launch("step", batch, plan, veto, *(() if isinstance(self.state, Rate) else (measured,)))
         for factor, stand_in in plan.copied:
             factor.copy_(stand_in)
+        self.put_back(batch, held)
         self.tell_verdict()
         self._measured = None
         self.finish(batch, plan.report)
@@ -196,7 +200,9 @@ class DeviceEngine(Engine):
             self.latest = None
         self._new_numbers(batch)
         assert batch.report is not None
-        plan, table, workspace = self.state.plan(batch, factors, rounded, batch.gradients, self.numbers, self.verdict)
+        plan, table, workspace = self.state.plan(
+            batch, factors, rounded, batch.every_base(), batch.gradients, self.numbers, self.verdict
+        )
         on_device, host = _upload(table, self.device)
         of_capture = is_capturing(self.device)
         report, dh, bases = batch.report, batch.dh, batch.bases()
@@ -233,7 +239,7 @@ class DeviceEngine(Engine):
             pairs = zip(plan.factors, plan.rounded, _masters(batch), strict=True)
             plan.factors = [factor if rounded is None else master for factor, rounded, master in pairs]
             made, table, workspace = self.state.plan(
-                batch, plan.factors, plan.rounded, plan.gradients, self.numbers, self.verdict
+                batch, plan.factors, plan.rounded, batch.every_base(), plan.gradients, self.numbers, self.verdict
             )
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # a replay under way reads what is let go here

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters import STARTS, Start, by_layer
 from .factors import Factors
+from .memory import CPU
 from .settings import Settings
 from .written import marks
 
@@ -43,7 +44,7 @@ class State(ABC):
     KEYS: tuple[str, ...]
     STARTS_FROM_FACTORS = True  # whether a step adds to what the factors hold, or they are an output alone
     IS_LINEAR = True  # whether a report of scaled gradients can be made from that of the gradients
-    DOUBTS = True  # whether values of which nobody knows who wrote them have to be looked into
+    DOUBTS = True  # whether absorb() finds out itself if values are others, where nobody knows who wrote them
     settings: Settings
     ties: Sequence[Factors]
     sizes: Tensor  # int64, a row a layer, as the ops of this state want them
@@ -133,11 +134,26 @@ class State(ABC):
             if parameter.dtype == state.factors.dtype:  # also after the model was moved back
                 state.masters[i] = None
             elif state.masters[i] is None:
-                state.masters[i] = parameter.detach().to(state.factors.device, state.factors.dtype)
+                state.keep_master(i, parameter.detach())
 
     @abstractmethod
     def absorb(self, state: "LayerState", parameters: list[nn.Parameter]) -> bool:
         """Goes on from what somebody wrote into the factors since the last step; whether users should hear of it."""
+
+    def beside(self, i: int, f: int) -> list[Tensor]:
+        """Of the f-th tensor of layer i what a step without its gradient is to leave as it is, if it is frozen."""
+        return []
+
+    def settle(self, state: "LayerState", f: int, parameter: nn.Parameter) -> None:  # noqa: B027
+        """After a step that moved the layer's other tensors, and not this one: it is frozen."""
+
+    def unseen(self, state: "LayerState", parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+        """What absorb() would make of each tensor's entry; without DOUBTS."""
+        raise NotImplementedError
+
+    def replace(self, state: "LayerState", parameters: Sequence[nn.Parameter], edited: Sequence[bool]) -> None:
+        """Goes on from values that some tensors came with when they took the place of others; without DOUBTS."""
+        raise NotImplementedError
 
 
 class Numbers:
@@ -148,8 +164,9 @@ class Numbers:
         self.adamw = torch.zeros(n_layers, 7, dtype=torch.float64, device=device)
         self.adamw[:, 0] = self.weight_ratio = weight_ratio
         self.rates = torch.zeros(n_factors, 2, dtype=torch.float64, device=device)
-        self._of_layers, self._of_factors = (torch.zeros(0, dtype=torch.int64) for _ in range(2))
-        self.groups = torch.zeros(0, 7)  # lr, weight_decay, hidden_lr, beta1, beta2, eps and weight_decay again
+        self._of_layers, self._of_factors = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(2))
+        # lr, weight_decay, hidden_lr, beta1, beta2, eps and weight_decay again
+        self.groups = torch.zeros(0, 7, dtype=torch.float64, device=device)
         self._known: list[list[float | None]] = []
         self._former: list[Tensor] = []  # of other numbers of groups, for CUDA graphs that read them
 
@@ -233,6 +250,11 @@ class LayerState:
     def pieces(self) -> dict[str, Tensor]:
         return self.engine.state.pieces(self.index)
 
+    def keep_master(self, i: int, value: Tensor) -> None:
+        """A copy of `value`, in the order in which the core walks it, whatever the tensor's strides (channels_last)."""
+        tie = self.factors
+        self.masters[i] = value.to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
+
     @property
     def lr(self) -> Tensor:
         """Of the group of the tensor that speaks for the layer, as the last step had it; where the rate is found the
@@ -286,6 +308,16 @@ class LayerState:
             held[0][name] = value
         return held
 
+    def unseen(self) -> list[dict[str, Any]]:
+        """Of tensors into which somebody has written since the last step what the next one would make of their entries
+        (None: it would drop it). Saved in the place of these, as a resumed run cannot tell; nothing changes here."""
+        engine, tensors = self.engine, self.factors.layer.parameters()
+        if engine.state.DOUBTS or self.is_fresh:  # find out by themselves
+            return []
+        first = engine.first_factor[self.index]
+        pairs = zip(engine.marks[first : first + len(tensors)], marks(tensors), strict=True)
+        return engine.state.unseen(self, tensors) if any(a is not None and a != b for a, b in pairs) else []
+
     def take_over(self, old: "LayerState") -> None:
         """Goes on from where `old`, the same layer's state on another device, is."""
         device, state = self.factors.device, self.engine.state
@@ -315,11 +347,15 @@ class Entry(dict[str, Any]):
         if not isinstance(mine := self.get(name), Tensor):
             super().__setitem__(name, value)
         elif value is not mine:
-            mine.copy_(torch.as_tensor(value))
+            mine.copy_(value if isinstance(value, Tensor) else torch.as_tensor(value, device=mine.device))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
+
+    def __ior__(self, other: Any) -> "Entry":  # type: ignore[override, misc]
+        self.update(other)
+        return self
 
 
 class Batch:
@@ -331,25 +367,27 @@ class Batch:
         self.factors = [f for i in indices for f in range(engine.first_factor[i], engine.first_factor[i + 1])]
         self.is_whole = len(indices) == len(engine.states)
         self.sizes = engine.state.sizes[list(indices)].contiguous()
-        self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64)
+        self.rows = torch.tensor([(i, engine.first_factor[i]) for i in indices], dtype=torch.int64, device=CPU)
         # of the layers in the engine and in the model, on the device: indexing by lists would wait for it
         self.places = torch.tensor(indices, dtype=torch.int64, device=engine.device)
         of_model = [state.factors.position for state in self.states]
         self.positions = torch.tensor(of_model, dtype=torch.int64, device=engine.device)
         self.report_sizes = [engine.state.report_size(i) for i in indices]
         self.begins = dict(zip(indices, accumulate(self.report_sizes, initial=0), strict=False))
-        self._count_places = torch.tensor([begin + 1 for begin in self.begins.values()], dtype=torch.int64)
+        count_places = [begin + 1 for begin in self.begins.values()]
+        self._count_places = torch.tensor(count_places, dtype=torch.int64, device=CPU)
         self.units = engine.state.settings.hidden_width * len(indices)  # of all layers' h
         self.parameters: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []
         self.sources: list[Tensor] = []  # what the gradients were made from, or are
+        self.frozen: list[tuple[LayerState, int, nn.Parameter]] = []  # that keep their values while their layers step
         self.report: Tensor | None = None
         self.dh: Tensor | None = None  # dL/dh of all layers, if measured
         self.sums: Tensor | None = None  # that processes add up
 
     def release(self) -> None:
         """Lets go of the gradients, which zero_grad() is to free, and of tensors that may be replaced."""
-        self.parameters, self.gradients, self.sources = [], [], []
+        self.parameters, self.gradients, self.sources, self.frozen = [], [], [], []
 
     def pick(self, of_factors: Sequence[Any]) -> Any:
         """Of a list with an item for each factor of the engine those of this batch."""
@@ -380,6 +418,27 @@ class Batch:
         """Gradients that were made from what the Parameters hold, and are scaled when that is."""
         sources = {id(source) for source in self.sources}
         return [gradient for gradient in self.gradients if id(gradient) not in sources]
+
+
+def _frozen(batch: Batch) -> list[tuple[LayerState, int, nn.Parameter]]:
+    """Of layers that step what was frozen since: no torch optimizer moves it. A tensor that has no gradient in this
+    step alone counts as one whose gradient is zero."""
+    found = []
+    for state, own in zip(batch.states, batch.by_state(batch.parameters), strict=True):
+        if all(p.requires_grad or p.grad is not None for p in own):
+            continue
+        layer = state.factors.layer
+        tied = {twin.index for twin in layer.twins}
+        for f, (listed, p) in enumerate(zip(layer.listed(), own, strict=True)):
+            if p.grad is None and not listed.requires_grad and f not in tied:
+                found.append((state, f, p))
+    return found
+
+
+def _differ(before: Tensor, now: Tensor) -> bool:
+    """Whether a tensor in another's place is known to hold something else than that, in its own dtype."""
+    tells = before.device == now.device and before.untyped_storage().size() > 0
+    return tells and not torch.equal(before.detach().to(now.dtype), now.detach())
 
 
 class Engine(ABC):
@@ -423,20 +482,44 @@ class Engine(ABC):
     def look(self, parameters: list[nn.Parameter]) -> None:
         """Takes note of tensors that were replaced, moved or cast."""
         self.looks += 1
+        known, _, dtypes = self._looked_at
         self._looked_at = parameters, list(map(Tensor.data_ptr, parameters)), list(map(_dtype, parameters))
         for state, own in zip(self.states, self.by_layer(parameters), strict=True):
             self.state.make_masters(state, own)
+        if self.state.DOUBTS or not known:
+            self.marks = [None] * len(self.marks)
+        else:
+            self._follow_values(known, dtypes, parameters)
         self._is_watched, self.stale = self.state.watches(self), list(self.states)
         masters = [master for state in self.states for master in state.masters]
         in_place = (p.dtype == self.dtype and p.is_contiguous() for p in parameters)
         self.writes_in_place = all(in_place) and all(master is None for master in masters)
-        self.marks = [None] * len(self.marks)
 
-    def forget(self, layer: LayerState) -> None:
-        """Another hand has put the layer's state and factors back, and maybe how it began, which batches have noted."""
+    def _follow_values(
+        self, known: Sequence[nn.Parameter], dtypes: Sequence[torch.dtype], parameters: list[nn.Parameter]
+    ) -> None:
+        """A fingerprint holds for a tensor that lies elsewhere, and for another in its place; where there is none
+        (on a GPU, of another dtype) tensors that were replaced are compared with those before."""
+        pairs = list(zip(self.marks, dtypes, parameters, strict=True))
+        self.marks = [mark if isinstance(mark, int) and p.dtype == dtype else None for mark, dtype, p in pairs]
+        edited = [
+            mark is None and p is not before and _differ(before, p)
+            for mark, before, p in zip(self.marks, known, parameters, strict=True)
+        ]
+        own = zip(self.states, self.by_layer(parameters), self.by_layer(edited), strict=True)
+        for state, some, of_layer in own:
+            if any(of_layer):
+                self.state.replace(state, some, of_layer)
+
+    def forget(self, layer: LayerState, wrote: bool) -> None:
+        """Another hand has put the layer's state back, and maybe how it began, which batches have noted; and the
+        factors, if it wrote them. What is in them then is remembered where values tell, so that the same values, as
+        when the model is loaded after the optimizer, are no edit."""
         self._batches.clear()
-        for f in range(self.first_factor[layer.index], self.first_factor[layer.index + 1]):
-            self.marks[f] = None
+        own = layer.factors.layer.parameters()
+        tells = wrote and not self.state.DOUBTS and not layer.is_fresh and own[0].device.type == "cpu"
+        first = self.first_factor[layer.index]
+        self.marks[first : first + len(own)] = marks(own) if tells else [None] * len(own)
         self.forget_reports()
 
     @property
@@ -470,6 +553,7 @@ class Engine(ABC):
             batch = self._batches[indices] = Batch(self, indices)
         batch.parameters, batch.gradients, batch.sources = batch.pick(parameters), ready, sources
         batch.dh = batch.sums = None
+        batch.frozen = [] if sources is gradients else _frozen(batch)
         return batch
 
     @property
@@ -505,6 +589,21 @@ class Engine(ABC):
         some = [(state, parameters) for state, parameters, was in own if was]
         self.stale += [state for state, _ in some]
         return [state.name for state, parameters in some if self.state.absorb(state, parameters)]
+
+    def hold(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """What belongs to the batch's frozen tensors, and copies of it."""
+        held: list[Tensor] = []
+        for state, f, parameter in batch.frozen:
+            master = state.masters[f]
+            held += [parameter.detach(), *([] if master is None else [master]), *self.state.beside(state.index, f)]
+        return [(tensor, tensor.clone()) for tensor in held]
+
+    def put_back(self, batch: Batch, held: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """After a step."""
+        for tensor, before in held:
+            tensor.copy_(before)
+        for state, f, parameter in batch.frozen:
+            self.state.settle(state, f, parameter)
 
     def finish(self, batch: Batch, report: Tensor) -> None:
         """After a step: tells autograd what was written, and remembers it."""

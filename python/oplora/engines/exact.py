@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops  # noqa: F401  (loads the ops that are called below)
 from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors, places_of
-from .memory import allocate, columns
+from .memory import CPU, allocate, columns
 from .settings import Settings, count_parameters, start_parameters
 
 __all__ = ["Exact"]
@@ -42,7 +42,7 @@ class Exact(State):
             sizes.append([H, settings.latent_width, len(tie.shapes), at, factor * H, i * H])
             start_parameters(self.parameters[at : at + count], tie, settings)
             at, factor = at + count, factor + len(tie.shapes)
-        self.sizes, self._begins = torch.tensor(sizes, dtype=torch.int64), [row[3] for row in sizes]
+        self.sizes, self._begins = torch.tensor(sizes, dtype=torch.int64, device=CPU), [row[3] for row in sizes]
         self.places = places_of(ties)
 
     @staticmethod
@@ -128,13 +128,15 @@ class Exact(State):
         )
         return done
 
-    def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
+    def plan(
+        self, batch: Batch, factors: Any, rounded: Any, bases: Any, gradients: Any, numbers: Any, verdict: Tensor
+    ) -> Any:
         """The op's plan, table and workspace, for a GPU."""
         return torch.ops.oplora.cuda_exact_plan(
             *(getattr(self, key) for key in self.KEYS),
             factors,
             rounded,
-            batch.every_base(),
+            bases,
             gradients,
             batch.sizes,
             numbers.adamw,
@@ -172,6 +174,11 @@ class Exact(State):
 
     def make_masters(self, state: LayerState, parameters: Sequence[nn.Parameter]) -> None:
         """None: what a step writes is made from W2 and c2, whatever the factors hold."""
+
+    def settle(self, state: LayerState, f: int, parameter: nn.Parameter) -> None:
+        """What h and c2 have added since is taken out of what it starts from."""
+        state.factors.keep_value(f, parameter, state.engine.generate(state)[f])
+        state.engine.stale.append(state)
 
     def absorb(self, state: LayerState, parameters: list[nn.Parameter]) -> bool:
         return state.factors.adopt_edits(parameters, lambda: state.engine.generate(state))

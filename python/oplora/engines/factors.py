@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..adapters import STARTS, AdaptedLayer, Start
 from ..errors import OPLoRATypeError, OPLoRAValueError, warn
+from .memory import CPU
 from .written import Written
 
 __all__ = ["Factors", "keep_starts", "places_of", "warn_adopted"]
@@ -138,14 +139,17 @@ class Factors:
         """Ties the tensors to v, which is what is generated now: they keep their values as a start that v is added to,
         or take v."""
         for i, (parameter, piece) in enumerate(zip(self.layer.parameters(), v, strict=True)):
-            piece = piece.view(parameter.shape)
             if keep[i]:
-                base = parameter.detach().to(self.device, self.dtype) - piece
-                self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
+                self.keep_value(i, parameter, piece)
             else:
                 self.bases[i] = None
-                parameter.detach().copy_(piece)
+                parameter.detach().copy_(piece.view(parameter.shape))
         self.remember_written()
+
+    def keep_value(self, i: int, parameter: nn.Parameter, piece: Tensor) -> None:
+        """Makes what the i-th tensor holds, but for `piece` of v, what it starts from."""
+        base = parameter.detach().to(self.device, self.dtype) - piece.view(parameter.shape)
+        self.bases[i] = base.contiguous() if bool(base.count_nonzero()) else None
 
     def remember_written(self, parameters: list[nn.Parameter] | None = None) -> None:
         self._written.remember(self.layer.parameters() if parameters is None else parameters)
@@ -168,10 +172,10 @@ class Factors:
         if not self._written.changed(parameters):
             return False
         v, before = generate(), list(self.bases)
-        if all(torch.equal(p.detach(), m.to(p)) for p, m in zip(parameters, self.values(v), strict=True)):
-            self.remember_written(parameters)
-            return False
-        self.begin(v, [True] * len(v))
+        for i, (p, mine) in enumerate(zip(parameters, self.values(v), strict=True)):
+            if not torch.equal(p.detach(), mine.to(p)):
+                self.keep_value(i, p, v[i])
+        self.remember_written(parameters)
         return not all(
             base is now or (base is not None and now is not None and torch.equal(base, now))
             for base, now in zip(before, self.bases, strict=True)
@@ -219,7 +223,7 @@ def places_of(factors: Sequence[Factors]) -> Tensor | None:
     """A row a tensor, as the core's oplora_place has it, where processes add sums up."""
     if any(f.places is None for f in factors):
         return None
-    return torch.tensor([place for f in factors for place in f.places or ()], dtype=torch.int64)
+    return torch.tensor([place for f in factors for place in f.places or ()], dtype=torch.int64, device=CPU)
 
 
 def keep_starts(factors: Sequence[Factors], init: str) -> list[list[bool]]:

@@ -47,10 +47,11 @@ class HostEngine(Engine):
         measured = report is not None
         if report is None:
             report = batch.new_report()
-        out = self.outputs(batch)
+        out, held = self.outputs(batch), self.hold(batch)
         if not self.state.step(batch, out, self.inputs(batch), self.numbers, report, measured):
             return False, report
         self.write(batch, out)
+        self.put_back(batch, held)
         self.finish(batch, report)
         return True, report
 

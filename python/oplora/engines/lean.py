@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import ops  # noqa: F401  (loads the ops that are called below)
 from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors, places_of
-from .memory import allocate, columns
+from .memory import CPU, allocate, columns
 from .settings import Settings
 
 __all__ = ["Lean"]
@@ -41,7 +41,8 @@ class Lean(State):
         self.moments = allocate(sum(m for _, m in counts), _moment_dtype(dtype), device, huge_pages=True)
         self.scalars = torch.zeros(SCALARS * len(ties), dtype=torch.float64, device=device)
         self.latent_std = [settings.latent_std] * len(ties)
-        self.random = torch.tensor([int(random) for tie in ties for random in tie.is_random()], dtype=torch.int64)
+        random = [int(random) for tie in ties for random in tie.is_random()]
+        self.random = torch.tensor(random, dtype=torch.int64, device=CPU)
         self.places = places_of(ties)
         self._first = [0]  # factor of each layer
         self._begins, at = [], [0, 0, 0]
@@ -56,6 +57,7 @@ class Lean(State):
                 for tie, begins in zip(ties, self._begins, strict=True)
             ],
             dtype=torch.int64,
+            device=CPU,
         )
 
     @staticmethod
@@ -148,7 +150,7 @@ class Lean(State):
         if self.places is not None:
             self._reduce(batch, gradients, report, None)
             return
-        batch.dh = torch.zeros(batch.units, dtype=torch.float64)
+        batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=CPU)
         torch.ops.oplora.lean_measure_(*self.arenas(), gradients, *self.tables(batch), report, batch.dh)
 
     @property
@@ -160,7 +162,7 @@ class Lean(State):
         return [report.view(-1, REPORT)[:, :2], self._sums(batch)[:, self._gram_size :]]
 
     def finish_measuring(self, batch: Batch, gradients: list[Tensor], report: Tensor) -> None:
-        batch.dh = torch.zeros(batch.units, dtype=torch.float64)
+        batch.dh = torch.zeros(batch.units, dtype=torch.float64, device=CPU)
         torch.ops.oplora.lean_finish_measure_(
             *self.arenas(), gradients, *self._divided_tables(batch), report, batch.sums, batch.dh
         )
@@ -177,7 +179,7 @@ class Lean(State):
         """A row a layer, as oplora_lean_reduce fills them."""
         if batch.sums is None:
             width = self._gram_size + self.ranks[0] + self.settings.hidden_width
-            batch.sums = torch.zeros(len(batch.states), width, dtype=torch.float64)
+            batch.sums = torch.zeros(len(batch.states), width, dtype=torch.float64, device=CPU)
         return batch.sums
 
     def _reduce(self, batch: Batch, gradients: list[Tensor], report: Tensor, adamw: Tensor | None) -> None:
@@ -206,13 +208,15 @@ class Lean(State):
             done = torch.ops.oplora.lean_finish_step_(*written, *tables, *told, batch.sums, batch.dh)
         return done
 
-    def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
+    def plan(
+        self, batch: Batch, factors: Any, rounded: Any, bases: Any, gradients: Any, numbers: Any, verdict: Tensor
+    ) -> Any:
         """The op's plan, table and workspace, for a GPU."""
         return torch.ops.oplora.cuda_lean_plan(
             *self.arenas(),
             factors,
             rounded,
-            batch.every_base(),
+            bases,
             gradients,
             *self.tables(batch),
             numbers.adamw,
@@ -264,7 +268,7 @@ class Lean(State):
             state.factors.adopt_edits(parameters, lambda: state.engine.generate(state))
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
             if master is not None and not torch.equal(master.to(parameter), parameter.detach()):
-                state.masters[i] = parameter.detach().to(master)
+                state.keep_master(i, parameter.detach())
         return False
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import OPLoRAMemoryError
 
-__all__ = ["allocate", "columns", "free_memory", "refuse_more_than_memory"]
+__all__ = ["CPU", "allocate", "columns", "free_memory", "refuse_more_than_memory"]
 
-CPU = torch.device("cpu")
+CPU = torch.device("cpu")  # named where a tensor is for the core: torch.set_default_device() may say otherwise
 
 
 def allocate(count: int, dtype: torch.dtype, device: torch.device = CPU, *, huge_pages: bool) -> Tensor:

@@ -15,7 +15,7 @@ from .. import ops  # noqa: F401  (loads the ops that are called below)
 from ..adapters import STARTS, Start
 from .engine import Batch, Engine, LayerState, State, StepNumbers
 from .factors import Factors
-from .memory import allocate
+from .memory import CPU, allocate
 from .settings import Settings
 
 __all__ = ["FOUND", "Rate"]
@@ -47,10 +47,12 @@ class Rate(State):
         self.generated, self.exp_avg_sq = (allocate(self._begins[-1], dtype, device, huge_pages=True) for _ in range(2))
         self.found = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, FIRST_PACE, 0.0], dtype=torch.float64, device=device)
         self.sizes = torch.tensor(
-            [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)], dtype=torch.int64
+            [[len(tie.shapes), begin] for tie, begin in zip(ties, self._begins, strict=False)],
+            dtype=torch.int64,
+            device=CPU,
         )
         self._first = list(accumulate((len(tie.shapes) for tie in ties), initial=0))  # factor of each layer
-        self.listens = torch.zeros(self._first[-1], dtype=torch.int64)
+        self.listens = torch.zeros(self._first[-1], dtype=torch.int64, device=CPU)
         self._listening = torch.zeros(len(ties), dtype=torch.int64, device=device)  # of each layer the first that does
         for i, tie in enumerate(ties):
             self._set_listens(i, _listening(tie))
@@ -89,7 +91,7 @@ class Rate(State):
         return [bool(bit) for bit in self.listens[self._first[i] : self._first[i + 1]].tolist()]
 
     def _set_listens(self, i: int, listens: Sequence[bool]) -> None:
-        self.listens[self._first[i] : self._first[i + 1]] = torch.tensor(listens, dtype=torch.int64)
+        self.listens[self._first[i] : self._first[i + 1]] = torch.tensor(listens, dtype=torch.int64, device=CPU)
         self._listening[i] = self._first[i] + listens.index(True)
 
     def forget_moments(self, i: int) -> None:
@@ -120,7 +122,9 @@ class Rate(State):
         )
         return done
 
-    def plan(self, batch: Batch, factors: Any, rounded: Any, gradients: Any, numbers: Any, verdict: Tensor) -> Any:
+    def plan(
+        self, batch: Batch, factors: Any, rounded: Any, bases: Any, gradients: Any, numbers: Any, verdict: Tensor
+    ) -> Any:
         """The op's plan, table and workspace, for a GPU."""
         return torch.ops.oplora.cuda_rate_plan(
             self.generated,
@@ -128,7 +132,7 @@ class Rate(State):
             self.found,
             factors,
             rounded,
-            batch.every_base(),
+            bases,
             gradients,
             *self._tables(batch),
             verdict,
@@ -186,15 +190,40 @@ class Rate(State):
         self._go_on_from(state, state.factors.layer.parameters())
 
     def absorb(self, state: LayerState, parameters: list[Any]) -> bool:
-        """A new value is what is generated, and the average of no other. A factor that holds its master's rounding was
-        not written into."""
+        """A new value is what is generated, and the average of no other."""
         edited = []
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
-            edited.append(master is None or not torch.equal(master.to(parameter.dtype), parameter.detach()))
+            edited.append(self._is_edited(parameter, master))
             if master is not None and edited[i]:
-                state.masters[i] = parameter.detach().to(master)
+                state.keep_master(i, parameter.detach())
         self._go_on_from(state, parameters, edited)
         return False
+
+    def beside(self, i: int, f: int) -> list[Tensor]:
+        return list(self.of_tensors(i)[f].values())
+
+    def unseen(self, state: LayerState, parameters: Sequence[Any]) -> list[dict[str, Any]]:
+        tie, first, found = state.factors, self._first[state.index], list[dict[str, Any]]()
+        for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
+            if not self._is_edited(parameter, master):
+                found.append({})
+                continue
+            value = parameter.detach().to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
+            has_start = bool(self.listens[first + i]) and tie.has_start(i, value)
+            of_master = {} if master is None else {"master": value}
+            found.append({"generated": value, "base": value if has_start else None, **of_master})
+        return found
+
+    @staticmethod
+    def _is_edited(parameter: Tensor, master: Tensor | None) -> bool:
+        """Of a layer in which something was. A factor that holds its master's rounding was not written into."""
+        return master is None or not torch.equal(master.to(parameter.dtype), parameter.detach())
+
+    def replace(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool]) -> None:
+        for i, (parameter, is_other) in enumerate(zip(parameters, edited, strict=True)):
+            if is_other and state.masters[i] is not None:
+                state.keep_master(i, parameter.detach())
+        self._go_on_from(state, parameters, edited)
 
     def _go_on_from(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool] | None = None) -> None:
         tie, first = state.factors, self._first[state.index]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _core
 from ..errors import OPLoRATypeError, OPLoRAValueError
 from .factors import Factors
-from .memory import allocate
+from .memory import CPU, allocate
 
 __all__ = ["Settings", "count_parameters", "start_parameters", "views", "weight_ratio"]
 
@@ -90,7 +90,7 @@ def _rows_here(factors: Factors) -> Tensor | None:
         return None
     rows, begin = [], 0
     for (count, first, run, stride, _), size in zip(factors.places, factors.sizes, strict=True):
-        at = torch.arange(size)
+        at = torch.arange(size, device=CPU)
         rows.append(begin + first + at.div(run, rounding_mode="floor") * stride + at % run)
         begin += count
     return torch.cat(rows)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..adapters import AdaptedLayer, is_divided
 from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRATypeError
+from .memory import CPU
 
 if TYPE_CHECKING:
     from .engine import Batch
@@ -176,9 +177,9 @@ class Mesh(Processes):
         Raises:
             OPLoRAError: a layer steps in some processes alone. They would go apart.
         """
-        table = torch.zeros(len(self._counts), 1 + width, dtype=torch.float64)
+        table = torch.zeros(len(self._counts), 1 + width, dtype=torch.float64, device=CPU)
         for batch, views in zip(batches, summands, strict=True):
-            table.index_copy_(0, batch.positions, torch.cat([torch.ones(len(views[0]), 1).double(), *views], 1))
+            table.index_copy_(0, batch.positions, torch.cat([table.new_ones(len(views[0]), 1), *views], 1))
         message = torch.cat([table.view(-1), more.view(1).to(table)])
         sums = self.sum(message.to(self.device)).to(table.device)
         table = sums[:-1].view(table.shape)
@@ -216,9 +217,9 @@ class Mesh(Processes):
     def _leave_out(self, table: Tensor, batches: "Sequence[Batch]") -> None:
         """Takes out what an earlier process counts, but for whether it is finite."""
         if self._weights is None or self._weights.device != table.device:
-            weights = torch.ones(table.shape, dtype=table.dtype)
-            weights[:, 2:] = torch.tensor(self._signals, dtype=table.dtype)[:, None]
-            weights[:, 0] = torch.tensor([all(some) for some in self._counts], dtype=table.dtype)
+            weights = torch.ones(table.shape, dtype=table.dtype, device=CPU)
+            weights[:, 2:] = weights.new_tensor(self._signals)[:, None]
+            weights[:, 0] = weights.new_tensor([all(some) for some in self._counts])
             self._weights = weights.to(table.device)
         table *= self._weights
         for batch in batches:

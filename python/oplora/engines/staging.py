@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .memory import CPU
+
 __all__ = ["Staging"]
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}  # of each device, for these copies alone
@@ -15,7 +17,9 @@ class Staging:
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self.g, self.v = ([torch.empty(shape, dtype=dtype, pin_memory=pinned) for shape in shapes] for _ in range(2))
+        self.g, self.v = (
+            [torch.empty(shape, dtype=dtype, device=CPU, pin_memory=pinned) for shape in shapes] for _ in range(2)
+        )
 
     @staticmethod
     def fetch(sources: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:

@@ -27,7 +27,10 @@ def file(path: Path) -> Iterator[Path]:
     """Where to write what then takes the place of the file `path`."""
     new = _free_name(path.parent, path.name)
     try:
+        new.touch()
+        mode = new.stat().st_mode
         yield new
+        _set_mode(new, mode)
         _sync(new)
         os.replace(new, path)
         _sync(path.parent)
@@ -140,8 +143,17 @@ def _move_files(new: Path, path: Path, seal: str, is_same: Callable[[Path, Path]
 
 
 def _sync_all(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _set_mode(path, folder.stat().st_mode & 0o666)
         _sync(path)
+    _sync(folder)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """What open() would have given it: safetensors (0.8) makes files that nobody but their owner may read."""
+    with suppress(OSError):  # some file systems have no modes
+        path.chmod(mode)
 
 
 def _sync(path: Path) -> None:

@@ -76,8 +76,11 @@ def merge_checkpoint(
     an adapter that does not fit; `out` is untouched then.
     """
     try:
-        folders = _resolved(base), _resolved(adapter), _resolved(out)
-        _merge(*folders, overwrite=overwrite, progress=progress)
+        where = _resolved(out)
+        _check_apart(base, adapter, where)
+        # by their own names: a link in the hub's cache leads to a file that is called by its hash
+        source, factors = (Path(path).expanduser().absolute() for path in (base, adapter))
+        _merge(source, factors, where, overwrite=overwrite, progress=progress)
     except OPLoRAError:
         raise
     except OSError as error:
@@ -86,7 +89,7 @@ def merge_checkpoint(
 
 def _merge(base: Path, adapter: Path, out: Path, *, overwrite: bool, progress: bool) -> None:
     atomic.put_right(out, _holds_weights)
-    _check_out(base, adapter, out, overwrite)
+    _check_out(out, overwrite)
     source = read_base(base)
     config, factors = read_adapter(adapter)
     plan = plan_merge(source, factors, config)
@@ -114,12 +117,15 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
         raise OPLoRAFileError(f"{os.fspath(path)!r} is no usable path: {error}.") from error
 
 
-def _check_out(base: Path, adapter: Path, out: Path, overwrite: bool) -> None:
-    for source, what in ((base, "BASE"), (adapter, "ADAPTER")):
+def _check_apart(base: str | os.PathLike[str], adapter: str | os.PathLike[str], out: Path) -> None:
+    for source, what in ((_resolved(base), "BASE"), (_resolved(adapter), "ADAPTER")):
         if out == source or out in source.parents or source in out.parents:
             raise OPLoRAValueError(
                 f"OUT {str(out)!r} and {what} {str(source)!r} contain each other. Choose an OUT elsewhere."
             )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
     if not os.path.isdir(out.parent):
         raise OPLoRAFileError(f"{str(out.parent)!r}, where OUT is to lie, is no folder. Create it first.")
     if not os.path.exists(out):

@@ -75,7 +75,7 @@ class AdamW(Resumable):
             trainable parameters; by default 1e-3.
         betas: as in torch.optim.AdamW; by default (0.9, 0.999). Under preset "auto" (0.9, 0.99), and beta1 is the share
             of the average in the factors.
-        eps: as in torch.optim.AdamW.
+        eps: as in torch.optim.AdamW; for factors at least 1e-19, so that 0 is no division by zero.
         weight_decay: as in torch.optim.AdamW.
         preset: "auto": one hidden unit for all layers, whose gradient finds the learning rate, and factors that are
             averages; 16 bytes for each number in A and B, gradient included (docs/rate.md). "paper": a generator in
@@ -204,6 +204,7 @@ class AdamW(Resumable):
 
     # ---- stepping ----
 
+    @torch.compiler.disable  # the calls of a compiled loop: there is nothing in them to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step from the gradients in the factors; see the class. Layers without any gradient stay as they are.
@@ -225,6 +226,7 @@ class AdamW(Resumable):
         try:
             if self._step(batches):
                 self._is_fresh, self._has_gradients = False, self._has_gradients or bool(batches)
+                self._publish_stale()
                 self._drop_consolidated()
                 self._count_for_log()
         finally:
@@ -263,9 +265,12 @@ class AdamW(Resumable):
     def _gather(self) -> list[Batch]:
         own = self._refresh()  # may make another stepper
         batches: list[Batch] = self._stepper.gather(own)
+        self._publish_stale()
+        return batches
+
+    def _publish_stale(self) -> None:
         for layer in self._stepper.take_stale():
             self._publish_layer(layer)
-        return batches
 
     def _tell_refusals(self) -> None:
         """Raises for steps that a device refused since it was last asked; it tells when it has got there."""
@@ -283,7 +288,7 @@ class AdamW(Resumable):
             return
         if not batches and all(p.grad is None for p in self._stepper.listing.generated()):
             refuse_foreign_adapter(self._model, self._stepper.layers)
-        self._unstepped.warn()
+        self._unstepped.warn(self.param_groups)
 
     def _warn_of_nothing(self) -> None:
         """Once, where a step finds nothing to do and none before it found anything: whoever trains a model that was
@@ -313,6 +318,7 @@ class AdamW(Resumable):
             return list(shares_of(self.param_groups))
         return [numbers_of(group, self._preset) for group in self.param_groups]
 
+    @torch.compiler.disable
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that the norm of all parameters' gradients, the generators' z, W1, c1, W2, c2 and the
@@ -351,6 +357,7 @@ class AdamW(Resumable):
         self._stepper.precondition(batches)
         return None
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._clipped = None  # it holds gradients
         super().zero_grad(set_to_none)

@@ -164,6 +164,8 @@ def seen(group: dict[str, Any]) -> list[Any]:
 def with_names(group: dict[str, Any], first: int) -> dict[str, Any]:
     """The group with a name for every tensor, as torch asks of all groups if one has them."""
     held = group["params"]
+    if isinstance(held, set):
+        return group  # torch refuses it, as it has no order
     held = [held] if isinstance(held, Tensor) else list(held)
     named = [item if isinstance(item, tuple) else (f"parameters.{first + i}", item) for i, item in enumerate(held)]
     return {**group, "params": named}

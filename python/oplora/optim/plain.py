@@ -31,14 +31,18 @@ class Plain:
         self.of_groups, self._inner = list(of_groups), None
         self._is_divided = any(is_divided(p) for some in of_groups for p in some)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the optimizer that steps them, which has the state in it: a copy makes its own."""
+        return {**self.__dict__, "_inner": None}
+
     def __iter__(self) -> Any:
         return (p for some in self.of_groups for p in some)
 
     def gradients(self) -> list[Tensor]:
-        """Of what is here. Raises for sparse ones, which torch's AdamW would refuse when others have been stepped."""
-        gradients = [p.grad for p in self if p.grad is not None]
-        if self._is_divided:
-            gradients = [g for g in map(gradient_here, self) if g is not None and g.numel()]
+        """Of what is here, but for those without a number in them. Raises for sparse ones, which torch's AdamW would
+        refuse when others have been stepped."""
+        found = map(gradient_here, self) if self._is_divided else (p.grad for p in self)
+        gradients = [g for g in found if g is not None and g.numel()]
         for gradient in gradients:
             if gradient.layout != torch.strided:
                 raise OPLoRATypeError(
@@ -53,8 +57,9 @@ class Plain:
         gradients = self.gradients()
         if counted is not None:
             some = [gradient_here(p) for p in self if counted(p)]
-            gradients = [g for g in some if g is not None]
-        return list(torch._foreach_norm([g.double() for g in gradients])) if gradients else []
+            gradients = [g for g in some if g is not None and g.numel()]
+        real = [torch.view_as_real(g) if g.is_complex() else g for g in gradients]
+        return list(torch._foreach_norm([g.double() for g in real])) if real else []
 
     def nonfinite(self) -> list[str]:
         gradients = self.gradients()
@@ -78,7 +83,8 @@ class Plain:
                 zeros = {
                     key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in ("exp_avg", "exp_avg_sq")
                 }
-                state[p] = {"step": torch.tensor(0.0), **zeros}
+                # whatever torch's defaults are now: bfloat16 counts to 256
+                state[p] = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu"), **zeros}
 
     def step(self, groups: Sequence[dict[str, Any]], state: Any) -> None:
         if (inner := self._with_numbers(groups)) is not None:

@@ -126,10 +126,12 @@ class Unstepped:
         self._frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in taken]
         self._model = model
 
-    def warn(self) -> None:
-        """Once, where there is one."""
+    def warn(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Once, where there is one that nobody has put into a group since."""
         if not any(map(_requires_grad, self._frozen)):
             return
+        held = {id(p) for group in groups for p in group["params"]}
+        self._frozen = [p for p in self._frozen if id(p) not in held]
         found = {id(p) for p in self._frozen if p.requires_grad and p.grad is not None}
         names = [name for name, p in self._model.named_parameters() if id(p) in found]
         if not names:

@@ -14,7 +14,16 @@ from ..errors import OPLoRAError, OPLoRARuntimeError, OPLoRAValueError
 from .groups import complete, with_names
 from .plain import placed_like
 from .presets import Preset
-from .saved import Loaded, check_layers, check_names, from_0_1, load_layer, refuse_without_generators, without_gaps
+from .saved import (
+    Loaded,
+    check_layers,
+    check_names,
+    from_0_1,
+    in_the_order_of,
+    load_layer,
+    refuse_without_generators,
+    without_gaps,
+)
 from .stepping import Stepper
 
 __all__ = ["Resumable"]
@@ -154,7 +163,8 @@ class Resumable(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that copies step (torch's holds the groups and its own state only)."""
         held = {name: value for name, value in self.__dict__.items() if name != "step"}  # a scheduler's, of this object
-        return {**held, "_entries": {}, "_seen": ([], [])}
+        state = defaultdict(dict, {p: _with_own_step(entry) for p, entry in self.state.items()})
+        return {**held, "state": state, "_entries": {}, "_seen": ([], [])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if state.keys() != {"state", "param_groups"}:  # a copy
@@ -191,6 +201,14 @@ class Resumable(torch.optim.Optimizer):
         for parameter in self._stepper.listing.now():
             if (number := numbers[id(parameter)]) in saved["state"]:
                 saved["state"][number] = {"factor": parameter.detach(), **saved["state"][number]}
+        for layer in self._stepper.states:
+            whole = layer.factors.layer
+            for i, (parameter, unseen) in enumerate(zip(whole.listed(), layer.unseen(), strict=False)):
+                entry = saved["state"][numbers[id(parameter)]]
+                for name, value in unseen.items():
+                    entry.pop(name, None)
+                    if value is not None:
+                        entry[name] = whole.published(i, value)
 
     def _numbers_of_tensors(self) -> dict[int, int]:
         """What state_dict() calls each of them, by id."""
@@ -250,6 +268,7 @@ class Resumable(torch.optim.Optimizer):
             saved = from_0_1(saved, self._stepper.layers)
         refuse_without_generators(saved)
         check_names(self.param_groups, saved["param_groups"])
+        saved = in_the_order_of(self.param_groups, saved)
         theirs = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
         number = dict(zip(map(id, self._all()), theirs, strict=False))
         state, layers = dict(saved["state"]), self._stepper.states
@@ -267,6 +286,12 @@ class Resumable(torch.optim.Optimizer):
         self._is_fresh = self._is_fresh and sum(entry is not None for entry in every) == sum(map(len, tensors))
         self._is_consolidated = False
         return {**saved, "state": state}
+
+
+def _with_own_step(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without the view of a float table as integers, which torch.save refuses."""
+    step = entry.get("step")
+    return {**entry, "step": step.clone()} if isinstance(step, Tensor) else entry
 
 
 def _in_place(mine: Any, saved: Any) -> Any:

@@ -22,6 +22,7 @@ __all__ = [
     "check_layers",
     "check_names",
     "from_0_1",
+    "in_the_order_of",
     "load_layer",
     "refuse_without_generators",
     "without_gaps",
@@ -64,6 +65,37 @@ def check_names(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str
     ours, theirs = ({layer for name in some if (layer := layer_of(name)) is not None} for some in names)
     if ours and theirs and ours != theirs:
         raise OPLoRAValueError(_other_layers(ours, theirs))
+
+
+def in_the_order_of(groups: Sequence[Mapping[str, Any]], saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved state for groups whose tensors are in another order: torch goes by places, and here a tensor's own
+    value comes along, which would be written into another layer. Where every tensor has a name, names tell.
+
+    Raises:
+        OPLoRAError: an adapter's tensor is in a group in which it was not.
+    """
+    theirs: Sequence[dict[str, Any]] = saved["param_groups"]
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in groups]:
+        return saved  # torch says what does not fit
+    ordered = []
+    for g, (ours, group) in enumerate(zip(groups, theirs, strict=True)):
+        names, known = ([_plain_name(name) for name in some.get("param_names", ())] for some in (ours, group))
+        if names != known and set(names) == set(known) and len(known) == len(group["params"]):
+            places = [known.index(name) for name in names]
+            group = {**group, **{key: [group[key][i] for i in places] for key in ("params", "param_names")}}
+            known = names
+        for mine, other in zip(names, known, strict=False):
+            if layer_of(mine) != layer_of(other):
+                raise OPLoRAValueError(
+                    f"oplora: parameter group {g} has {mine} where the saved one has {other}. Make the groups of the "
+                    "same tensors as in the run that was saved. Nothing was changed."
+                )
+        ordered.append(group)
+    return {**saved, "param_groups": ordered}
+
+
+def _plain_name(name: str) -> str:
+    return name.replace("_orig_mod.", "")
 
 
 def refuse_without_generators(saved: Mapping[str, Any]) -> None:
@@ -175,7 +207,7 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
     for own, entry in zip(layer.entries(), saved, strict=True):
         for name, value in own.items():
             if isinstance(value, Tensor) and name not in ("base", "master"):
-                value.copy_(torch.as_tensor(entry[name]))
+                own[name] = entry[name]
     layer.engine.state.take_settings(layer.index, saved[0])
     tie.bases = [
         None if (base := entry.get("base")) is None else base.to(tie.device, tie.dtype, copy=True).contiguous()
@@ -186,10 +218,11 @@ def load_layer(layer: LayerState, saved: Sequence[dict[str, Any]]) -> None:
         factor, master = entry.get("factor", parameter.detach()), entry.get("master")
         exact = factor if master is None else master  # also where the model was of another dtype then
         parameter.detach().copy_(factor if factor.dtype == parameter.dtype else exact)
-        layer.masters[i] = None if layer.masters[i] is None else exact.to(tie.device, tie.dtype, copy=True)
+        if layer.masters[i] is not None:
+            layer.keep_master(i, exact)
     layer.is_fresh = int(layer.engine.numbers.steps[layer.index]) == 0
     tie.forget()
-    layer.engine.forget(layer)
+    layer.engine.forget(layer, wrote="factor" in saved[0])
     if layer.engine.state.KIND == "exact" and "factor" in saved[0]:
         layer.engine.state.absorb(
             layer, parameters

@@ -382,14 +382,14 @@ class Stepper:
     def _step_adding_up(self, batches: Sequence[Batch], where: list[str]) -> list[str]:
         """As step_on_host, where sums over a layer's rows cross processes; nothing is changed before the last has."""
         reports = [batch.engine.measure(batch) for batch in batches]
-        told = self._add_up(batches, reports, torch.tensor([len(where)], dtype=torch.float64))
+        told = self._add_up(batches, reports, torch.tensor([len(where)], dtype=torch.float64, device="cpu"))
         where += [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]
         if where or bool(told):
             return where or ["parameters outside the adapters, in another process,"]
         assert self.mesh is not None
         sums = [batch.engine.reduce(batch, report) for batch, report in zip(batches, reports, strict=True)]
         if any(sums):
-            self.mesh.add(batches, sums, sum(view.shape[1] for view in sums[0]), torch.zeros(1))
+            self.mesh.add(batches, sums, sum(view.shape[1] for view in sums[0]), torch.zeros(1, device="cpu"))
         for batch, report in zip(batches, reports, strict=True):
             batch.engine.step(batch, report)
         return []
@@ -528,7 +528,7 @@ class Stepper:
     def _merged(self, batches: Sequence[Batch], reports: Sequence[Tensor], plain: list[str]) -> list[str]:
         """As _agreed, of the reports, which then tell of all processes' entries, and of what is plainly stepped."""
         assert self.mesh is not None
-        refused = self.mesh.merge(batches, reports, torch.tensor([len(plain)], dtype=torch.int32))
+        refused = self.mesh.merge(batches, reports, torch.tensor([len(plain)], dtype=torch.int32, device="cpu"))
         if not bool(refused):
             return []
         where = [name for batch, report in zip(batches, reports, strict=True) for name in batch.nonfinite(report)]

@@ -14,6 +14,7 @@ continued from a checkpoint, steps that were done again stand there twice, and t
 
 import json
 import math
+import operator
 import os
 import statistics
 import sys
@@ -68,7 +69,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
     def __init__(self, folder: str | os.PathLike[str], optimizer: Any = None, *, every: int = 10) -> None:
         if not isinstance(every, int) or every < 1:
             raise OPLoRAValueError(f"oplora.Monitor: every is {every!r}, expected a whole number of at least 1.")
-        self.folder, self.every = Path(folder), every
+        self.folder, self.every = Path(os.path.expanduser(folder)), every
         self.optimizer: Any = None
         self._file: TextIO | None = None
         self._board: Any = None
@@ -96,7 +97,7 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
                 "oplora.Monitor: there is no optimizer to watch. Pass it, oplora.Monitor(folder, optimizer), or "
                 "give the monitor to transformers' Trainer as a callback."
             )
-        self._count = self._count + 1 if step is None else step
+        self._count = self._count + 1 if step is None else _whole(step)
         if self._is_due(self._count):
             self._record(self._count, loss.item() if isinstance(loss, Tensor) else loss)
 
@@ -225,6 +226,14 @@ class Monitor(TrainerCallback):  # type: ignore[misc]
                 tracker.log({**numbers, "train/global_step": step})
             except Exception as error:  # what a tracker raises is its own matter, and must not end the training
                 warnings.warn(f"oplora.Monitor: {tracker.__name__} took no numbers: {error}", stacklevel=4)
+
+
+def _whole(step: Any) -> int:
+    """Of NumPy's and torch's integers too, which JSON does not take."""
+    try:
+        return operator.index(step)
+    except TypeError as error:
+        raise OPLoRATypeError(f"oplora.Monitor: step is {step!r}, expected a whole number.") from error
 
 
 def _over_layers(columns: dict[str, list[float]]) -> dict[str, float]:

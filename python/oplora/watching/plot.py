@@ -21,6 +21,7 @@ FORMAT = 1
 RATE = {"lr": "rate of the factors"}
 TERMS = {"trainable_lr": "trainable learning rate, ‖h‖²", "line_search": "line search, ‖Jᵀg‖² / ‖g‖²"}
 LABELLED_LAYERS = 40
+GREATEST_STEP = 1 << 53  # beyond it float64, by which is drawn, has not every number
 DECADES = 6  # below the greatest value; what is smaller does not matter
 
 
@@ -69,19 +70,22 @@ class Part:
                     part.forget_from(record["step"])
                     begun = False
                 part.take(record)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                 raise OPLoRAFileError(
                     f"oplora plot: line {number} of {file} was not written by oplora.Monitor. Was the file edited?"
                 ) from error
         return part
 
     def begin(self, header: dict[str, Any]) -> None:
-        if not isinstance(header["layers"], list):
-            raise TypeError("layers are a list")
-        self.layers, self.processes = header["layers"], header.get("processes", math.inf)
+        layers, processes = header["layers"], header.get("processes", math.inf)
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+            raise TypeError("layers are a list of names")
+        self.layers, self.processes = layers, float(processes)
 
     def take(self, record: dict[str, Any]) -> None:
         step = int(record["step"])
+        if abs(step) > GREATEST_STEP:
+            raise ValueError("a number of steps")
         for name, losses in self.losses.items():
             if name in record:
                 losses[step] = math.nan if record[name] is None else float(record[name])
@@ -176,9 +180,13 @@ def plot_run(path: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     Raises:
         OPLoRAError: no run there, no matplotlib, a picture that cannot be written.
     """
-    source = Path(path)
+    source = Path(os.path.expanduser(path))
     run = Run.read(source)
-    target = (source.parent if source.is_file() else source) / "monitor.png" if out is None else Path(out)
+    target = (
+        (source.parent if source.is_file() else source) / "monitor.png"
+        if out is None
+        else Path(os.path.expanduser(out))
+    )
     try:
         import matplotlib.figure  # noqa: F401 # not pyplot, which has a backend and windows: those are the caller's
     except ImportError as error:
@@ -270,7 +278,7 @@ def _draw_map(figure: Any, axes: Any, run: Run, name: str) -> None:
     axes.set_title(TERMS[name], loc="left", fontsize="medium")
     shown = range(0, len(run.layers), math.ceil(len(run.layers) / LABELLED_LAYERS))
     labels = shortened(run.layers)
-    axes.set_yticks([i + 0.5 for i in shown], [labels[i] for i in shown], fontsize=6)
+    axes.set_yticks([i + 0.5 for i in shown], [labels[i] for i in shown], fontsize=6, parse_math=False)
     axes.invert_yaxis()
 
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from ...errors import OPLoRAValueError
+from ...errors import OPLoRAFileError, OPLoRAValueError
 from . import diffusers, from_disk, from_model, kohya, peft
 
 __all__ = ["export_adapter", "save_adapter"]
@@ -41,21 +41,29 @@ def save_adapter(model: Any, path: str | os.PathLike[str], format: str = "peft")
         OPLoRAError: an unknown format, a model without adapter, merged layers, an adapter that the format cannot hold,
             or a folder that cannot be written; what was there before is untouched then.
     """
+    path = _expanded(path)
     if format in SAVERS:
-        SAVERS[format](from_model.read_components(model), Path(path))
+        SAVERS[format](from_model.read_components(model), path)
     elif format in PEFTS:
         parts = from_model.components_of(model)
-        if Path(path).suffix == ".safetensors" and len(parts) > 1:
+        if path.suffix == ".safetensors" and len(parts) > 1:
             raise OPLoRAValueError(
                 f"oplora.save_adapter: a file in PEFT's format holds the adapter of one model, and here are "
                 f'{", ".join(parts)}. Give a folder, or format="diffusers".'
             )
         for name, component in parts.items():
-            place = Path(path) if Path(path).suffix == ".safetensors" else Path(path) / name
+            place = path if path.suffix == ".safetensors" else path / name
             peft.save(component, place, is_plain=format == "plain")
     else:
         known = ", ".join(map(repr, [*PEFTS, *SAVERS]))
         raise OPLoRAValueError(f"oplora.save_adapter: format is {format!r}, expected one of {known}.")
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    expanded = Path(os.path.expanduser(path))
+    if "\0" in str(expanded):
+        raise OPLoRAFileError(f"{str(expanded)!r} is no usable path: it has a NUL in it.")
+    return expanded
 
 
 def export_adapter(
@@ -69,16 +77,19 @@ def export_adapter(
 
     Args:
         source, base, component: as for from_disk.read_components.
-        out: the folder to write, or a .safetensors file; for "peft" a folder.
-        format: "peft", "plain", "diffusers" or "kohya". "plain" is made of PEFT's folders, of any model.
+        out: the folder to write, or a .safetensors file.
+        format: "peft", "plain", "diffusers" or "kohya". "plain" is made of PEFT's folders and of files that
+            save_adapter wrote, of any model; "peft" makes a folder of such a file, and the other way round.
     """
-    if format == "plain":
-        if base is not None or component is not None:
-            raise OPLoRAValueError("--base and --component say nothing to format plain, which keeps the layers' names.")
-        peft.save_plain(Path(source), Path(out))
+    source, out = _expanded(source), _expanded(out)
+    has_place = base is not None or component is not None
+    if format == "plain" and has_place:
+        raise OPLoRAValueError("--base and --component say nothing to format plain, which keeps the layers' names.")
+    if format == "plain" or (format == "peft" and not has_place and peft.is_one(source)):
+        peft.save_copies(source, out, is_plain=format == "plain")
         return
-    components = from_disk.read_components(Path(source), None if base is None else Path(base), component)
+    components = from_disk.read_components(source, None if base is None else _expanded(base), component)
     if format == "peft":
-        peft.save_components(components, Path(out))
+        peft.save_components(components, out)
     else:
-        SAVERS[format](components, Path(out))
+        SAVERS[format](components, out)

@@ -10,7 +10,8 @@ from typing import Final
 
 from torch import Tensor
 
-from .layers import Component, LoRALayer, path_in_file
+from ...errors import OPLoRATypeError
+from .layers import COMPONENTS, Component, LoRALayer, path_in_file
 from .saving import place, write_file
 
 __all__ = ["FILE", "save"]
@@ -21,6 +22,12 @@ FILE: Final = "pytorch_lora_weights.safetensors"
 def save(components: Iterable[Component], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for component in components:
+        if component.name not in COMPONENTS:
+            raise OPLoRATypeError(
+                f"oplora.save_adapter: diffusers loads no layers of {component.name} from a file; it loads those of "
+                f'{", ".join(COMPONENTS)}. Save it apart: with format="peft", or Wan\'s second transformer as '
+                "{'transformer': pipeline.transformer_2}, for load_lora_weights(..., load_into_transformer_2=True)."
+            )
         for layer in component.layers:
             tensors |= _tensors(component.name, layer)
     write_file(tensors, {"format": "pt"}, place(path, FILE))

@@ -1,6 +1,5 @@
 """Adapters on disk: PEFT's folders and diffusers' file, read without the model that they belong to."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,9 +15,18 @@ from torch import Tensor
 from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
 from ..peft_adapter import CONFIG, KEY_PREFIX, WEIGHTS, AdapterConfig, parse_config, read_fields, refuse_more
 from ..peft_adapter import METADATA as ADAPTER_CONFIG
-from ..tensor_file import read_object, read_tensor_file
+from ..tensor_file import parse_object, read_object, read_tensor_file
 from . import diffusers, from_kohya
-from .layers import BaseWeights, Component, LoRALayer, component_name, refuse_extras
+from .layers import (
+    COMPONENTS,
+    BaseWeights,
+    Component,
+    LoRALayer,
+    component_name,
+    kind_in,
+    refuse_extras,
+    refuse_no_pair,
+)
 
 __all__ = ["read_components"]
 
@@ -32,6 +40,7 @@ SUFFIXES: Final = {
 }
 ALPHA: Final = ".alpha"  # diffusers reads it of transformers, as kohya's: the scale is alpha / r
 SHOWN: Final = 5  # names in a message
+PLACES: Final = "Name its place: --component unet, transformer, text_encoder or text_encoder_2."
 
 
 def read_components(source: Path, base: Path | None = None, component: str | None = None) -> list[Component]:
@@ -53,10 +62,17 @@ def read_components(source: Path, base: Path | None = None, component: str | Non
 
 
 def _read(source: Path, base: Path | None, component: str | None) -> Iterator[Component]:
+    if component is not None and component not in COMPONENTS:
+        raise OPLoRAValueError(f"--component {component!r} is no part of a pipeline. {PLACES}")
     file = source / diffusers.FILE if source.is_dir() else source
     if (source / CONFIG).is_file():
         yield _read_peft(source, component)
-    elif folders := [path.parent for path in sorted(source.glob(f"*/{CONFIG}"))]:
+    elif folders := [path.parent for path in sorted(source.glob(f"[!.]*/{CONFIG}"))]:
+        if others := [folder.name for folder in folders if folder.name not in COMPONENTS]:
+            raise OPLoRAValueError(
+                f"SOURCE {str(source)!r} has adapters in {', '.join(others[:SHOWN])}, and no part of a pipeline is "
+                f"called so. Give one of these folders itself. {PLACES}"
+            )
         for folder in folders:
             yield _read_peft(folder, folder.name)
     elif file.is_file() and file.suffix == ".safetensors":
@@ -82,15 +98,17 @@ def _read_peft(folder: Path, component: str | None) -> Component:
         )
     refuse_extras(str(path), SimpleNamespace(**config))
     refuse_more(path, config, "Save it with PEFT, for PEFT.", allowed=("use_dora",))
-    kind = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    mapping = config.get("auto_mapping")
+    kind = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    kind = kind if isinstance(kind, str) else ""
     tensors = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in _tensors(weights).items()}
     layers = _layers(weights, tensors, parse_config(path, config))
     try:
         name = component or component_name(kind)
     except OPLoRAValueError as error:
         raise OPLoRAValueError(
-            f"{path} does not say which part of a pipeline it adapts (its base is {kind or 'of unknown class'}). Name "
-            "it: --component unet, transformer, text_encoder or text_encoder_2."
+            f"{path} does not say which part of a pipeline it adapts (its base is {kind or 'of unknown class'}). "
+            f"{PLACES}"
         ) from error
     return Component(name, layers, kind, {})
 
@@ -102,13 +120,14 @@ def _read_file(path: Path, base: Path | None) -> Iterator[Component]:
         yield from from_kohya.read(path, tensors, base)
         return
     with safe_open(path, "pt") as file:
-        metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        metadata = parse_object(path, (file.metadata() or {}).get(METADATA, "{}").encode())
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, rest = key.partition(".")
         parts.setdefault(name, {})[rest] = tensor
-    unknown = [name for name in parts if name not in ("unet", "transformer") and not name.startswith("text_encoder")]
-    if unknown:
+    if not parts:
+        raise OPLoRAValueError(f"{path} holds no tensors. Save the adapter again.")
+    if unknown := [name for name in parts if name not in COMPONENTS]:
         raise OPLoRAValueError(
             f"{path}: {len(unknown)} keys begin with no part of a pipeline that is known "
             f"({', '.join(unknown[:SHOWN])}), expected unet, transformer or text_encoder. Is it a file of diffusers?"
@@ -140,7 +159,7 @@ def _layers(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig | N
             found.setdefault(key.removesuffix(end), {})[part] = tensor
         else:
             left.append(key)
-    left += [name for name, parts in found.items() if not parts.keys() >= {"A", "B"}]
+    left += [name for name, parts in found.items() if not {"A", "B"} <= parts.keys()]
     if left or not found:
         raise OPLoRAValueError(
             f"{path}: {len(left)} of {len(tensors)} keys belong to no layer with lora_A and lora_B: "
@@ -150,21 +169,22 @@ def _layers(path: Path, tensors: Mapping[str, Tensor], config: AdapterConfig | N
 
 
 def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: AdapterConfig | None) -> LoRALayer:
+    refuse_no_pair(path, name, parts.get("A"), parts.get("B"), config.rank(name) if config else None)
     A, B, magnitude, alpha = (
         None if (tensor := parts.get(part)) is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         for part in SUFFIXES
     )
     assert A is not None and B is not None
-    r = A.shape[0]
-    whole_groups = B.dim() == A.dim() > 1 and r % max(1, B.shape[1]) == 0  # more than one in a convolution in groups
-    if not whole_groups or (config and config.rank(name) != r):
-        raise OPLoRAValueError(
-            f"{path}: layer {name} has lora_A of shape {tuple(A.shape)} and lora_B of {tuple(B.shape)}"
-            f"{f', with rank {config.rank(name)} in its configuration' if config else ''}. They do not go together."
-        )
+    for what, tensor, size in (("lora_magnitude_vector", magnitude, len(B)), ("alpha", alpha, 1)):
+        if tensor is not None and tensor.numel() != size:
+            raise OPLoRAValueError(
+                f"{path}: {what} of layer {name} has shape {tuple(tensor.shape)}, expected {size} numbers. The file is "
+                "damaged: save the adapter again."
+            )
     for what, tensor in (("lora_A", A), ("lora_B", B), ("lora_magnitude_vector", magnitude), ("alpha", alpha)):
         if tensor is not None and not tensor.isfinite().all():
             raise OPLoRAValueError(f"{path}: {what} of layer {name} holds NaN or infinity. Take an earlier checkpoint.")
+    r = len(A)
     scaling = config.scaling(name, r) if config else 1.0 if alpha is None else float(alpha) / r
     return LoRALayer(name, A, B, scaling, None if magnitude is None else magnitude.flatten())
 
@@ -181,27 +201,11 @@ def _on_base(component: Component, base: Path) -> Component:
             "Give the folder of the pipeline that the adapter was trained on."
         )
     config = read_object(folder / "config.json")
-    kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
     weights = BaseWeights.of(folder)
     for layer in component.layers:
-        _check_shape(layer, weights)
+        weights.check(layer)
     layers = tuple(_with_norms(layer, weights) for layer in component.layers)
-    return Component(component.name, layers, kind, config)
-
-
-def _check_shape(layer: LoRALayer, base: BaseWeights) -> None:
-    found = base.find(layer.name)
-    what = f"the adapter's layer {layer.name}"
-    if found is None:
-        raise OPLoRAValueError(
-            f"{base.folder} has no weight for {what}. The adapter was trained on another architecture."
-        )
-    there, wanted = found[1].shape, (layer.lora_B.shape[0], *layer.lora_A.shape[1:])
-    if there != wanted:
-        raise OPLoRAValueError(
-            f"{base.folder}: {what} is for a weight of shape {wanted}, and there it is {there}. The adapter was "
-            "trained on another architecture."
-        )
+    return Component(component.name, layers, kind_in(config), config)
 
 
 def _with_norms(layer: LoRALayer, base: BaseWeights) -> LoRALayer:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import OPLoRAFileError, OPLoRATypeError, OPLoRAValueError
 from ..tensor_file import read_object
 from . import kohya
-from .layers import BaseWeights, Component, LoRALayer
+from .layers import COMPONENTS, BaseWeights, Component, LoRALayer, kind_in, refuse_no_pair
 
 __all__ = ["is_kohya", "read"]
 
@@ -53,7 +53,7 @@ def _entries(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, T
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, end = key.partition(".")
-        found.setdefault(name, {})[PARTS.get(end, end)] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        found.setdefault(name, {})[PARTS.get(end, end)] = tensor
     odd = [name for name, parts in found.items() if not {"A", "B"} <= parts.keys() <= set(PARTS.values())]
     if odd:
         raise OPLoRAValueError(
@@ -61,16 +61,23 @@ def _entries(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, T
             f"has {', '.join(found[odd[0]])}. LoHa, LoKr and the like have no place in other formats: load the file "
             "with the program that wrote it."
         )
-    for name, parts in found.items():
-        if len(parts["A"]) != parts["B"].shape[1]:
-            raise OPLoRAValueError(
-                f"{path}: layer {name} has lora_down of shape {tuple(parts['A'].shape)} and lora_up of "
-                f"{tuple(parts['B'].shape)}. They do not go together."
-            )
-        for what, tensor in parts.items():
-            if not tensor.isfinite().all():
-                raise OPLoRAValueError(f"{path}: {what} of layer {name} holds NaN or infinity. Take an earlier one.")
-    return found
+    return {name: _checked(path, name, parts) for name, parts in found.items()}
+
+
+def _checked(path: Path, name: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    A, B = parts["A"], parts["B"]
+    refuse_no_pair(path, name, A, B)
+    wide = {what: tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for what, tensor in parts.items()}
+    for what, tensor in wide.items():
+        if not tensor.isfinite().all():
+            raise OPLoRAValueError(f"{path}: {what} of layer {name} holds NaN or infinity. Take an earlier one.")
+    sizes = {"A": A.numel(), "B": len(A) * len(B), "alpha": 1, "dora_scale": len(B)}
+    if odd := [what for what, tensor in wide.items() if tensor.numel() != sizes[what]]:
+        raise OPLoRAValueError(
+            f"{path}: layer {name} has lora_down of shape {tuple(A.shape)}, lora_up of {tuple(B.shape)} and "
+            f"{odd[0]} of {tuple(wide[odd[0]].shape)}. They do not go together."
+        )
+    return wide
 
 
 @dataclass(frozen=True)
@@ -84,9 +91,8 @@ def _components(base: Path) -> list[_Part]:
     for folder in sorted(path.parent for path in base.glob("*/config.json")):
         if any(folder.glob("*.safetensors")):
             config = read_object(folder / "config.json")
-            kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
-            if folder.name in ("unet", "transformer") or folder.name.startswith("text_encoder"):
-                found.append(_Part(Component(folder.name, (), kind, config), BaseWeights.of(folder)))
+            if folder.name in COMPONENTS:
+                found.append(_Part(Component(folder.name, (), kind_in(config), config), BaseWeights.of(folder)))
     if not found:
         raise OPLoRAFileError(
             f"--base {str(base)!r} holds no part of a pipeline. Give the folder with unet or transformer in it."

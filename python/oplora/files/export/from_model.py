@@ -14,6 +14,9 @@ from .layers import Component, LoRALayer, component_name, refuse_extras
 __all__ = ["components_of", "read_components"]
 
 FACTORS: Final = {"lora_A", "lora_B", "lora_magnitude_vector"}
+# of PEFT's variants of a layer: those that are plain LoRA once they are trained, and DoRA
+VARIANTS: Final = ("Dora", "MiCA", "Velora")
+NO_ADAPTER: Final = "no adapter. Add one with peft.get_peft_model or add_adapter"
 
 
 def components_of(model: Any) -> dict[str, nn.Module]:
@@ -51,11 +54,11 @@ def read_components(model: Any) -> list[Component]:
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
         configs = getattr(unwrapped(part), "peft_config", {})
         name = name or component_name(kind)
-        layers = tuple(_read(f"{name}.{path}", path, layer, configs) for path, layer in _layers(module))
+        read = [_read(f"{name}.{path}", path, layer, configs) for path, layer in _layers(module)]
+        layers = tuple(layer for layer in read if layer is not None)
         if not layers:
-            raise OPLoRAValueError(
-                f"oplora.save_adapter: {kind} has no adapter. Add one with peft.get_peft_model or add_adapter."
-            )
+            lacks = "no active adapter. Call set_adapter with one of: " + ", ".join(configs) if read else NO_ADAPTER
+            raise OPLoRAValueError(f"oplora.save_adapter: {kind} has {lacks}.")
         found.append(Component(name, layers, kind, config))
     return found
 
@@ -74,7 +77,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.replace("_orig_mod.", ""), module
 
 
-def _read(where: str, name: str, layer: Any, configs: Mapping[str, Any]) -> LoRALayer:
+def _read(where: str, name: str, layer: Any, configs: Mapping[str, Any]) -> LoRALayer | None:
+    """None of a layer that the active adapter leaves as it is."""
     from peft.tuners.lora import Conv2d, Linear, LoraLayer
 
     if layer.merged:
@@ -85,6 +89,8 @@ def _read(where: str, name: str, layer: Any, configs: Mapping[str, Any]) -> LoRA
             'kohya\'s files hold LoRA and DoRA. Save it with format="peft".'
         )
     active = [adapter for adapter in layer.active_adapters if adapter in layer.scaling]
+    if not active:
+        return None
     if len(active) != 1:
         raise OPLoRARuntimeError(
             f"oplora.save_adapter: layer {where} has {len(active)} active adapters ({', '.join(active)}), and a file "
@@ -94,6 +100,8 @@ def _read(where: str, name: str, layer: Any, configs: Mapping[str, Any]) -> LoRA
     refuse_extras(where, configs.get(adapter))
     modules: dict[str, Any] = vars(layer)["_modules"]
     others = [tensor for tensor in STARTS if tensor not in FACTORS and adapter in modules.get(tensor, ())]
+    if (variant := layer.lora_variant.get(adapter)) and not type(variant).__name__.startswith(VARIANTS):
+        others.append(type(variant).__name__)
     quantised = type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
     if others or not (isinstance(layer, Linear | Conv2d) or quantised) or adapter not in layer.lora_A:
         raise OPLoRATypeError(

@@ -252,7 +252,10 @@ def _sdxl_name(name: str, config: Mapping[str, Any]) -> tuple[str, None] | None:
     if match is None:
         return None
     where, block, kind, number, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-    each = int(config.get("layers_per_block", 2)) + 1  # of input_blocks, and of output_blocks, to a block
+    number_of_layers = config.get("layers_per_block", 2)
+    if not isinstance(number_of_layers, int):  # a list: the authors' code has as many in every block
+        return None
+    each = number_of_layers + 1  # of input_blocks, and of output_blocks, to a block
     if kind == "resnets":
         if rest not in RESNET:
             return None

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from ...adapters import unwrapped
 from ...errors import OPLoRAFileError, OPLoRARuntimeError, OPLoRATypeError, OPLoRAValueError, warn
 from .. import atomic
-from ..peft_adapter import CONFIG, KEY_PREFIX, METADATA, WEIGHTS
+from ..peft_adapter import CONFIG, KEY_PREFIX, METADATA, WEIGHTS, read_fields
+from ..tensor_file import read_tensor_file
 from . import plain
 from .layers import Component
 from .saving import write_file, writing
 
-__all__ = ["save", "save_components", "save_plain"]
+__all__ = ["is_one", "save", "save_components", "save_copies"]
 
 CARD: Final = "README.md"
 
@@ -70,35 +71,65 @@ def save(model: nn.Module, path: Path, *, is_plain: bool = False) -> None:
         _write_folder(path, write)
 
 
-def save_plain(source: Path, path: Path) -> None:
-    """A PEFT folder, or a folder of them, with the scales folded into B."""
-    folders = [source] if (source / CONFIG).is_file() else [file.parent for file in sorted(source.glob(f"*/{CONFIG}"))]
-    if not folders:
+def save_copies(source: Path, path: Path, *, is_plain: bool) -> None:
+    """What lies in PEFT's format already: a folder, a folder of them, or a file that stands alone."""
+    sources = _adapters_in(source)
+    if not sources:
         raise OPLoRAFileError(
-            f'SOURCE {str(source)!r} holds no {CONFIG}, and format "plain" is made of PEFT\'s folders. Make one of it '
-            "first: --format peft."
+            f'SOURCE {str(source)!r} holds no {CONFIG}, and format "plain" is made of PEFT\'s folders and files. Make '
+            "one of it first: --format peft."
         )
-    for folder in folders:
+    for adapter in sources:
 
-        def write(new: str, folder: Path = folder) -> None:
-            for name in (CONFIG, WEIGHTS):
-                if not (folder / name).is_file():
-                    raise OPLoRAFileError(f"{folder / name} is missing or no regular file.")
-                shutil.copy(folder / name, new)
-            plain.fold(Path(new))
+        def write(new: str, adapter: Path = adapter) -> None:
+            _copy(adapter, Path(new))
+            if is_plain:
+                plain.fold(Path(new), adapter)
 
         if path.suffix == ".safetensors":
-            _write_file(path, write, [one.name for one in folders])
+            _write_file(path, write, [one.name for one in sources])
         else:
-            _write_folder(path / folder.relative_to(source), write)
+            _write_folder(path / adapter.relative_to(source), write)
+
+
+def is_one(source: Path) -> bool:
+    """Whether it is a single adapter in PEFT's format, which no place in a pipeline is asked for."""
+    return _adapters_in(source) == [source]
+
+
+def _adapters_in(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source] if METADATA in read_tensor_file(source).metadata() else []
+    if (source / CONFIG).is_file():
+        return [source]
+    return [file.parent for file in sorted(source.glob(f"[!.]*/{CONFIG}"))]
+
+
+def _copy(adapter: Path, new: Path) -> None:
+    """As a folder."""
+    files = [adapter] if adapter.is_file() else [adapter / CONFIG, adapter / WEIGHTS]
+    for file in files:
+        if not file.is_file():
+            raise OPLoRAFileError(f"{file} is missing or no regular file.")
+    weights = read_tensor_file(files[-1])  # says what is wrong with the file
+    if adapter.is_file():
+        (new / CONFIG).write_text(json.dumps(read_fields(adapter, weights)[1], indent=2, sort_keys=True))
+        save_file(load_file(adapter), new / WEIGHTS, {"format": "pt"})
+        return
+    for file in files:
+        shutil.copyfile(file, new / file.name)  # without the modes of a store that is read-only
 
 
 def save_components(components: Iterable[Component], path: Path) -> None:
-    """Adapters that were read from disk, a folder each, with their scales folded into B."""
+    """Adapters that were read from disk, a folder each, with their scales folded into B; a file holds one."""
     components = list(components)
     names = [_names_in_model(component) for component in components]
     for component, own in zip(components, names, strict=True):
-        _write_folder(path / component.name, partial(_save_component, component, own))
+        write = partial(_save_component, component, own)
+        if path.suffix == ".safetensors":
+            _write_file(path, write, [one.name for one in components])
+        else:
+            _write_folder(path / component.name, write)
 
 
 def _names_in_model(component: Component) -> list[str]:
@@ -135,6 +166,7 @@ def _save_component(component: Component, names: Sequence[str], folder: str) -> 
         target_modules=sorted(names),
         use_dora=any(layer.magnitude is not None for layer in component.layers),
         inference_mode=True,
+        auto_mapping={"base_model_class": component.kind} if component.kind else None,
     )
     config.save_pretrained(folder)
     tensors: dict[str, Tensor] = {}
@@ -149,7 +181,7 @@ def _write_folder(path: Path, write: Callable[[str], object]) -> None:
     """What `write` puts into a folder, in `path` when it is whole; what others have there stays."""
     with writing(atomic.files_in(path, CONFIG, _have_same_config), path, path) as new:
         if (path / CARD).is_file():
-            shutil.copy(path / CARD, new)  # PEFT adds to the one that is there
+            shutil.copyfile(path / CARD, new / CARD)  # PEFT adds to the one that is there
         write(str(new))
 
 
