@@ -117,9 +117,11 @@ test: checks
 	$(MAKE) --no-print-directory pytest
 
 # all but pytest, which takes all cores itself, side by side: most of it compiles while pip downloads. A compiler from
-# PyPI comes first, as two pips in one environment get into each other's way.
+# PyPI comes first, as two pips in one environment get into each other's way. Of the architectures the oldest, the one
+# that docs/cuda.md counts registers of, and the newest: `make cuda` and `make wheel` compile all.
 checks: $(filter $(VENV)/%,$(NVCC))
 	$(MAKE) --jobs=$(JOBS) --output-sync=target --no-print-directory \
+	    CUDA_ARCHS="$(firstword $(CUDA_ARCHS)) $(filter 90,$(CUDA_ARCHS)) $(lastword $(CUDA_ARCHS))" \
 	    build cuda test-cuda test-c asan build/cuda/liboplora_cuda_on_cpu.so lint docs
 
 lint: build

@@ -750,20 +750,13 @@ NOT_TAKEN = {"LoRA, MultiheadAttention"}  # PEFT takes Parameters out of the mod
 
 
 @pytest.mark.parametrize("case", [case for case in adapter_types.CASES if case not in NOT_TAKEN])
-def test_every_adapter_type_that_fully_shard_takes_trains_as_in_one_process(ranks: Ranks, case: str) -> None:
-    alone = run_type(case, "auto", ranks.world)
-    for bits in ranks.run(run_type, case, "auto"):
-        assert_close(bits, alone, torch.float64)
-
-
-@pytest.mark.parametrize("case", [case for case in adapter_types.CASES if case not in NOT_TAKEN])
-@pytest.mark.parametrize("kind", ["exact", "lean"])
-def test_generators_of_every_adapter_type_train_as_in_one_process(
+@every_kind
+def test_every_adapter_type_that_fully_shard_takes_trains_as_in_one_process(
     groups: dict[int, Ranks], kind: str, case: str
 ) -> None:
     alone = run_type(case, kind, 3)
     for bits in groups[3].run(run_type, case, kind):
-        assert_close(bits, alone, torch.float64, AMPLIFIED.get(case))
+        assert_close(bits, alone, torch.float64, None if kind == "auto" else AMPLIFIED.get(case))
 
 
 @pytest.fixture(scope="module")
