@@ -191,7 +191,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_bit_for_bit(
     assert_same_bits(generators, whole_generators)
 
 
-def test_run_of_another_optimizer_is_gone_on_from_where_its_optimizer_file_is_gone(tmp_path: Path) -> None:
+def test_run_of_another_optimizer_continues_without_its_optimizer_file(tmp_path: Path) -> None:
     make_trainer(tmp_path, make_model(), {}, save_strategy="steps", save_steps=SAVED).train()
     checkpoint, handed = tmp_path / f"checkpoint-{SAVED}", {"optimizer_cls_and_kwargs": oplora.for_trainer()}
     with pytest.raises(oplora.OPLoRAError, match=r"another optimizer saved it.*continues from the values"):

@@ -21,7 +21,7 @@ class OPLoRAConfig:
         r: rank of the factors lora_A (r, in_features) and lora_B (out_features, r).
         lora_alpha: the adapter's output is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora).
         target_modules: names or a regular expression of the layers to adapt; "all-linear" takes every nn.Linear and
-            Conv1D, of transformers' models all but the output layer.
+            Conv1D; in transformers' models not the output layer.
         lora_dropout: dropout on the adapter's input, in [0, 1).
         rank_pattern, alpha_pattern: other ranks and alphas for layers whose name matches the key.
         use_rslora: see lora_alpha.

@@ -250,10 +250,13 @@ class LayerState:
     def pieces(self) -> dict[str, Tensor]:
         return self.engine.state.pieces(self.index)
 
-    def keep_master(self, i: int, value: Tensor) -> None:
-        """A copy of `value`, in the order in which the core walks it, whatever the tensor's strides (channels_last)."""
+    def copied(self, value: Tensor) -> Tensor:
+        """As the generator holds it: in the order in which the core walks it, whatever its strides (channels_last)."""
         tie = self.factors
-        self.masters[i] = value.to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
+        return value.to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def keep_master(self, i: int, value: Tensor) -> None:
+        self.masters[i] = self.copied(value)
 
     @property
     def lr(self) -> Tensor:

@@ -191,27 +191,21 @@ class Rate(State):
 
     def absorb(self, state: LayerState, parameters: list[Any]) -> bool:
         """A new value is what is generated, and the average of no other."""
-        edited = []
-        for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
-            edited.append(self._is_edited(parameter, master))
-            if master is not None and edited[i]:
-                state.keep_master(i, parameter.detach())
-        self._go_on_from(state, parameters, edited)
+        self.replace(state, parameters, [*map(self._is_edited, parameters, state.masters)])
         return False
 
     def beside(self, i: int, f: int) -> list[Tensor]:
         return list(self.of_tensors(i)[f].values())
 
     def unseen(self, state: LayerState, parameters: Sequence[Any]) -> list[dict[str, Any]]:
-        tie, first, found = state.factors, self._first[state.index], list[dict[str, Any]]()
+        found = list[dict[str, Any]]()
         for i, (parameter, master) in enumerate(zip(parameters, state.masters, strict=True)):
             if not self._is_edited(parameter, master):
                 found.append({})
                 continue
-            value = parameter.detach().to(tie.device, tie.dtype, copy=True, memory_format=torch.contiguous_format)
-            has_start = bool(self.listens[first + i]) and tie.has_start(i, value)
+            value = state.copied(parameter.detach())
             of_master = {} if master is None else {"master": value}
-            found.append({"generated": value, "base": value if has_start else None, **of_master})
+            found.append({"generated": value, "base": self._start(state, i, value), **of_master})
         return found
 
     @staticmethod
@@ -226,13 +220,16 @@ class Rate(State):
         self._go_on_from(state, parameters, edited)
 
     def _go_on_from(self, state: LayerState, parameters: Sequence[Any], edited: Sequence[bool] | None = None) -> None:
-        tie, first = state.factors, self._first[state.index]
         for i, (piece, parameter) in enumerate(zip(self.of_tensors(state.index), parameters, strict=True)):
             if edited is not None and not edited[i]:
                 continue
             value = piece["generated"].copy_(parameter.detach())
-            has_start = bool(self.listens[first + i]) and tie.has_start(i, value)
-            tie.bases[i] = value.clone() if has_start else None
+            state.factors.bases[i] = self._start(state, i, value)
+
+    def _start(self, state: LayerState, i: int, value: Tensor) -> Tensor | None:
+        """What a tensor that goes on from `value` is heard against; None: zero, or it is not heard."""
+        is_heard = bool(self.listens[self._first[state.index] + i])
+        return value.clone() if is_heard and state.factors.has_start(i, value) else None
 
 
 def _listening(tie: Factors) -> list[bool]:
